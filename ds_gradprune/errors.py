@@ -10,7 +10,7 @@
     │   └── TransportTimeout              no answer in time: names the operation and the seconds
     ├── RankMismatchError                 ranks disagree on step, layout, decisions or parameters
     ├── CheckpointError                   per-rank state is missing, damaged or of another world
-    ├── DataError (ValueError)            no text, too little text, a model folder that cannot be read
+    ├── DataError (ValueError)            no text, too little text, an unreadable model folder
     └── MissingDependencyError (ImportError)   says the pip command
 
 Scripts turn every `GradPruneError` into one line on stderr and exit code 2.

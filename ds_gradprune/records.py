@@ -81,8 +81,8 @@ class SparseBlock:
 class RankSignals:
     """What one rank measured; rides in its payload header.
 
-    `loss` and the flags belong to the step being exchanged. The times and `wire_bytes` belong to
-    the step before it, because a step's own exchange is not over while it travels.
+    `loss` and the flag belong to the step being exchanged. The times and `wire_bytes` belong to the
+    step before it, because a step's own exchange is not over while it travels.
 
     Attributes:
         loss: training loss of this step, mean over its micro-steps; None: unknown.
@@ -167,3 +167,59 @@ class Decision:
     performance: float | None
     budget_s: float | None
     network_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished optimizer step, as this rank saw it: for logs, progress bars and plots.
+
+    Attributes:
+        step: the step, counted from 1.
+        loss: training loss, mean over micro-steps and ranks; None: unknown or not finite.
+        performance: P(t) after this step; None while the window is not full.
+        density: kept / all in pruned segments, as used in this step; 1.0: the dense path.
+        cause: which rule had set that density.
+        step_time_s: compute + codec + comm of this rank; None when the start was not seen.
+        compute_time_s: forward, backward and optimizer; None when the start was not seen.
+        codec_time_s: select, encode, decode.
+        comm_time_s: from first send to last receive, waiting for peers included.
+        wire_bytes: bytes this rank sent.
+        dense_bytes: bytes this rank would have sent without pruning.
+        nonfinite: some rank's gradient or loss was not finite; nothing was sent.
+        signals: what the ranks agreed on; the decision was made from it.
+        decision: what holds for the next step.
+    """
+
+    step: int
+    loss: float | None
+    performance: float | None
+    density: float
+    cause: Cause
+    step_time_s: float | None
+    compute_time_s: float | None
+    codec_time_s: float
+    comm_time_s: float
+    wire_bytes: int
+    dense_bytes: int
+    nonfinite: bool
+    signals: StepSignals
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a run.
+
+    Attributes:
+        steps: finished optimizer steps.
+        wire_bytes: bytes this rank sent.
+        dense_bytes: bytes it would have sent without pruning.
+        density_min: lowest density of a pruned step; None before the first.
+        density_max: highest density of a pruned step; None before the first.
+    """
+
+    steps: int = 0
+    wire_bytes: int = 0
+    dense_bytes: int = 0
+    density_min: float | None = None
+    density_max: float | None = None

@@ -31,7 +31,7 @@ class Transport(abc.ABC):
         Args:
             payload: (payload_bytes,) uint8, CPU, contiguous; equal size on all ranks, may be empty.
                 Owned by the caller again when the call returns.
-            out: (world_size, payload_bytes) uint8, CPU, contiguous; row r receives rank r's payload.
+            out: (world_size, payload_bytes) uint8, CPU, contiguous; row r receives rank r's bytes.
 
         Raises:
             TransportTimeout: some rank did not answer in time.

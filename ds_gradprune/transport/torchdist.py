@@ -1,0 +1,75 @@
+"""torch.distributed as a transport: gloo on CPU, nccl on GPUs. Knows nothing of DeepSpeed."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.transport.base import Transport
+
+
+class TorchDistTransport(Transport):
+    """One rank's end of a torch.distributed process group.
+
+    The group is borrowed: `close` leaves it alone. Over nccl a payload is staged through device
+    memory, because nccl reads nothing else.
+
+    Args:
+        group: process group; None means the world.
+        timeout_s: longest wait for one collective, seconds.
+
+    Raises:
+        TransportError: torch.distributed is not initialised.
+    """
+
+    def __init__(self, group: Any = None, timeout_s: float = 600.0) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise TransportError(
+                "torch.distributed must be initialised before the torch transport is opened"
+            )
+        self._group = group
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._on_device = dist.get_backend(group) == "nccl"
+
+    def all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Transport.all_gather`. Collective."""
+        if payload.numel() == 0:
+            return
+        if not self._on_device:
+            self._run("all_gather", dist.all_gather_into_tensor, out.view(-1), payload)
+            return
+        staged = torch.empty(out.numel(), dtype=torch.uint8, device="cuda")
+        self._run("all_gather", dist.all_gather_into_tensor, staged, payload.to("cuda"))
+        out.copy_(staged.view_as(out))
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """See `Transport.all_reduce`. Collective."""
+        self._run("all_reduce", dist.all_reduce, tensor)
+
+    def close(self) -> None:
+        """See `Transport.close`. Local; the group stays its owner's."""
+
+    def _run(self, operation: str, collective: Callable[..., Any], *tensors: torch.Tensor) -> None:
+        start_s = time.monotonic()
+        try:
+            work = collective(*tensors, group=self._group, async_op=True)
+            work.wait(self._timeout)
+        except RuntimeError as exc:
+            waited_s = time.monotonic() - start_s
+            limit_s = self._timeout.total_seconds()
+            if waited_s >= limit_s or "timed out" in str(exc).lower():
+                raise TransportTimeout(
+                    f"{operation} on rank {self.rank} of {self.world_size} had no answer within "
+                    f"{limit_s:g} s"
+                ) from exc
+            raise TransportError(
+                f"{operation} on rank {self.rank} of {self.world_size} failed: {exc}"
+            ) from exc
