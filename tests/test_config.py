@@ -1,0 +1,342 @@
+"""The `gradient_pruning` block: ranges, types, planned values, and every fault in one message."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_gradprune.config import BLOCK, GradientPruningConfig, LinkPoint, load_block
+from ds_gradprune.errors import ConfigError
+
+
+def load(block: Any, total_steps: int | None = None) -> GradientPruningConfig:
+    return load_block({BLOCK: block, "train_batch_size": 8}, total_steps)
+
+
+def faults_of(block: Any, total_steps: int | None = None) -> list[str]:
+    """The sentences of the error, each without the block's name in front."""
+    with pytest.raises(ConfigError, match=BLOCK) as caught:
+        load(block, total_steps)
+    return [fault.removeprefix(f"{BLOCK}.") for fault in caught.value.faults]
+
+
+def point(**fields: Any) -> dict[str, Any]:
+    return {"throttle": {"schedule": [fields]}}
+
+
+# --- what is accepted -----------------------------------------------------------------------------
+
+
+def test_empty_block_gives_the_documented_defaults() -> None:
+    config = load({})
+    assert (config.enabled, config.prune, config.controller) == (True, "gradient", "stepwise")
+    assert (config.warmup_steps, config.ramp_steps, config.window_size) == (200, 100, 128)
+    assert (config.density.initial, config.density.min, config.density.max) == (0.05, 0.001, 0.25)
+    assert config.step_time_budget_s is None
+    assert config.throttle is None
+
+
+def test_every_default_passes_its_own_check() -> None:
+    assert load(load({}).model_dump()) == load({})
+
+
+def test_full_block_is_read() -> None:
+    config = load(
+        {
+            "warmup_steps": 0,
+            "window_size": 4,
+            "performance_form": "literal",
+            "step_time_budget_s": 0.5,
+            "density": {"initial": 1.0, "min": 0.01, "max": 1.0},
+            "value_bits": 32,
+            "verify_every_steps": None,
+            "log_path": "log.jsonl",
+            "throttle": {
+                "schedule": [{"rate_mbit": 20}, {"step": 9, "rate_mbit": 5, "latency_s": 0.01}]
+            },
+        }
+    )
+    assert config.throttle is not None
+    assert config.throttle.schedule[1] == LinkPoint(step=9, rate_mbit=5.0, latency_s=0.01)
+    assert config.density.max == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(GradientPruningConfig.model_fields))
+def test_auto_means_the_default(name: str) -> None:
+    assert getattr(load({name: "auto"}), name) == getattr(load({}), name)
+
+
+def test_auto_inside_a_block_means_the_default() -> None:
+    assert load({"density": {"max": "auto"}}).density.max == 0.25
+
+
+def test_whole_float_is_a_whole_number() -> None:
+    assert load({"warmup_steps": 3.0}).warmup_steps == 3
+
+
+def test_config_cannot_be_changed_after_loading() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load({}).warmup_steps = 1
+
+
+@given(low=st.floats(1e-6, 1.0), middle=st.floats(1e-6, 1.0), high=st.floats(1e-6, 1.0))
+def test_density_is_accepted_exactly_when_ordered(low: float, middle: float, high: float) -> None:
+    block = {"density": {"min": low, "initial": middle, "max": high}}
+    if low <= middle <= high:
+        assert load(block).density.initial == middle
+    else:
+        with pytest.raises(ConfigError, match=r"density\.(min|initial) must"):
+            load(block)
+
+
+# --- ranges and types -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "fault"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1."),
+        ({"ramp_steps": -1}, "ramp_steps must be at least 0, got -1."),
+        ({"window_size": 3}, "window_size must be at least 4, got 3."),
+        ({"step_time_budget_s": 0}, "step_time_budget_s must be greater than 0, got 0."),
+        ({"timeout_s": -0.5}, "timeout_s must be greater than 0, got -0.5."),
+        ({"timeout_s": float("inf")}, "timeout_s must be a finite number, got Infinity."),
+        ({"min_numel": 0}, "min_numel must be at least 1, got 0."),
+        ({"verify_every_steps": 0}, "verify_every_steps must be at least 1, got 0."),
+        ({"log_path": ""}, 'log_path must not be empty, got "".'),
+        ({"density": {"initial": 0}}, "density.initial must be greater than 0, got 0."),
+        ({"density": {"max": 1.5}}, "density.max must be at most 1, got 1.5."),
+        (
+            {"performance_target": float("nan")},
+            "performance_target must be a finite number, got NaN.",
+        ),
+        (point(rate_mbit=0), "throttle.schedule[0].rate_mbit must be greater than 0, got 0."),
+        (
+            point(rate_mbit=1, latency_s=-1),
+            "throttle.schedule[0].latency_s must be at least 0, got -1.",
+        ),
+        (
+            point(rate_mbit=1, outage_s=-1),
+            "throttle.schedule[0].outage_s must be at least 0, got -1.",
+        ),
+    ],
+)
+def test_value_out_of_range_names_path_rule_and_value(block: dict[str, Any], fault: str) -> None:
+    assert faults_of(block) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("block", "fault"),
+    [
+        ({"enabled": 1}, "enabled must be true or false, got 1."),
+        ({"enabled": "true"}, 'enabled must be true or false, got "true".'),
+        ({"error_feedback": None}, "error_feedback must be true or false, got null."),
+        ({"warmup_steps": "3"}, 'warmup_steps must be a whole number, got "3".'),
+        ({"warmup_steps": True}, "warmup_steps must be a whole number, got true."),
+        ({"warmup_steps": 3.5}, "warmup_steps must be a whole number, got 3.5."),
+        ({"warmup_steps": None}, "warmup_steps must be a whole number, got null."),
+        ({"warmup_steps": [3]}, "warmup_steps must be a whole number, got [3]."),
+        ({"timeout_s": "60"}, 'timeout_s must be a number, got "60".'),
+        (
+            {"step_time_budget_s": True},
+            "step_time_budget_s must be a number or null, got true.",
+        ),
+        ({"log_path": 5}, "log_path must be a string, got 5."),
+        ({"log_path": True}, "log_path must be a string or null, got true."),
+        ({"density": 0.05}, "density must be a JSON object, got 0.05."),
+        ({"density": True}, "density must be a JSON object, got true."),
+        ({"density": {"min": "x"}}, 'density.min must be a number, got "x".'),
+        ({"throttle": "slow"}, 'throttle must be a JSON object or null, got "slow".'),
+        ({"throttle": {"schedule": 20}}, "throttle.schedule must be a list, got 20."),
+        ({"throttle": {"schedule": [20]}}, "throttle.schedule[0] must be a JSON object, got 20."),
+        (
+            {"performance_form": "mean"},
+            'performance_form must be "edge" or "literal", got "mean".',
+        ),
+        ({"value_bits": 12}, "value_bits must be 16 or 32, got 12."),
+        ({"value_bits": "16"}, 'value_bits must be 16 or 32, got "16".'),
+        ({"two_level": "no"}, 'two_level must be "auto" or false, got "no".'),
+    ],
+)
+def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) -> None:
+    assert faults_of(block) == [fault]
+
+
+# --- planned values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "today"),
+    [
+        ("prune", "update", '"gradient"'),
+        ("controller", "predictive", '"stepwise"'),
+        ("exchange", "owner_reduce", '"all_gather" or "auto"'),
+        ("exchange", "two_level", '"all_gather" or "auto"'),
+        ("transport", "mpi", '"torch"'),
+        ("two_level", True, '"auto" or false'),
+        ("value_bits", 1, "16 or 32"),
+        ("value_bits", 2, "16 or 32"),
+        ("value_bits", 4, "16 or 32"),
+        ("value_bits", 8, "16 or 32"),
+    ],
+)
+def test_planned_value_is_refused_by_name_with_what_works_today(
+    name: str, value: Any, today: str
+) -> None:
+    shown = json.dumps(value)
+    assert faults_of({name: value}) == [f"{name} = {shown} is not supported yet. Use {today}."]
+
+
+# --- unknown and missing keys ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "path", "known"),
+    [
+        ({"warmup_step": 3}, "warmup_step", "warmup_steps"),
+        ({"windowsize": 3}, "windowsize", "window_size"),
+        ({"density": {"maximum": 1}}, "density.maximum", "max"),
+        (point(rate_mbit=1, latency=0), "throttle.schedule[0].latency", "latency_s"),
+    ],
+)
+def test_unknown_key_names_the_nearest_known_one(
+    block: dict[str, Any], path: str, known: str
+) -> None:
+    assert faults_of(block) == [f'{path} is not a known key. Did you mean "{known}"?']
+
+
+def test_key_like_no_other_lists_the_known_ones() -> None:
+    fault = "density.ratio is not a known key. Known keys: initial, max, min."
+    assert faults_of({"density": {"ratio": 0.1}}) == [fault]
+
+
+def test_required_key_says_what_it_means() -> None:
+    fault = (
+        "throttle.schedule[0].rate_mbit must be given: rate of each rank's link, each direction, "
+        "megabit (10^6 bit) per second."
+    )
+    assert faults_of(point(step=0)) == [fault]
+
+
+def test_missing_block_says_what_to_add() -> None:
+    with pytest.raises(ConfigError, match=r'Add "gradient_pruning": \{\} for the defaults'):
+        load_block({"train_batch_size": 8})
+
+
+def test_misspelt_block_is_not_a_silent_dense_run() -> None:
+    with pytest.raises(ConfigError, match='The key "gradient_prunning" is not read: did you mean'):
+        load_block({"gradient_prunning": {}})
+
+
+@pytest.mark.parametrize("block", [None, [], 5, "on", True])
+def test_block_must_be_an_object(block: Any) -> None:
+    with pytest.raises(ConfigError, match="gradient_pruning must be a JSON object, got"):
+        load_block({BLOCK: block})
+
+
+# --- rules between fields -------------------------------------------------------------------------
+
+
+def test_initial_density_outside_its_bounds() -> None:
+    fault = "density.initial must lie between density.min (0.001) and density.max (0.25), got 0.5."
+    assert faults_of({"density": {"initial": 0.5}}) == [fault]
+
+
+def test_minimum_density_above_the_maximum() -> None:
+    fault = "density.min must be at most density.max (0.25), got 0.5."
+    assert faults_of({"density": {"min": 0.5}}) == [fault]
+
+
+def test_schedule_must_not_be_empty() -> None:
+    fault = "throttle.schedule must have at least 1 entry, got []."
+    assert faults_of({"throttle": {"schedule": []}}) == [fault]
+
+
+def test_schedule_begins_at_step_zero_and_rises() -> None:
+    points = [{"step": 5, "rate_mbit": 20}, {"step": 5, "rate_mbit": 5}]
+    assert faults_of({"throttle": {"schedule": points}}) == [
+        "throttle.schedule[0].step must be 0, got 5. Say how fast the link is at the start.",
+        "throttle.schedule must have rising steps, got [5, 5].",
+    ]
+
+
+@pytest.mark.parametrize("total_steps", [128, 100, 17])
+def test_window_larger_than_the_run_proposes_one_that_fits(total_steps: int) -> None:
+    (fault,) = faults_of({}, total_steps)
+    assert fault.startswith(f"window_size must be less than the run's {total_steps} steps, got 128")
+    proposed = int(fault.rstrip(".").split()[-1])
+    assert load({"window_size": proposed}, total_steps).window_size == proposed
+
+
+def test_run_too_short_for_any_window_asks_for_more_steps() -> None:
+    (fault,) = faults_of({"window_size": 4}, total_steps=4)
+    assert fault.endswith("train for more steps.")
+
+
+def test_window_of_all_but_one_step_is_accepted() -> None:
+    assert load({"window_size": 128}, total_steps=129).window_size == 128
+
+
+def test_window_does_not_matter_while_disabled() -> None:
+    assert load({"enabled": False}, total_steps=8).enabled is False
+
+
+# --- one message ----------------------------------------------------------------------------------
+
+
+def test_all_faults_come_in_one_message_with_their_full_path() -> None:
+    block = {
+        "warmup_step": 3,
+        "window_size": "big",
+        "prune": "update",
+        "density": {"initial": 0.9},
+        "throttle": {"schedule": [{"rate_mbit": -1}]},
+    }
+    with pytest.raises(ConfigError, match="5 faults in the configuration") as caught:
+        load(block, total_steps=10)
+    lines = str(caught.value).splitlines()[1:]
+    assert sorted(line.split()[1] for line in lines) == [
+        "gradient_pruning.density.initial",
+        "gradient_pruning.prune",
+        "gradient_pruning.throttle.schedule[0].rate_mbit",
+        "gradient_pruning.warmup_step",
+        "gradient_pruning.window_size",
+    ]
+
+
+def test_faulty_field_is_not_reported_twice_by_a_rule_between_fields() -> None:
+    assert len(faults_of({"density": {"min": 2, "initial": 0.5, "max": 0.1}})) == 1
+
+
+def test_long_value_is_cut() -> None:
+    (fault,) = faults_of({"warmup_steps": list(range(1000))})
+    assert len(fault) < 150
+    assert fault.endswith("....")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@given(
+    block=st.dictionaries(
+        st.sampled_from(sorted(GradientPruningConfig.model_fields)) | st.text(max_size=8),
+        json_values,
+        max_size=4,
+    )
+)
+def test_any_json_is_either_loaded_or_explained(block: dict[str, Any]) -> None:
+    try:
+        load(block)
+    except ConfigError as exc:
+        unexplained = [fault for fault in exc.faults if not fault.startswith(BLOCK)]
+    else:
+        unexplained = []
+    assert unexplained == []
