@@ -1,0 +1,64 @@
+"""What a run shows while it trains: a bar on a terminal, plain lines elsewhere.
+
+Knows nothing of what the fields mean.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+PLAIN_LINES = 40
+"""Without a terminal a run prints about so many progress lines, whatever its length."""
+
+
+class Progress:
+    """The steps of one run, on one stream.
+
+    Args:
+        total: steps of the whole run.
+        done: steps finished before, by the run that is resumed.
+        enabled: False on all ranks but one: then nothing is ever written.
+        stream: where to; a terminal gets a bar, anything else one line now and then.
+    """
+
+    def __init__(
+        self, total: int, done: int = 0, *, enabled: bool = True, stream: TextIO = sys.stderr
+    ) -> None:
+        self._total = total
+        self._stream = stream
+        self._enabled = enabled
+        self._every = max(1, total // PLAIN_LINES)
+        self._bar: Any = None
+        if enabled and stream.isatty():
+            self._bar = tqdm(total=total, initial=done, file=stream, unit="step")
+
+    def step(self, step: int, fields: Mapping[str, str]) -> None:
+        """Show one finished step.
+
+        Args:
+            step: counted from 1.
+            fields: short name to short value, in the order to show.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix(fields, refresh=False)
+            self._bar.update(1)
+        elif self._enabled and (step % self._every == 0 or step == self._total):
+            shown = "  ".join(f"{name} {value}" for name, value in fields.items())
+            print(f"step {step}/{self._total}  {shown}", file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Show one line between the steps."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif self._enabled:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and end its line; twice is fine."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
