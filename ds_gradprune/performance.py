@@ -6,9 +6,9 @@ already be the mean over micro-steps and ranks, or ranks decide differently.
 With L(t) the training loss of step t and M the window size:
 
 - `literal`: P(t) = (L(t-M) - L(t)) / (mean - min)
-- `edge`: P(t) = (mean of L(t-M) .. L(t-M+w-1) - mean of L(t-w+1) .. L(t)) / (mean - min), w = M // 4
+- `edge`: P(t) = (mean of L(t-M) .. L(t-M+w-1) - mean of L(t-w+1) .. L(t)) / (mean - min)
 
-where mean and min run over the last M losses, L(t-M+1) .. L(t). Both edges of `edge` are taken from
+where w = M // 4, and mean and min run over the last M losses, L(t-M+1) .. L(t). Both edges of `edge` are taken from
 the same M+1 losses that `literal` uses, so with w = 1 the two are one formula; its noise is about
 four times less. M // 4 >= 2 from M = 8 on.
 

@@ -14,9 +14,9 @@ from ds_gradprune.performance import PerformanceState, observe, restart
 FORMS = ("edge", "literal")
 
 
-def feed(losses, *, window_size=8, form="edge", state=PerformanceState()):
+def feed(losses, *, window_size=8, form="edge"):
     """The state and P after all losses."""
-    p = None
+    state, p = PerformanceState(), None
     for loss in losses:
         state, p = observe(state, loss, window_size=window_size, form=form)
     return state, p
@@ -60,7 +60,7 @@ def test_edge_with_edges_of_one_is_the_literal_form(losses, window_size) -> None
 @pytest.mark.parametrize("slope", [1e-3, 1.0, 50.0])
 @pytest.mark.parametrize("window_size", [4, 8, 32, 128, 1024])
 def test_clean_linear_descent(window_size, slope) -> None:
-    # L(i) = c - slope * i. Net fall over M steps: M * slope (literal); between the edge means, whose
+    # L(i) = c - slope * i. Fall over M steps: M * slope (literal); between the edge means, whose
     # centres lie M + 1 - w steps apart: (M + 1 - w) * slope. mean - min of the last M losses:
     # slope * (M - 1) / 2.
     losses = [100.0 - slope * i for i in range(window_size + 1)]

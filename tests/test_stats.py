@@ -84,7 +84,7 @@ def test_bad_input_is_refused_by_name() -> None:
         algbw_bytes_per_s(-1, 1.0)
     with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
         busbw_bytes_per_s(1, 1.0, 0, "all_reduce")
-    with pytest.raises(ValueError, match="collective must be one of all_reduce, .*'gather'"):
+    with pytest.raises(ValueError, match=r"collective must be one of all_reduce, .*'gather'"):
         busbw_bytes_per_s(1, 1.0, 2, "gather")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wire_bytes must be at least 1, got 0"):
         compression_rate(1, 0)
