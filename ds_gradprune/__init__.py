@@ -1,3 +1,71 @@
-"""Adaptive gradient pruning for DeepSpeed over slow, unstable Ethernet."""
+"""Adaptive gradient pruning for DeepSpeed over slow, unstable Ethernet.
+
+Three ways in, all reading the `gradient_pruning` block of the engine's own configuration::
+
+    engine, optimizer, loader, scheduler = ds_gradprune.initialize(model=..., config=...)
+    ds_gradprune.register()        # for code that calls deepspeed.initialize itself
+    handle = ds_gradprune.attach(engine)
+
+Importing this package loads neither deepspeed nor mpi4py; calling one of these does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ds_gradprune.errors import MissingDependencyError
 
 __version__ = "0.1.0"
+
+__all__ = ["attach", "detach", "initialize", "register", "unregister"]
+
+if TYPE_CHECKING:
+    from ds_gradprune.integration.engine import Handle
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize` with pruned gradients; see `integration.initialize.initialize`.
+
+    Collective: all ranks.
+    """
+    result: tuple[Any, Any, Any, Any] = _integration("initialize").initialize(*args, **kwargs)
+    return result
+
+
+def register() -> None:
+    """Make `deepspeed.initialize` itself prune, for code that calls it. Local."""
+    _integration("initialize").register()
+
+
+def unregister() -> None:
+    """Undo `register`. Local."""
+    _integration("initialize").unregister()
+
+
+def attach(engine: Any) -> Handle:
+    """Prune the gradients of a DeepSpeed engine; see `integration.engine.attach`.
+
+    Collective: all ranks.
+    """
+    handle: Handle = _integration("engine").attach(engine)
+    return handle
+
+
+def detach(engine: Any) -> None:
+    """Give a DeepSpeed engine back everything that `attach` hooked. Local."""
+    handle = getattr(engine, "gradprune", None)
+    if handle is not None:
+        handle.detach()
+
+
+def _integration(name: str) -> Any:
+    """Import a module that needs deepspeed, at the moment it is needed."""
+    try:
+        return importlib.import_module(f"ds_gradprune.integration.{name}")
+    except ModuleNotFoundError as exc:
+        if exc.name != "deepspeed":
+            raise
+        raise MissingDependencyError(
+            'deepspeed is not installed. Run: pip install "ds_gradprune[deepspeed]"'
+        ) from exc
