@@ -1,0 +1,117 @@
+"""Blocks to bytes and back: the table of codecs, and the way in for any payload.
+
+The codec id in a payload's header says how to read it. `base` draws the header.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ds_gradprune.codec.base import (
+    HEADER_BYTES,
+    SIGNALS_ID,
+    Header,
+    layout_crc,
+    parse,
+    seal,
+)
+from ds_gradprune.codec.body import Codec
+from ds_gradprune.codec.dense import DenseCodec
+from ds_gradprune.codec.packed import PackedCodec
+from ds_gradprune.codec.values import Bfloat16, Float32
+from ds_gradprune.errors import WireFormatError
+from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals, SparseBlock
+
+__all__ = [
+    "CODECS",
+    "HEADER_BYTES",
+    "Codec",
+    "Header",
+    "codec_for",
+    "decode",
+    "encode_signals",
+    "layout_crc",
+    "read_header",
+]
+
+_ALL: tuple[Codec, ...] = (
+    DenseCodec(1, Float32()),
+    DenseCodec(2, Bfloat16()),
+    PackedCodec(3, Bfloat16()),
+    PackedCodec(4, Float32()),
+)
+
+CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in _ALL}
+"""Codec id on the wire -> codec. An id keeps its meaning for ever."""
+
+
+def _check_table() -> None:
+    """A slip in the table is found when it is imported, not in a training run."""
+    names = {codec.name for codec in _ALL}
+    ids = [codec.codec_id for codec in _ALL]
+    if len(CODECS) < len(_ALL) or len(names) < len(_ALL):
+        raise ValueError(f"codec ids and names must be unique, got {ids} and {sorted(names)}.")
+    if not all(SIGNALS_ID < codec_id < 256 for codec_id in ids):
+        raise ValueError(f"codec ids must be in {SIGNALS_ID + 1} .. 255, got {ids}.")
+
+
+_check_table()
+
+
+def codec_for(k: int, value_bits: int) -> Codec:
+    """The codec that writes blocks of this k with values of this width in the fewest bytes.
+
+    Raises:
+        ValueError: no codec does.
+    """
+    dense = k == CHUNK_NUMEL
+    for codec in CODECS.values():
+        if codec.values.nbytes * 8 == value_bits and isinstance(codec, DenseCodec) == dense:
+            return codec
+    raise ValueError(f"value_bits must be 16 or 32, got {value_bits}.")
+
+
+def decode(payload: torch.Tensor, layout: BucketLayout) -> tuple[Header, SparseBlock]:
+    """Read a payload of any codec with a body.
+
+    Args:
+        payload: 1-D uint8, CPU; arbitrary bytes.
+        layout: the layout that the receiver expects.
+
+    Raises:
+        WireFormatError: it is not a whole, undamaged payload for this layout.
+    """
+    header = read_header(payload)
+    if header.codec_id == SIGNALS_ID:
+        raise WireFormatError("payload must have a body, got signals only.")
+    return header, CODECS[header.codec_id].read_body(header, payload, layout)
+
+
+def read_header(payload: torch.Tensor) -> Header:
+    """Read and check a payload's header, and the crc over all of it; the body is not looked into.
+
+    Raises:
+        WireFormatError: it is not a whole, undamaged payload of a known codec.
+    """
+    header = parse(payload)
+    if header.codec_id != SIGNALS_ID and header.codec_id not in CODECS:
+        raise WireFormatError(
+            f"payload's codec id must be one of {[SIGNALS_ID, *CODECS]}, got {header.codec_id}. "
+            "Do all ranks run the same version?"
+        )
+    return header
+
+
+def encode_signals(*, step: int, rank: int, signals: RankSignals) -> torch.Tensor:
+    """A payload without a body, for steps whose gradients go another way.
+
+    Returns:
+        (HEADER_BYTES,) uint8, CPU.
+
+    Raises:
+        ValueError: a number does not fit its field.
+    """
+    payload = np.empty(HEADER_BYTES, dtype=np.uint8)
+    seal(Header(step, 0, rank, SIGNALS_ID, CHUNK_NUMEL, 0, 0, signals), payload)
+    return torch.from_numpy(payload)

@@ -1,0 +1,258 @@
+"""The payload's format: its header, written and read, and the checks that need no codec.
+
+Knows nothing of transports and of how elements were chosen. All functions are local.
+
+A payload is a header of 64 bytes and a body; all numbers are little endian:
+
+====== ===== ==== ==================================================================================
+offset bytes type meaning
+====== ===== ==== ==================================================================================
+0      4     char magic, "DSGP"
+4      1     u8   format version, 1
+5      1     u8   codec id; 0: no body, the header's signals only
+6      2     u16  flags; bit 0: gradient not finite, bit 1: loss known, bit 2: compute time known;
+                  all others 0
+8      4     u32  step
+12     2     u16  bucket
+14     2     u16  rank of the sender
+16     2     u16  k, kept elements per full row, 1 .. 4096
+18     2     u16  reserved, 0
+20     4     u32  crc32c of the bucket's layout; 0 with codec 0
+24     8     u64  elements of the bucket; 0 with codec 0
+32     4     u32  bytes of the body
+36     4     u32  agreement: running crc of decisions and parameter hashes
+40     4     f32  loss; 0 if unknown
+44     4     f32  compute time, s; 0 if unknown
+48     4     f32  codec time, s
+52     4     f32  communication time, s
+56     4     f32  wire bytes of the previous step, rounded
+60     4     u32  crc32c of bytes 0 .. 59 and of the body
+====== ===== ==== ==================================================================================
+
+The body is a run of values (kept elements in row order, then the dense segments), then whatever the
+codec needs to place them, then zeros up to a multiple of 4 bytes. For a given layout, k and codec
+it has one size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ds_gradprune.errors import WireFormatError
+from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals
+
+HEADER_BYTES = 64
+MAGIC = b"DSGP"
+VERSION = 1
+SIGNALS_ID = 0
+"""Codec id of a payload without a body."""
+
+_FIELDS = struct.Struct("<4sBBHIHHHHIQIIfffff")
+_CRC = struct.Struct("<I")
+_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN = 1, 2, 4
+_FLAGS = _NONFINITE | _LOSS_KNOWN | _TIME_KNOWN
+_F32_MAX = float(np.finfo(np.float32).max)
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a payload says about itself.
+
+    The signals are as they arrive everywhere, the sender included, if it reads its own payload:
+    losses and times rounded to float32.
+
+    Attributes:
+        step: optimizer step, counted from 1.
+        bucket: index of the bucket inside the step.
+        rank: the sender.
+        codec_id: how the body is written.
+        k: kept elements per full row.
+        numel: elements of the bucket.
+        layout_crc: of the bucket's layout.
+        signals: what the sender measured.
+    """
+
+    step: int
+    bucket: int
+    rank: int
+    codec_id: int
+    k: int
+    numel: int
+    layout_crc: int
+    signals: RankSignals
+
+
+@functools.lru_cache(maxsize=64)
+def layout_crc(layout: BucketLayout) -> int:
+    """crc32c over the chunk size, the bucket's size and every segment; equal layouts, equal crc."""
+    numbers = [CHUNK_NUMEL, layout.numel]
+    for segment in layout.segments:
+        numbers += [segment.offset, segment.numel, int(segment.pruned)]
+    return int(google_crc32c.value(np.array(numbers, dtype="<u8").tobytes()))
+
+
+def seal(header: Header, payload: Bytes) -> None:
+    """Write the header over the first bytes of a payload whose body is complete.
+
+    Raises:
+        ValueError: a number does not fit its field.
+    """
+    signals = header.signals
+    body_bytes = payload.size - HEADER_BYTES
+    for name, value, bits in (
+        ("step", header.step, 32),
+        ("bucket", header.bucket, 16),
+        ("rank", header.rank, 16),
+        ("agreement", signals.agreement, 32),
+        ("body_bytes", body_bytes, 32),
+    ):
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"{name} must be in 0 .. 2**{bits} - 1, got {value}.")
+    flags = (
+        _NONFINITE * signals.nonfinite
+        | _LOSS_KNOWN * (signals.loss is not None)
+        | _TIME_KNOWN * (signals.compute_time_s is not None)
+    )
+    fields = _FIELDS.pack(
+        MAGIC,
+        VERSION,
+        header.codec_id,
+        flags,
+        header.step,
+        header.bucket,
+        header.rank,
+        header.k,
+        0,
+        header.layout_crc,
+        header.numel,
+        body_bytes,
+        signals.agreement,
+        _f32(signals.loss or 0.0),
+        _amount("compute_time_s", signals.compute_time_s or 0.0),
+        _amount("codec_time_s", signals.codec_time_s),
+        _amount("comm_time_s", signals.comm_time_s),
+        _amount("wire_bytes", float(signals.wire_bytes)),
+    )
+    crc = google_crc32c.extend(google_crc32c.value(fields), payload[HEADER_BYTES:])
+    payload[:HEADER_BYTES] = np.frombuffer(fields + _CRC.pack(crc), dtype=np.uint8)
+
+
+def parse(payload: torch.Tensor) -> Header:
+    """Read a payload's header; checks everything that needs neither a codec nor a layout.
+
+    Args:
+        payload: 1-D uint8, CPU; arbitrary bytes.
+
+    Raises:
+        WireFormatError: it is not a whole, undamaged payload.
+    """
+    if payload.dtype is not torch.uint8 or payload.dim() != 1:
+        raise ValueError(f"payload must be 1-D uint8, got {payload.dim()}-D {payload.dtype}.")
+    data: Bytes = payload.contiguous().numpy()
+    if data.size < HEADER_BYTES:
+        raise WireFormatError(f"payload must have at least {HEADER_BYTES} bytes, got {data.size}.")
+    head = data[:HEADER_BYTES].tobytes()
+    (
+        magic,
+        version,
+        codec_id,
+        flags,
+        step,
+        bucket,
+        rank,
+        k,
+        reserved,
+        crc_of_layout,
+        numel,
+        body_bytes,
+        agreement,
+        loss,
+        *amounts,
+    ) = _FIELDS.unpack_from(head)
+    if magic != MAGIC:
+        raise WireFormatError(f"payload must begin with {MAGIC!r}, got {magic!r}.")
+    if version != VERSION:
+        raise WireFormatError(
+            f"payload's format version must be {VERSION}, got {version}. Install the same release "
+            "on all hosts."
+        )
+    if body_bytes != data.size - HEADER_BYTES:
+        raise WireFormatError(
+            f"payload must have {HEADER_BYTES + body_bytes} bytes, as its header says, got "
+            f"{data.size}."
+        )
+    (crc,) = _CRC.unpack_from(head, _FIELDS.size)
+    actual = google_crc32c.extend(google_crc32c.value(head[: _FIELDS.size]), data[HEADER_BYTES:])
+    if crc != actual:
+        raise WireFormatError(f"payload's crc32c must be {actual:08x}, got {crc:08x}: damaged.")
+    _check_fields(codec_id, flags, k, reserved, crc_of_layout, numel, body_bytes)
+    return Header(
+        step,
+        bucket,
+        rank,
+        codec_id,
+        k,
+        numel,
+        crc_of_layout,
+        _signals(flags, agreement, loss, amounts),
+    )
+
+
+def _check_fields(
+    codec_id: int, flags: int, k: int, reserved: int, crc: int, numel: int, body_bytes: int
+) -> None:
+    if flags & ~_FLAGS:
+        raise WireFormatError(f"payload's flags must be within {_FLAGS:#x}, got {flags:#x}.")
+    if reserved:
+        raise WireFormatError(f"payload's reserved field must be 0, got {reserved}.")
+    if not 1 <= k <= CHUNK_NUMEL:
+        raise WireFormatError(f"payload's k must be in 1 .. {CHUNK_NUMEL}, got {k}.")
+    if codec_id == SIGNALS_ID and (crc or numel or body_bytes):
+        raise WireFormatError("payload without a body must have no layout and no elements.")
+
+
+def _signals(flags: int, agreement: int, loss: float, amounts: list[float]) -> RankSignals:
+    for name, amount in zip(
+        ("compute time", "codec time", "comm time", "wire bytes"), amounts, strict=True
+    ):
+        if not (math.isfinite(amount) and amount >= 0.0):
+            raise WireFormatError(f"payload's {name} must be finite and >= 0, got {amount}.")
+    compute_time_s, codec_time_s, comm_time_s, wire_bytes = amounts
+    for name, known, value in (
+        ("loss", flags & _LOSS_KNOWN, loss),
+        ("compute time", flags & _TIME_KNOWN, compute_time_s),
+    ):
+        if not known and value != 0.0:
+            raise WireFormatError(f"payload's {name} must be 0 when unknown, got {value}.")
+    return RankSignals(
+        loss=loss if flags & _LOSS_KNOWN else None,
+        nonfinite=bool(flags & _NONFINITE),
+        compute_time_s=compute_time_s if flags & _TIME_KNOWN else None,
+        codec_time_s=codec_time_s,
+        comm_time_s=comm_time_s,
+        wire_bytes=int(wire_bytes),
+        agreement=agreement,
+    )
+
+
+def _f32(value: float) -> float:
+    """What a float32 field can hold: beyond its range, infinity."""
+    return math.copysign(math.inf, value) if abs(value) > _F32_MAX else value
+
+
+def _amount(name: str, value: float) -> float:
+    """A time or a size that every receiver will accept."""
+    if not 0.0 <= value <= _F32_MAX:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}.")
+    return value
