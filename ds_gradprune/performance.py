@@ -8,9 +8,9 @@ With L(t) the training loss of step t and M the window size:
 - `literal`: P(t) = (L(t-M) - L(t)) / (mean - min)
 - `edge`: P(t) = (mean of L(t-M) .. L(t-M+w-1) - mean of L(t-w+1) .. L(t)) / (mean - min)
 
-where w = M // 4, and mean and min run over the last M losses, L(t-M+1) .. L(t). Both edges of `edge` are taken from
-the same M+1 losses that `literal` uses, so with w = 1 the two are one formula; its noise is about
-four times less. M // 4 >= 2 from M = 8 on.
+where w = M // 4, and mean and min run over the last M losses, L(t-M+1) .. L(t). Both edges of
+`edge` are taken from the same M+1 losses that `literal` uses, so with w = 1 (M below 8) the two are
+one formula. The noise of `edge` is sqrt(w) times less: 0.10 against 0.54 on a plateau at M = 128.
 
 The formula was published only as an image that is lost. This is a reconstruction from the terms
 that the surrounding text defines: the loss now, the loss a window ago, the moving average over the
