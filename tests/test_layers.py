@@ -34,6 +34,7 @@ FAMILIES = ("codec", "transport", "integration", ISLAND)
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("integration.",),
+    "hjson": ("integration.",),
     "mpi4py": ("transport.mpi",),
     "transformers": (f"{ISLAND}.",),
     "tokenizers": (f"{ISLAND}.",),
@@ -43,7 +44,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
 }
 """Third-party package -> the only modules (or prefixes of them) that may import it."""
 
-IN_FUNCTION = {(f"{ISLAND}.generate", "deepspeed")}
+IN_FUNCTION = {
+    (f"{ISLAND}.generate", "deepspeed"),
+    (f"{ISLAND}.start", "deepspeed"),
+    (f"{ISLAND}.start", "hjson"),
+}
 """Imports inside a function: of optional packages, at the moment they are used."""
 
 PURE = ("link", "performance", "controller", "stats")

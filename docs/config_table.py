@@ -1,0 +1,105 @@
+"""The README's table of the `gradient_pruning` block, made from the models that check it.
+
+python docs/config_table.py            prints the table
+python docs/config_table.py --write    puts it between the markers in README.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ds_gradprune.config import DensityConfig, GradientPruningConfig, LinkPoint, ThrottleConfig
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN = "<!-- config table: written by docs/config_table.py -->"
+END = "<!-- end of config table -->"
+
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("", GradientPruningConfig),
+    ("density.", DensityConfig),
+    ("throttle.", ThrottleConfig),
+    ("throttle.schedule[].", LinkPoint),
+)
+
+
+def table() -> str:
+    """Markdown, one row per key, in the order of the models."""
+    rows = ["| key | default | accepts | meaning |", "|---|---|---|---|"]
+    for prefix, model in SECTIONS:
+        for name, field in model.model_fields.items():
+            cells = (f"`{prefix}{name}`", _default(field), _accepts(field), field.description)
+            rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def readme_with_table(readme: str) -> str:
+    """The README's text with a fresh table between its markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be given"
+    if isinstance(field.default_factory, type):
+        return "see below"
+    return f"`{json.dumps(field.default)}`"
+
+
+def _accepts(field: FieldInfo) -> str:
+    bounds = [text for item in field.metadata if (text := _bound(item))]
+    kinds = _kinds(field.annotation)
+    if kinds[0].startswith("`") or not bounds:
+        return " or ".join(kinds)
+    return " or ".join([f"{kinds[0]} {', '.join(bounds)}", *kinds[1:]])
+
+
+def _kinds(annotation: Any) -> list[str]:
+    """What a field accepts, `null` last."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        found = [m for item in metadata for m in getattr(item, "metadata", [item])]
+        bounds = ", ".join(text for item in found if (text := _bound(item)))
+        return [f"{kind} {bounds}".strip() for kind in _kinds(inner)]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for member in get_args(annotation) for kind in _kinds(member)]
+    if get_origin(annotation) is Literal:
+        return [f"`{json.dumps(value)}`" for value in get_args(annotation)]
+    if annotation is types.NoneType:
+        return ["`null`"]
+    names = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
+    return [names.get(annotation, "list" if get_origin(annotation) is list else "object")]
+
+
+def _bound(item: Any) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    parts = [f"{signs[name]} {getattr(item, name):g}" for name in signs if hasattr(item, name)]
+    return ", ".join(parts)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table, or write it into README.md."""
+    if arguments == ["--write"]:
+        README.write_text(readme_with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    elif arguments:
+        sys.exit("config_table.py takes nothing or --write")
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
