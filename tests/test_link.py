@@ -147,6 +147,34 @@ def test_change_outside_what_a_jump_in_bytes_allows_is_seen_at_once() -> None:
     assert link.exchange(int(wire_bytes * 0.7)) == "faster"
 
 
+def known_overhead(wire_bytes=20_000):
+    """A state of 1 MB/s and 10 ms overhead, which is known, at 20 kB: 30 ms."""
+    state = LinkState()
+    for size in [10 * wire_bytes] * 5 + [wire_bytes] * 12:
+        state, estimate = observe(state, OVERHEAD_S + size * 1e-6, size)
+    assert estimate.overhead_s == pytest.approx(OVERHEAD_S, rel=1e-9)
+    return state
+
+
+@pytest.mark.parametrize(("time_s", "want"), [(0.020, "faster"), (0.050, "slower")])
+def test_known_overhead_does_not_hide_a_change(time_s, want) -> None:
+    # The rate changes by 2, the whole time by 1.5 or 1.67: log 1.5 - 0.15 = 0.26 a step would take
+    # five steps.
+    state = known_overhead()
+    for expected in (None, None, want):
+        state, estimate = observe(state, time_s, 20_000)
+        assert estimate.changed == expected
+
+
+@pytest.mark.parametrize("time_s", [0.0225, 0.039])
+def test_whole_time_that_moves_by_a_quarter_is_noise(time_s) -> None:
+    # Less the overhead it is a factor of 0.63 or 1.45, and the CUSUM alone would alarm.
+    state = known_overhead()
+    for _ in range(12):
+        state, estimate = observe(state, time_s, 20_000)
+        assert estimate.changed is None
+
+
 def test_estimate_after_an_alarm_is_of_the_new_network() -> None:
     link = SimulatedLink(3, 20 * MBIT, stalls=0.0)
     wire_bytes = int(0.2 * link.rate)
