@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -71,7 +72,7 @@ def test_quickstart_sees_the_link_drop_and_recover() -> None:
     # Before the drop, between, and after the recovery there must be time to react: a window's worth
     # after the dense steps, then as many again.
     edges = [block.warmup_steps + block.ramp_steps, *(p.step for p in schedule[1:]), steps]
-    assert all(b - a >= block.window_size for a, b in zip(edges, edges[1:], strict=False)), edges
+    assert all(b - a >= block.window_size for a, b in itertools.pairwise(edges)), edges
 
 
 @pytest.mark.distributed
