@@ -17,13 +17,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError, GradPruneError
 from ds_gradprune.textgen.corpus import open_text
+from ds_gradprune.textgen.flags import ScriptParser, natural, positive
 from ds_gradprune.textgen.ranks import (
     AgreedFault,
     Peers,
@@ -43,14 +44,9 @@ from ds_gradprune.textgen.start import (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See --help.")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> ScriptParser:
     """The flags; all else is a key of the DeepSpeed configuration."""
-    flags = _Parser(description="Train a text generator over pruned gradients.", allow_abbrev=False)
+    flags = ScriptParser("Train a text generator over pruned gradients.")
     flags.add_argument(
         "--config", type=Path, required=True, help=f"DeepSpeed's JSON file, with a {BLOCK} block"
     )
@@ -67,18 +63,18 @@ def parser() -> argparse.ArgumentParser:
         "Python)",
     )
     flags.add_argument(
-        "--steps", type=_positive, default=1000, help="optimizer steps in all (default: 1000)"
+        "--steps", type=positive, default=1000, help="optimizer steps in all (default: 1000)"
     )
     flags.add_argument(
         "--out", type=Path, default=Path("runs/train"), help="run folder (default: runs/train)"
     )
     flags.add_argument("--resume", action="store_true", help="continue the run in --out")
-    flags.add_argument("--seed", type=_natural, default=0, help="weights and order (default: 0)")
+    flags.add_argument("--seed", type=natural, default=0, help="weights and order (default: 0)")
     flags.add_argument(
-        "--eval-every", type=_positive, default=100, help="steps between validations (default: 100)"
+        "--eval-every", type=positive, default=100, help="steps between validations (default: 100)"
     )
     flags.add_argument(
-        "--save-every", type=_positive, default=500, help="steps between checkpoints (default: 500)"
+        "--save-every", type=positive, default=500, help="steps between checkpoints (default: 500)"
     )
     flags.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed passes it
     return flags
@@ -125,8 +121,9 @@ def read_settings(arguments: Sequence[str] | None) -> Settings:
         open_text(flags.text).check()
     if not flags.resume:
         folder.check_new()
-    from ds_gradprune.textgen.model import check_model_name
+    from ds_gradprune.textgen.model import check_model_name, quiet_transformers
 
+    quiet_transformers()
     check_model_name(flags.model)
     return Settings(flags, ds_config, block, folder)
 
@@ -374,19 +371,6 @@ def resolved_config(
         "gradient_accumulation_steps": world_config.gradient_accumulation_steps,
         BLOCK: block.model_dump(mode="json"),
     }
-
-
-def _number_of(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
-        return int(text)
-
-    return convert
-
-
-_positive = _number_of(1)
-_natural = _number_of(0)
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:

@@ -7,7 +7,7 @@ plain transformers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Sampling:
             raise ConfigError(faults)
 
 
-class Generator:
+class Replier:
     """A model that replies.
 
     Args:
@@ -77,7 +77,7 @@ class Generator:
             self._engine = inference_engine(model, half)
 
     @classmethod
-    def load(cls, name: str, device: str | None = None) -> Generator:
+    def load(cls, name: str, device: str | None = None) -> Replier:
         """Open a model folder or hub name. Local.
 
         Raises:
@@ -101,7 +101,7 @@ class Generator:
         out = self._generate(prompt_ids, sampling, use_cache=use_cache)
         return str(self.tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True))
 
-    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
         """Like `reply`, in pieces, each as soon as it is known.
 
         The model runs in a thread of its own. Leaving the iterator early stops it after the token

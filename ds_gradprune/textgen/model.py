@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -50,6 +51,12 @@ SIZES = {
     "small": ModelSize(n_layer=12, n_head=12, n_embd=768, context=1024),
 }
 """With the vocabularies of tokenizer.VOCAB_SIZES: about 1, 10 and 124 million parameters."""
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' advice and bars off the screen; its errors are raised anyway. Local."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def build_model(size: str, vocab_size: int, end_of_text_id: int, seed: int) -> PreTrainedModel:

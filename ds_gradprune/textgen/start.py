@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import cpp_extension
 
 from ds_gradprune.errors import CheckpointError, ConfigError, GradPruneError
 from ds_gradprune.textgen.ranks import Peers, Place
@@ -157,8 +158,6 @@ def _build(builder: Any, say: Callable[[str], None]) -> str | None:
     Returns:
         Why that failed; None if it did not.
     """
-    from torch.utils import cpp_extension
-
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     if not (folder / f"{builder.name}.so").exists():
         compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call] # torch

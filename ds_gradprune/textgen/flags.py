@@ -1,0 +1,42 @@
+"""Command lines whose faults are told like all others: one message, from one rank."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from ds_gradprune.errors import ConfigError
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """An argparse parser that raises where argparse would print and exit.
+
+    Flags cannot be abbreviated: what a script line means must not change when a flag is added.
+    """
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's message.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message}. See --help.")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse's `type`."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on, for argparse's `type`."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    return int(text)
