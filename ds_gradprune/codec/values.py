@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+_SPAN_NUMEL = 1 << 18
+"""Values rounded at a time: temporary tensors of a megabyte."""
+
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 
@@ -71,8 +74,11 @@ class Bfloat16(ValueFormat):
         return self._narrow(values).to(torch.float32)
 
     def write(self, values: torch.Tensor, out: _Bytes) -> None:
-        """Round and copy the bits."""
-        out[:] = _little_endian(self._narrow(values).view(torch.int16).cpu().numpy(), "<i2")
+        """Round and copy the bits, span by span: nothing as large as a model is made."""
+        for start in range(0, len(values), _SPAN_NUMEL):
+            span = slice(start, start + _SPAN_NUMEL)
+            bits = self._narrow(values[span]).view(torch.int16).cpu().numpy()
+            out[2 * span.start : 2 * span.stop] = _little_endian(bits, "<i2")
 
     def read(self, data: _Bytes) -> torch.Tensor:
         """The bits are the upper half of a float32."""

@@ -1,0 +1,474 @@
+"""Every codec, one table; and arbitrary bytes, which must never do more than raise one error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+
+import google_crc32c
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_gradprune import codec
+from ds_gradprune.codec import CODECS, HEADER_BYTES, Codec, codec_for
+from ds_gradprune.errors import WireFormatError
+from ds_gradprune.records import BucketLayout, RankSignals, SparseBlock
+from ds_gradprune.sparsify import kept_positions, layout_of, num_kept, select
+
+SIGNALS = RankSignals(
+    loss=3.5,
+    nonfinite=False,
+    compute_time_s=0.25,
+    codec_time_s=0.125,
+    comm_time_s=0.0625,
+    wire_bytes=4096,
+    agreement=0xDEADBEEF,
+)
+"""Times that float32 holds exactly."""
+
+
+def layout(*shapes: tuple[int, ...]) -> BucketLayout:
+    return layout_of([torch.Size(shape) for shape in shapes], 100)
+
+
+LAYOUTS = {
+    "one row": layout((1, 4096)),
+    "rows": layout((5, 4096)),
+    "tail": layout((1, 5000)),
+    "short": layout((3, 67)),
+    "mixed": layout((2, 4096), (7,), (3, 50), (0, 9), (1, 4096), (11,), (1, 9001)),
+    "all dense": layout((50,), (3, 3), (101,)),
+    "empty": layout((0, 4)),
+}
+K = (1, 2, 41, 205, 4095, 4096)
+CASES = [
+    pytest.param(written, bucket, k, id=f"{written.name}-{name}-{k}")
+    for written in CODECS.values()
+    for name, bucket in LAYOUTS.items()
+    for k in K
+    if written.accepts(k)
+]
+SMALL = [pytest.param(c, 4096 if c.accepts(4096) and not c.accepts(7) else 7, id=c.name)
+         for c in CODECS.values()]  # fmt: skip
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.int32)
+
+
+def encode(written: Codec, block: SparseBlock, signals: RankSignals = SIGNALS) -> torch.Tensor:
+    return written.encode(block, step=12, bucket=3, rank=1, signals=signals)
+
+
+def small_payload(written: Codec, k: int) -> tuple[torch.Tensor, BucketLayout]:
+    """A row of 120 elements, three dense ones, padding."""
+    bucket = layout((1, 120), (3,))
+    return encode(written, select(torch.randn(bucket.numel), bucket, k)), bucket
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("written", "bucket", "k"), CASES)
+def test_what_arrives_is_what_the_sender_believes_was_sent(
+    written: Codec, bucket: BucketLayout, k: int
+) -> None:
+    block = select(torch.randn(bucket.numel), bucket, k)
+    payload = encode(written, block)
+    assert payload.dtype == torch.uint8
+    assert payload.shape == (written.payload_bytes(bucket, k),)
+    for header, arrived in (written.decode(payload, bucket), codec.decode(payload, bucket)):
+        assert header == codec.Header(
+            step=12,
+            bucket=3,
+            rank=1,
+            codec_id=written.codec_id,
+            k=k,
+            numel=bucket.numel,
+            layout_crc=codec.layout_crc(bucket),
+            signals=SIGNALS,
+        )
+        assert (arrived.layout, arrived.k) == (bucket, k)
+        assert arrived.indices.dtype == torch.int16
+        assert torch.equal(arrived.indices, block.indices)
+        values, dense = written.sent_values(block)
+        assert torch.equal(bits(arrived.values), bits(values))
+        assert torch.equal(bits(arrived.dense), bits(dense))
+        assert arrived.values.dtype == arrived.dense.dtype == torch.float32
+        # What was decoded is a fixed point: sending it again sends the same bytes.
+        assert torch.equal(encode(written, arrived), payload)
+
+
+@pytest.mark.parametrize("written", CODECS.values(), ids=lambda c: c.name)
+def test_rounding_is_the_best_of_the_width(written: Codec) -> None:
+    t = torch.cat([torch.randn(2000), torch.randn(2000) * 1e-30, torch.randn(96) * 1e38])
+    t[:4] = torch.tensor([0.0, -0.0, 1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8])
+    bucket = layout((1, 4096))
+    sent, _ = written.sent_values(select(t, bucket, 4096))
+    if written.values.nbytes == 4:
+        assert torch.equal(bits(sent), bits(t))
+        return
+    # bfloat16 keeps 8 significant bits: half a unit in the last place is 2**-8 of a power of two
+    # that is at most the magnitude itself.
+    assert bool(((sent - t).abs() <= t.abs() * 2.0**-8).all())
+    assert sent[:4].tolist() == [0.0, 0.0, 1.0, 1.0 + 2 * 2.0**-7]  # ties go to even
+    assert math.copysign(1.0, float(sent[1])) == -1.0
+
+
+def test_bfloat16_saturates_and_never_becomes_infinite() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    beyond = torch.finfo(torch.float32).max
+    t = torch.tensor([[largest, -largest, beyond, -beyond, float("inf"), -float("inf")] * 20])
+    bucket = layout((1, 120))
+    block = select(t.view(-1), bucket, 4096)
+    sent, _ = codec_for(41, 16).sent_values(block)
+    assert sent.view(-1, 6)[0].tolist() == [largest, -largest] * 3
+    arrived = codec.decode(encode(codec_for(41, 16), block), bucket)[1]
+    assert torch.equal(arrived.values, sent)
+
+
+@pytest.mark.parametrize(("written", "k"), SMALL)
+def test_nan_stays_nan(written: Codec, k: int) -> None:
+    bucket = layout((1, 120), (3,))
+    block = select(torch.full((bucket.numel,), float("nan")), bucket, k)
+    arrived = codec.decode(encode(written, block), bucket)[1]
+    assert bool(arrived.values.isnan().all())
+    assert bool(arrived.dense.isnan().all())
+    assert torch.equal(bits(arrived.values), bits(written.sent_values(block)[0]))
+
+
+@pytest.mark.parametrize("place", [0, 4095])
+def test_first_and_last_place_of_a_row(place: int) -> None:
+    t = torch.zeros(8192)
+    t[place] = t[4096 + place] = -1.5
+    bucket = layout((2, 4096))
+    arrived = codec.decode(encode(codec_for(1, 16), select(t, bucket, 1)), bucket)[1]
+    assert arrived.indices.tolist() == [place, place]
+    assert arrived.values.tolist() == [-1.5, -1.5]
+
+
+def test_sizes_are_what_the_format_says() -> None:
+    bucket = layout((3, 4096), (5,))
+    # 64 header; 3 * 41 = 123 values and 5 dense ones; 62 pairs of indices; up to 4 bytes.
+    assert codec_for(41, 16).payload_bytes(bucket, 41) == 64 + 2 * 128 + 3 * 62 + 2
+    assert codec_for(41, 32).payload_bytes(bucket, 41) == 64 + 4 * 128 + 3 * 62 + 2
+    assert codec_for(4096, 16).payload_bytes(bucket, 4096) == 64 + 2 * (3 * 4096 + 5) + 2
+    assert codec_for(4096, 32).payload_bytes(bucket, 4096) == 64 + 4 * (3 * 4096 + 5)
+
+
+@given(st.sampled_from(list(LAYOUTS)), st.sampled_from(K), st.sampled_from([16, 32]))
+def test_size_counts_what_selection_keeps(name: str, k: int, value_bits: int) -> None:
+    bucket, width = LAYOUTS[name], value_bits // 8
+    kept = num_kept(bucket, k)
+    places = 0 if k == 4096 else 3 * math.ceil(kept / 2)
+    body = width * (kept + bucket.dense_numel) + places
+    expected = HEADER_BYTES + 4 * math.ceil(body / 4)
+    assert codec_for(k, value_bits).payload_bytes(bucket, k) == expected
+
+
+@pytest.mark.parametrize(("written", "k"), SMALL)
+def test_encodes_into_the_callers_memory(written: Codec, k: int) -> None:
+    bucket = layout((1, 120), (3,))
+    block = select(torch.randn(bucket.numel), bucket, k)
+    size = written.payload_bytes(bucket, k)
+    room = torch.full((size + 7,), 0xAA, dtype=torch.uint8)
+    for offset in range(4):  # aligned or not
+        out = room[offset : offset + size]
+        result = written.encode(block, step=12, bucket=3, rank=1, signals=SIGNALS, out=out)
+        assert result.data_ptr() == out.data_ptr()
+        assert torch.equal(result, encode(written, block))
+        assert torch.equal(codec.decode(result, bucket)[1].indices, block.indices)
+    assert room[size + 3 :].tolist() == [0xAA] * 4
+
+
+def test_choice_of_codec() -> None:
+    names = {(k, width): codec_for(k, width).name for k in (1, 4095, 4096) for width in (16, 32)}
+    assert names == {
+        (1, 16): "packed-bf16",
+        (4095, 16): "packed-bf16",
+        (4096, 16): "dense-bf16",
+        (1, 32): "packed-fp32",
+        (4095, 32): "packed-fp32",
+        (4096, 32): "dense-fp32",
+    }
+    with pytest.raises(ValueError, match="value_bits must be 16 or 32, got 8"):
+        codec_for(41, 8)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nonfinite", [False, True])
+@pytest.mark.parametrize("loss", [None, 0.0, -2.5, math.inf])
+@pytest.mark.parametrize("compute_time_s", [None, 0.0, 0.5])
+def test_signals_travel_alone_and_with_a_block(
+    nonfinite: bool, loss: float | None, compute_time_s: float | None
+) -> None:
+    signals = dataclasses.replace(
+        SIGNALS, nonfinite=nonfinite, loss=loss, compute_time_s=compute_time_s
+    )
+    alone = codec.encode_signals(step=9, rank=2, signals=signals)
+    assert alone.shape == (HEADER_BYTES,)
+    header = codec.read_header(alone)
+    assert header.signals == signals
+    assert (header.step, header.rank, header.bucket) == (9, 2, 0)
+    assert (header.codec_id, header.numel, header.layout_crc) == (0, 0, 0)
+    bucket = layout((1, 120))
+    block = select(torch.zeros(120), bucket, 5)
+    assert codec.read_header(encode(codec_for(5, 16), block, signals)).signals == signals
+
+
+def test_signals_are_rounded_to_float32() -> None:
+    signals = dataclasses.replace(
+        SIGNALS, loss=1e300, compute_time_s=0.1, wire_bytes=2**24 + 1, codec_time_s=1e-60
+    )
+    arrived = codec.read_header(codec.encode_signals(step=1, rank=0, signals=signals)).signals
+    assert arrived.loss == math.inf
+    assert arrived.compute_time_s == struct.unpack("<f", struct.pack("<f", 0.1))[0]
+    assert arrived.wire_bytes == 2**24
+    assert arrived.codec_time_s == 0.0
+    unknown = dataclasses.replace(SIGNALS, loss=math.nan)
+    loss = codec.read_header(codec.encode_signals(step=1, rank=0, signals=unknown)).signals.loss
+    assert loss is not None
+    assert math.isnan(loss)
+
+
+def test_layout_crc_tells_layouts_apart() -> None:
+    several = [*LAYOUTS.values(), layout((4096,)), layout((4096, 1), (7,)), layout((4097, 1), (6,))]
+    assert len({codec.layout_crc(bucket) for bucket in several}) == len(several)
+    assert codec.layout_crc(layout((2, 4096))) == codec.layout_crc(layout((4096, 2)))
+
+
+# --- bad senders ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, r"step must be in 0 \.\. 2\*\*32 - 1, got -1"),
+        ({"step": 2**32}, r"step must be in 0 \.\. 2\*\*32 - 1, got 4294967296"),
+        ({"bucket": 65536}, r"bucket must be in 0 \.\. 2\*\*16 - 1, got 65536"),
+        ({"rank": 65536}, r"rank must be in 0 \.\. 2\*\*16 - 1, got 65536"),
+        ({"out": torch.empty(3, dtype=torch.uint8)}, r"out must be contiguous uint8 of shape"),
+        (
+            {"signals": dataclasses.replace(SIGNALS, agreement=-1)},
+            r"agreement must be in 0 \.\. 2\*\*32 - 1, got -1",
+        ),
+        (
+            {"signals": dataclasses.replace(SIGNALS, comm_time_s=math.nan)},
+            r"comm_time_s must be finite and >= 0, got nan",
+        ),
+        (
+            {"signals": dataclasses.replace(SIGNALS, wire_bytes=-1)},
+            r"wire_bytes must be finite and >= 0, got -1\.0",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_header_is_refused(changes: dict[str, object], message: str) -> None:
+    block = select(torch.zeros(120), layout((1, 120)), 5)
+    arguments = {"step": 1, "bucket": 0, "rank": 0, "signals": SIGNALS} | changes
+    with pytest.raises(ValueError, match=message):
+        codec_for(5, 16).encode(block, **arguments)  # type: ignore[arg-type]
+
+
+def test_blocks_that_contradict_themselves_are_refused() -> None:
+    block = select(torch.zeros(123), layout((1, 120), (3,)), 2000)
+    for name in ("indices", "values", "dense"):
+        wrong = dataclasses.replace(block, **{name: getattr(block, name)[:1]})
+        with pytest.raises(ValueError, match=rf"block\.{name} must be .* at k = 2000, got"):
+            encode(codec_for(5, 16), wrong)
+    with pytest.raises(ValueError, match="k must suit codec dense-bf16, got 2000"):
+        encode(codec_for(4096, 16), block)
+
+
+# --- arbitrary bytes ------------------------------------------------------------------------------
+
+
+def as_tensor(data: bytes | bytearray) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(
+        0, dtype=torch.uint8
+    )  # fmt: skip
+
+
+def resealed(data: bytearray) -> torch.Tensor:
+    """The same bytes with a crc that fits them, as from a faulty or foreign sender."""
+    crc = google_crc32c.extend(google_crc32c.value(bytes(data[:60])), bytes(data[64:]))
+    data[60:64] = struct.pack("<I", crc)
+    return as_tensor(data)
+
+
+@pytest.mark.parametrize(("written", "k"), SMALL)
+def test_every_flipped_bit_is_found(written: Codec, k: int) -> None:
+    payload, bucket = small_payload(written, k)
+    for position in range(len(payload) * 8):
+        flipped = payload.clone()
+        flipped[position // 8] ^= 1 << position % 8
+        with pytest.raises(WireFormatError, match="payload"):
+            codec.decode(flipped, bucket)
+        with pytest.raises(WireFormatError, match="payload"):
+            codec.read_header(flipped)
+
+
+@pytest.mark.parametrize(("written", "k"), SMALL)
+def test_every_cut_is_found(written: Codec, k: int) -> None:
+    payload, bucket = small_payload(written, k)
+    for size in range(len(payload)):
+        with pytest.raises(WireFormatError, match="payload must have"):
+            codec.decode(payload[:size], bucket)
+    with pytest.raises(WireFormatError, match=r"payload must have .* as its header says"):
+        codec.decode(torch.cat([payload, payload[:1]]), bucket)
+
+
+@given(st.binary(max_size=300), st.sampled_from(list(LAYOUTS)))
+def test_random_bytes_raise_one_error(data: bytes, name: str) -> None:
+    with pytest.raises(WireFormatError, match="payload"):
+        codec.decode(as_tensor(data), LAYOUTS[name])
+
+
+@given(
+    st.sampled_from(list(CODECS)),
+    st.lists(st.tuples(st.integers(4, 400), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_forged_payloads_raise_one_error_or_are_harmless(
+    codec_id: int, changes: list[tuple[int, int]]
+) -> None:
+    torch.manual_seed(0)
+    written = CODECS[codec_id]
+    payload, bucket = small_payload(written, 7 if written.accepts(7) else 4096)
+    data = bytearray(payload.numpy().tobytes())
+    for offset, byte in changes:
+        data[offset % len(data)] = byte
+    refused = ""
+    try:
+        header, block = codec.decode(resealed(data), bucket)
+    except WireFormatError as error:
+        refused = str(error)
+    if refused:
+        assert refused.startswith("payload")
+        return
+    positions = kept_positions(bucket, header.k, block.indices)  # checks the shape
+    assert bool((positions.diff() > 0).all())
+    assert positions.numel() == 0 or (0 <= int(positions[0]) and int(positions[-1]) < 120)
+    assert block.values.shape == block.indices.shape
+    assert block.dense.shape == (3,)
+
+
+def forged(offset: int, fmt: str, value: object) -> torch.Tensor:
+    payload, _ = small_payload(codec_for(7, 16), 200)
+    data = bytearray(payload.numpy().tobytes())
+    struct.pack_into(fmt, data, offset, value)
+    return resealed(data)
+
+
+@pytest.mark.parametrize(
+    ("offset", "fmt", "value", "message"),
+    [
+        (0, "<4s", b"GSPD", r"must begin with b'DSGP', got b'GSPD'"),
+        (4, "<B", 2, r"format version must be 1, got 2\. Install the same release"),
+        (5, "<B", 99, r"codec id must be one of \[0, 1, 2, 3, 4\], got 99"),
+        (5, "<B", 0, "without a body must have no layout and no elements"),
+        (5, "<B", 1, "k must suit codec dense-fp32, got 200"),
+        (5, "<B", 4, "must have 112 bytes with codec packed-fp32 at k = 200, got 92"),
+        (6, "<H", 8, "flags must be within 0x7, got 0x8"),
+        (6, "<H", 4, r"loss must be 0 when unknown, got 3\.5"),
+        (6, "<H", 2, r"compute time must be 0 when unknown, got 0\.25"),
+        (16, "<H", 0, r"k must be in 1 \.\. 4096, got 0"),
+        (16, "<H", 4097, r"k must be in 1 \.\. 4096, got 4097"),
+        (16, "<H", 4000, "must have .* bytes with codec packed-bf16 at k = 4000, got 92"),
+        (18, "<H", 1, "reserved field must be 0, got 1"),
+        (20, "<I", 7, "layout must be this rank's .* crc 00000007. Do all ranks run the same"),
+        (24, "<Q", 122, "layout must be this rank's .*, got 122 elements"),
+        (32, "<I", 29, "must have 93 bytes, as its header says, got 92"),
+        (44, "<f", math.nan, "compute time must be finite and >= 0, got nan"),
+        (48, "<f", -1.0, r"codec time must be finite and >= 0, got -1\.0"),
+        (52, "<f", math.inf, "comm time must be finite and >= 0, got inf"),
+        (56, "<f", -math.inf, "wire bytes must be finite and >= 0, got -inf"),
+    ],
+)
+def test_every_field_is_checked(offset: int, fmt: str, value: object, message: str) -> None:
+    payload = forged(offset, fmt, value)
+    with pytest.raises(WireFormatError, match=message):
+        codec.decode(payload, layout((1, 120), (3,)))
+
+
+def packed_row(indices: list[int], length: int = 120) -> tuple[torch.Tensor, BucketLayout]:
+    """A payload with hand-made indices in a row of `length`."""
+    bucket = layout((1, length))
+    k = len(indices) * 4096 // length
+    block = SparseBlock(
+        bucket,
+        k,
+        torch.tensor(indices, dtype=torch.int16),
+        torch.ones(len(indices)),
+        torch.empty(0),
+    )
+    return encode(codec_for(5, 16), block), bucket
+
+
+@pytest.mark.parametrize("indices", [[5, 5], [6, 5], [0, 0], [119, 0]])
+def test_indices_that_do_not_rise_are_refused(indices: list[int]) -> None:
+    payload, bucket = packed_row(indices)
+    with pytest.raises(WireFormatError, match="indices must rise inside every row"):
+        codec.decode(payload, bucket)
+
+
+def test_indices_beyond_a_short_row_are_refused() -> None:
+    payload, bucket = packed_row([5, 119])
+    assert codec.decode(payload, bucket)[1].indices.tolist() == [5, 119]
+    payload, bucket = packed_row([5, 120])
+    with pytest.raises(WireFormatError, match=r"indices must be below 120, .* row, got 120"):
+        codec.decode(payload, bucket)
+
+
+def test_rows_may_begin_below_the_end_of_the_row_before() -> None:
+    t = torch.zeros(8192)
+    t[4000], t[4096 + 7] = 1.0, 1.0
+    bucket = layout((2, 4096))
+    arrived = codec.decode(encode(codec_for(1, 16), select(t, bucket, 1)), bucket)[1]
+    assert arrived.indices.tolist() == [4000, 7]
+
+
+def test_padding_must_be_zero() -> None:
+    payload, bucket = packed_row([1, 2, 3])  # 64 + 6 + 6: no padding, but half a triple is unused
+    data = bytearray(payload.numpy().tobytes())
+    data[75] = 1
+    with pytest.raises(WireFormatError, match="odd index must be padded with zero"):
+        codec.decode(resealed(data), bucket)
+    payload, bucket = packed_row([1, 2])  # 64 + 4 + 3, so 1 of padding
+    data = bytearray(payload.numpy().tobytes())
+    data[71] = 1
+    with pytest.raises(WireFormatError, match="padding must be zeros"):
+        codec.decode(resealed(data), bucket)
+
+
+def test_another_layout_of_the_same_size_is_refused() -> None:
+    payload, _ = small_payload(codec_for(7, 16), 7)
+    with pytest.raises(WireFormatError, match="layout must be this rank's"):
+        codec.decode(payload, layout((3,), (1, 120)))
+
+
+def test_another_codecs_payload_is_refused() -> None:
+    payload, bucket = small_payload(codec_for(7, 16), 7)
+    with pytest.raises(WireFormatError, match=r"codec id must be 4 \(packed-fp32\), got 3"):
+        codec_for(7, 32).decode(payload, bucket)
+    alone = codec.encode_signals(step=1, rank=0, signals=SIGNALS)
+    with pytest.raises(WireFormatError, match="payload must have a body, got signals only"):
+        codec.decode(alone, bucket)
+
+
+def test_payloads_of_another_type_are_refused() -> None:
+    with pytest.raises(ValueError, match="payload must be 1-D uint8, got 2-D"):
+        codec.read_header(torch.zeros(1, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="payload must be 1-D uint8, got 1-D"):
+        codec.read_header(torch.zeros(64))
+
+
+def test_a_strided_payload_is_read() -> None:
+    payload, bucket = small_payload(codec_for(7, 16), 7)
+    strided = torch.stack([payload, payload], dim=1)[:, 0]
+    assert torch.equal(
+        codec.decode(strided, bucket)[1].values, codec.decode(payload, bucket)[1].values
+    )

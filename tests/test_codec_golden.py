@@ -1,0 +1,169 @@
+"""Frozen payloads: today's code reads version 1 and writes the same bytes.
+
+Rewrite with ``WRITE_GOLDEN=1 pytest tests/test_codec_golden.py``, and only together with a new
+format version: files of a released version are never rewritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds_gradprune import codec
+from ds_gradprune.codec.base import VERSION
+from ds_gradprune.records import BucketLayout, RankSignals, Segment, SparseBlock
+from ds_gradprune.sparsify import select
+
+FOLDER = Path(__file__).parent / "golden" / f"v{VERSION}"
+
+LAYOUT = BucketLayout(
+    (
+        Segment(0, 4096 + 300, pruned=True),
+        Segment(4396, 3, pruned=False),
+        Segment(4399, 0, pruned=True),
+        Segment(4399, 2, pruned=True),
+    ),
+    4401,
+)
+"""A full row, two short ones, a dense segment between them, an empty one."""
+
+TINY = BucketLayout((Segment(0, 2, pruned=False), Segment(2, 9, pruned=True)), 11)
+
+KNOWN = RankSignals(2.75, False, 0.5, 0.125, 0.0625, 70000, 0x89ABCDEF)
+UNKNOWN = RankSignals(None, True, None, 0.0, 0.0, 0, 0)
+
+WRITTEN: dict[str, tuple[int, BucketLayout, int, RankSignals]] = {
+    "signals": (0, BucketLayout((), 0), 4096, KNOWN),
+    "signals-unknown": (0, BucketLayout((), 0), 4096, UNKNOWN),
+    "dense-fp32": (1, TINY, 4096, KNOWN),
+    "dense-bf16": (2, TINY, 4096, UNKNOWN),
+    "packed-bf16": (3, LAYOUT, 5, KNOWN),
+    "packed-bf16-one": (3, LAYOUT, 1, UNKNOWN),
+    "packed-fp32": (4, LAYOUT, 5, KNOWN),
+}
+"""File name -> codec id, layout, k, signals; used when the files are written, not when read."""
+
+
+def gradient(numel: int) -> torch.Tensor:
+    """Numbers by arithmetic, so that no generator's version matters; awkward ones in front."""
+    t = torch.tensor([((i * 7919) % 4409 - 2204) / 64 for i in range(numel)])
+    awkward = torch.tensor([1e-41, -0.0, 3.4e38, 1.0 + 2.0**-8])
+    t[1:5] = awkward
+    return t
+
+
+def describe(codec_id: int, layout: BucketLayout, k: int, signals: RankSignals) -> dict[str, Any]:
+    block = select(gradient(layout.numel) if layout.numel else torch.empty(0), layout, k)
+    description: dict[str, Any] = {
+        "codec_id": codec_id,
+        "step": 1234567,
+        "bucket": 17 if codec_id else 0,
+        "rank": 3,
+        "k": k,
+        "signals": {name: getattr(signals, name) for name in RankSignals.__dataclass_fields__},
+        "segments": [[s.offset, s.numel, s.pruned] for s in layout.segments],
+        "indices": block.indices.tolist(),
+        "values": as_hex(block.values),
+        "dense": as_hex(block.dense),
+    }
+    if codec_id:
+        sent = codec.CODECS[codec_id].sent_values(block)
+        description |= {"sent_values": as_hex(sent[0]), "sent_dense": as_hex(sent[1])}
+    return description
+
+
+def as_hex(values: torch.Tensor) -> list[str]:
+    return [f"{bits:08x}" for bits in values.numpy().view(np.uint32).tolist()]
+
+
+def from_hex(words: list[str]) -> torch.Tensor:
+    return torch.from_numpy(np.array([int(w, 16) for w in words], np.uint32).view(np.float32))
+
+
+def layout_of(description: dict[str, Any]) -> BucketLayout:
+    segments = tuple(Segment(*entry) for entry in description["segments"])
+    return BucketLayout(segments, sum(s.numel for s in segments))
+
+
+def encoded(description: dict[str, Any]) -> bytes:
+    signals = RankSignals(**description["signals"])
+    if description["codec_id"] == 0:
+        payload = codec.encode_signals(
+            step=description["step"], rank=description["rank"], signals=signals
+        )
+    else:
+        block = SparseBlock(
+            layout_of(description),
+            description["k"],
+            torch.tensor(description["indices"], dtype=torch.int16),
+            from_hex(description["values"]),
+            from_hex(description["dense"]),
+        )
+        payload = codec.CODECS[description["codec_id"]].encode(
+            block,
+            step=description["step"],
+            bucket=description["bucket"],
+            rank=description["rank"],
+            signals=signals,
+        )
+    return payload.numpy().tobytes()
+
+
+def golden(name: str) -> tuple[dict[str, Any], bytes]:
+    description = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return description, (FOLDER / f"{name}.bin").read_bytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _write_golden() -> None:
+    if os.environ.get("WRITE_GOLDEN") != "1":
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, case in WRITTEN.items():
+        description = describe(*case)
+        text = json.dumps(description, indent=1)
+        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (FOLDER / f"{name}.bin").write_bytes(encoded(description))
+
+
+def test_every_codec_has_a_golden_file() -> None:
+    assert {path.stem for path in FOLDER.glob("*.bin")} == set(WRITTEN)
+    ids = {golden(name)[0]["codec_id"] for name in WRITTEN}
+    assert ids == {codec.base.SIGNALS_ID, *codec.CODECS}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_todays_code_writes_the_same_bytes(name: str) -> None:
+    description, data = golden(name)
+    assert encoded(description) == data
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_todays_code_reads_the_files(name: str) -> None:
+    description, data = golden(name)
+    payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    header = codec.read_header(payload)
+    for field in ("codec_id", "step", "bucket", "rank", "k"):
+        assert getattr(header, field) == description[field]
+    assert header.signals == RankSignals(**description["signals"])
+    if description["codec_id"] == 0:
+        return
+    _, block = codec.decode(payload, layout_of(description))
+    assert block.indices.tolist() == description["indices"]
+    assert as_hex(block.values) == description["sent_values"]
+    assert as_hex(block.dense) == description["sent_dense"]
+
+
+@pytest.mark.parametrize("name", [name for name, case in WRITTEN.items() if case[0]])
+def test_todays_selection_keeps_the_same_elements(name: str) -> None:
+    description, _ = golden(name)
+    layout = layout_of(description)
+    block = select(gradient(layout.numel), layout, description["k"])
+    assert block.indices.tolist() == description["indices"]
+    assert as_hex(block.values) == description["values"]
