@@ -291,11 +291,9 @@ def _alarm(state: LinkState) -> Change | None:
 def _fit(state: LinkState, wire_bytes: int) -> LinkState:
     """Remember the median at this size; the overhead from two sizes far enough apart."""
     size_class = round(math.log(wire_bytes) / _SIZE_CLASS)
-    if any(
-        size.size_class == size_class and state.seen - size.seen < _REVISE_STEPS
-        for size in state.sizes
-    ):
-        return state
+    for size in state.sizes:
+        if size.size_class == size_class and state.seen - size.seen < _REVISE_STEPS:
+            return state
     times_s = []
     for size_bytes, time_s in reversed(state.samples):
         if not wire_bytes / _SIMILAR <= size_bytes <= wire_bytes * _SIMILAR:
