@@ -39,16 +39,15 @@ _RANK: _Int32 = np.arange(MAX_ROW_NUMEL - 1, -1, -1, dtype=np.int32)
 """4095 - index: the lower index has the larger key."""
 
 
-def top_k(t: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest magnitudes of every row, on any device.
+def top_k(t: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """Find the largest magnitudes of every row, on any device.
 
     Args:
         t: (rows, row_numel) float32.
-        k: elements to pick per row, 1 .. row_numel.
-
-    Returns:
-        (rows, k) int64 indices, ascending in each row, and the (rows, k) float32 values there.
+        indices: (rows, k) int16, 1 <= k <= row_numel; receives the places, ascending in each row.
+        values: (rows, k) float32; receives the elements of `t` there.
     """
+    k = indices.shape[1]
     magnitude = t.view(torch.int32) & _MAGNITUDE_MASK
     threshold = magnitude.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     keep = magnitude > threshold
@@ -56,7 +55,8 @@ def top_k(t: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     missing = k - keep.sum(dim=1, keepdim=True)
     keep |= tied & (tied.cumsum(dim=1) <= missing)
     picked = keep.nonzero()[:, 1].view(len(t), k)
-    return picked, t.gather(1, picked)
+    indices.copy_(picked)
+    values.copy_(t.gather(1, picked))
 
 
 class CpuTopK:
@@ -69,24 +69,22 @@ class CpuTopK:
     def __init__(self, max_numel: int) -> None:
         self._scratch = np.empty(max_numel, dtype=np.int32)
 
-    def __call__(self, t: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pick from a matrix.
+    def __call__(self, t: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Find the largest magnitudes of every row.
 
         Args:
-            t: (rows, row_numel) float32, CPU, contiguous; row_numel <= MAX_ROW_NUMEL.
-            k: elements to pick per row, 1 .. row_numel - 1.
-
-        Returns:
-            (rows, k) int32 indices, ascending in each row, and the (rows, k) float32 values there.
+            t: (rows, row_numel) float32, contiguous; row_numel <= MAX_ROW_NUMEL.
+            indices: (rows, k) int16, contiguous, 1 <= k < row_numel; as in `top_k`.
+            values: (rows, k) float32, contiguous; as in `top_k`.
         """
         array: npt.NDArray[np.float32] = t.numpy()
         bits: _Int32 = array.view(np.int32)
         keys = self._scratch[: bits.size].reshape(bits.shape)
-        picked = _pick(bits, k, keys)
+        picked = _pick(bits, indices.shape[1], keys)
+        np.copyto(indices.numpy(), picked, casting="unsafe")  # below 4096: fits
         flat = picked + np.arange(0, bits.size, bits.shape[1])[:, None]
         # "clip" never acts, but spares the copy that np.take makes for "raise".
-        values = np.take(array.reshape(-1), flat, mode="clip")
-        return torch.from_numpy(picked), torch.from_numpy(values)
+        np.take(array.reshape(-1), flat, out=values.numpy(), mode="clip")
 
 
 def _pick(bits: _Int32, k: int, keys: _Int32) -> _Int32:

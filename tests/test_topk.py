@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from ds_gradprune.records import CHUNK_NUMEL
 from ds_gradprune.topk import MAX_ROW_NUMEL, CpuTopK, top_k
 
 ROWS = 6
+Pick = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -22,6 +25,13 @@ def sorted_top_k(t: torch.Tensor, k: int) -> torch.Tensor:
     magnitude = bits(t) & 0x7FFFFFFF
     order = torch.sort(magnitude, dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values
+
+
+def picked(pick: Pick, t: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    indices = torch.empty((len(t), k), dtype=torch.int16, device=t.device)
+    values = torch.empty((len(t), k), device=t.device)
+    pick(t, indices, values)
+    return indices.long(), values
 
 
 def near_one(spread: int) -> torch.Tensor:
@@ -67,8 +77,9 @@ def test_both_ways_equal_a_sort(kind: str, k: int) -> None:
     k = min(k, t.shape[1] - 1)
     before = bits(t).clone()
     expected = sorted_top_k(t, k)
-    for indices, values in (CpuTopK(t.numel())(t, k), top_k(t, k)):
-        assert torch.equal(indices.long(), expected)
+    for pick in (CpuTopK(t.numel()), top_k):
+        indices, values = picked(pick, t, k)
+        assert torch.equal(indices, expected)
         assert torch.equal(bits(values), bits(t.gather(1, expected)))
     assert torch.equal(bits(t), before)
 
@@ -83,30 +94,29 @@ def test_any_row_equals_a_sort(numbers: list[float], share: float) -> None:
     t = torch.tensor([numbers], dtype=torch.float32)
     k = 1 + int(share * (len(numbers) - 2))
     expected = sorted_top_k(t, k)
-    for indices, _ in (CpuTopK(t.numel())(t, k), top_k(t, k)):
-        assert torch.equal(indices.long(), expected)
+    for pick in (CpuTopK(t.numel()), top_k):
+        assert torch.equal(picked(pick, t, k)[0], expected)
 
 
 def test_scratch_is_reused_for_smaller_matrices() -> None:
     pick = CpuTopK(4 * 4096)
     large, small = torch.randn(4, 4096), torch.randn(3, 50)
-    pick(large, 100)
-    assert torch.equal(pick(small, 7)[0].long(), sorted_top_k(small, 7))
-    assert torch.equal(pick(large, 100)[0].long(), sorted_top_k(large, 100))
+    for t, k in ((large, 100), (small, 7), (large, 100)):
+        assert torch.equal(picked(pick, t, k)[0], sorted_top_k(t, k))
 
 
 def test_nan_and_infinity_are_picked_first() -> None:
     t = torch.randn(1, 4096)
     t[0, 17], t[0, 3000], t[0, 4095] = float("nan"), float("inf"), float("-inf")
-    for indices, _ in (CpuTopK(t.numel())(t, 3), top_k(t, 3)):
-        assert indices.tolist() == [[17, 3000, 4095]]
+    for pick in (CpuTopK(t.numel()), top_k):
+        assert picked(pick, t, 3)[0].tolist() == [[17, 3000, 4095]]
 
 
 @pytest.mark.gpu
 def test_gpu_equals_cpu() -> None:
     t = torch.cat([DATA[kind]() for kind in DATA if DATA[kind]().shape[1] == 4096])
     for k in (1, 41, 205, 4095):
-        expected = CpuTopK(t.numel())(t, k)
-        indices, values = top_k(t.cuda(), k)
-        assert torch.equal(indices.cpu(), expected[0].long())
+        expected = picked(CpuTopK(t.numel()), t, k)
+        indices, values = picked(top_k, t.cuda(), k)
+        assert torch.equal(indices.cpu(), expected[0])
         assert torch.equal(bits(values.cpu()), bits(expected[1]))
