@@ -19,11 +19,11 @@ from ds_gradprune.errors import UnsupportedError
 TESTED_VERSIONS = ("0.19.8",)
 """DeepSpeed versions that the tests ran with."""
 
-_SIGNATURES: dict[str, tuple[str, ...]] = {
+_SIGNATURES: dict[str, tuple[str, ...] | None] = {
     "allreduce_bucket": ("bucket", "dp_group", "dp_world_size"),
     "buffered_allreduce_fallback": ("grads", "elements_per_buffer"),
     "_get_gradients_for_reduction": (),
-    "backward": ("loss", "retain_graph", "scale_wrt_gas"),
+    "backward": None,  # a decorator hides its signature
     "step": ("lr_kwargs",),
     "save_checkpoint": (
         "save_dir",
@@ -88,7 +88,7 @@ def _missing(engine: Any) -> list[str]:
             missing.append(f"DeepSpeedEngine.{name}")
             continue
         found = tuple(inspect.signature(method).parameters)[1:]
-        if found != expected:
+        if expected is not None and found != expected:
             missing.append(f"DeepSpeedEngine.{name}({', '.join(expected)})")
     return missing
 

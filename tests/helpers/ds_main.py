@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ class TinyLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
+        nn.init.normal_(self.embed.weight, std=0.1)  # tied: keeps the first loss near ln 512
         self.up = nn.Linear(WIDTH, 4 * WIDTH)
         self.down = nn.Linear(4 * WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
@@ -147,3 +149,30 @@ def train(
         None if handle is None or handle.idle else handle.session.residual_bytes
     )
     return trace
+
+
+def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Run many cases one after the other: starting DeepSpeed costs more than most of them.
+
+    Args:
+        cases: name -> (function of tests.helpers.ds_main or ds_cases, its arguments).
+
+    Returns:
+        name -> result, or the text of what went wrong. A failure ends the list: the ranks may no
+        longer be in step.
+    """
+    from deepspeed.comm import comm
+
+    from tests.helpers import ds_cases
+
+    results: dict[str, Any] = {}
+    start_deepspeed()
+    for name, (function, arguments) in cases.items():
+        adopted = getattr(comm.cdb, "_adopted", None)
+        comm.cdb = comm.cdb if adopted is None else adopted  # each case starts untouched
+        try:
+            results[name] = getattr(ds_cases, function, globals().get(function))(**arguments)
+        except Exception:
+            results[name] = traceback.format_exc()
+            break
+    return results

@@ -118,15 +118,19 @@ def _collect(processes: list[subprocess.Popen[str]], timeout_s: float) -> list[s
 
 
 class VirtualClock:
-    """Time as data: every look at it costs `tick_s`, sleeping moves it on."""
+    """Time as data: every look at it costs `tick_s`, sleeping moves it on.
 
-    def __init__(self, tick_s: float = 0.001) -> None:
-        self.tick_s = tick_s
-        self._now_s = 0.0
+    Times are whole multiples of 2^-20 s, so that differences of them are exact in floating point
+    whatever the clock shows: a resumed run measures what the unbroken one measured.
+    """
+
+    def __init__(self, tick_s: float = 2.0**-10) -> None:
+        self._tick = round(tick_s * 2**20)
+        self._now = 0
 
     def now_s(self) -> float:
-        self._now_s += self.tick_s
-        return self._now_s
+        self._now += self._tick
+        return self._now / 2**20
 
     def sleep(self, duration_s: float) -> None:
-        self._now_s += duration_s
+        self._now += round(duration_s * 2**20)
