@@ -68,7 +68,11 @@ def write_tokens(
     temporary = folder / f"{TOKENS}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        file = temporary.open("wb")
+    except OSError as exc:
+        raise DataError(f"{folder} must be writable: {exc.strerror}.") from exc
+    try:
+        with file:
             for chunk in chunks:
                 if chunk.size and int(chunk.max()) >= vocab_size:
                     raise DataError(

@@ -7,6 +7,7 @@ safetensors); nothing of this package is needed to open it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -81,6 +82,8 @@ def build_model(size: str, vocab_size: int, end_of_text_id: int, seed: int) -> P
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        # GPT-2's 0.02 belongs to a width of 768; a sum over fewer inputs wants larger weights.
+        initializer_range=0.02 * math.sqrt(768 / shape.n_embd),
         bos_token_id=end_of_text_id,
         eos_token_id=end_of_text_id,
         pad_token_id=end_of_text_id,
@@ -102,7 +105,7 @@ def check_model_name(name: str) -> None:
     path = Path(name)
     if name in SIZES or (not path.exists() and _HUB_NAME.fullmatch(name)):
         return
-    if not path.is_dir():
+    if not name or not path.is_dir():
         raise DataError(
             f"--model must be {', '.join(SIZES)}, a model folder or a hub name, got {name!r}."
         )

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_gradprune.errors import DataError, GradPruneError, RankMismatchError
-from ds_gradprune.textgen.prepare import prepare_everywhere
+from ds_gradprune.errors import DataError, RankMismatchError
 from ds_gradprune.textgen.ranks import AgreedFault, Peers, StopSwitch, find_place
 from tests.helpers.process_main import open_group
 
 
-def agreements() -> dict[str, Any]:
-    """Everything `Peers` promises, asked once."""
+def agreements(stops: list[tuple[int | None, int]], steps: int) -> dict[str, Any]:
+    """Everything `Peers` and `StopSwitch` promise, asked once.
+
+    Args:
+        stops: (rank, step): which rank gets a SIGTERM in which step; one walk for each.
+        steps: length of a walk.
+    """
     open_group()
     peers = Peers(find_place(os.environ))
 
@@ -38,6 +42,7 @@ def agreements() -> dict[str, Any]:
             "no fault": fault_of(),
             "fault of 1": fault_of(1),
             "fault of both": fault_of(0, 1),
+            "last steps": [_walk(peers, rank, step, steps) for rank, step in stops],
             "speaks first": [peers.speaks_first(), peers.speaks_first()],
         }
     finally:
@@ -45,37 +50,33 @@ def agreements() -> dict[str, Any]:
         dist.destroy_process_group()
 
 
-def stops(asked_rank: int | None, asked_step: int, steps: int) -> list[int]:
+def _walk(peers: Peers, asked_rank: int | None, asked_step: int, steps: int) -> int:
     """Walk some steps; one rank gets a real SIGTERM in one of them. Which step was the last?"""
+    switch = StopSwitch(peers)
+    switch.listen()
+    step = 0
+    while step < steps:
+        step += 1
+        if peers.rank == asked_rank and step == asked_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if switch.agreed():
+            break
+    switch.close()
+    return step
+
+
+def prepares(cases: list[tuple[list[str], list[str]]], model: str) -> list[str]:
+    """Prepare data, each case with a folder and a text per rank; what came of each?"""
+    from ds_gradprune.textgen.prepare import prepare_everywhere
+
     open_group()
     peers = Peers(find_place(os.environ))
-    ends = []
-    for _ in range(2):  # a switch leaves nothing behind that hinders the next one
-        switch = StopSwitch(peers)
-        switch.listen()
-        last = 0
-        while last < steps:
-            last += 1
-            if peers.rank == asked_rank and last == asked_step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if switch.agreed():
-                break
-        switch.close()
-        ends.append(last)
+    outcomes = []
+    for folders, texts in cases:
+        try:
+            prepare_everywhere(peers, Path(folders[peers.rank]), Path(texts[peers.rank]), model)
+            outcomes.append("prepared")
+        except (AgreedFault, RankMismatchError) as exc:
+            outcomes.append(f"{type(exc).__name__}: {exc}")
     dist.destroy_process_group()
-    return ends
-
-
-def prepares(folders: list[str], texts: list[str], model: str) -> str:
-    """Prepare data with a folder and a text per rank; what came of it?"""
-    open_group()
-    peers = Peers(find_place(os.environ))
-    try:
-        prepare_everywhere(peers, Path(folders[peers.rank]), Path(texts[peers.rank]), model)
-    except (AgreedFault, RankMismatchError) as exc:
-        return f"{type(exc).__name__}: {exc}"
-    except GradPruneError as exc:
-        return f"unexpected {type(exc).__name__}: {exc}"
-    finally:
-        dist.destroy_process_group()
-    return "prepared"
+    return outcomes
