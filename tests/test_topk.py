@@ -98,6 +98,14 @@ def test_any_row_equals_a_sort(numbers: list[float], share: float) -> None:
         assert torch.equal(picked(pick, t, k)[0], expected)
 
 
+def test_many_equal_elements_do_not_push_out_a_larger_one() -> None:
+    t = torch.zeros(1, 4096)
+    t[0, :500] = (bits(torch.ones(1)) | 0xFFF).view(torch.float32)  # all lower bits set
+    t[0, 2000] = 2.0
+    for pick in (CpuTopK(t.numel()), top_k):
+        assert picked(pick, t, 3)[0].tolist() == [[0, 1, 2000]]
+
+
 def test_scratch_is_reused_for_smaller_matrices() -> None:
     pick = CpuTopK(4 * 4096)
     large, small = torch.randn(4, 4096), torch.randn(3, 50)

@@ -9,7 +9,7 @@ offset bytes type meaning
 ====== ===== ==== ==================================================================================
 0      4     char magic, "DSGP"
 4      1     u8   format version, 1
-5      1     u8   codec id; 0: no body, the header's signals only
+5      1     u8   codec id, see `codec.CODECS`; 0: no body, the header's signals only
 6      2     u16  flags; bit 0: gradient not finite, bit 1: loss known, bit 2: compute time known;
                   all others 0
 8      4     u32  step
@@ -144,6 +144,7 @@ def seal(header: Header, payload: Bytes) -> None:
         _amount("comm_time_s", signals.comm_time_s),
         _amount("wire_bytes", float(signals.wire_bytes)),
     )
+    # The package reads a contiguous array in place, with the CPU's own crc32 instruction.
     crc = google_crc32c.extend(google_crc32c.value(fields), payload[HEADER_BYTES:])
     payload[:HEADER_BYTES] = np.frombuffer(fields + _CRC.pack(crc), dtype=np.uint8)
 

@@ -18,7 +18,7 @@ from ds_gradprune.records import CHUNK_NUMEL, BucketLayout
 
 
 class PackedCodec(Codec):
-    """12 bits per index, whatever the density; best from about 0.3 % to 8 %."""
+    """12 bits per index at any density; above 1 / 12 a bitmap would be smaller."""
 
     @property
     def name(self) -> str:
