@@ -12,9 +12,11 @@ The last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import threading
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,52 +62,47 @@ def _storage(leaf: Any) -> int:
 
 
 def measure(numel: int, density: float, steps: int = 3) -> dict[str, Any]:
-    """Reduce a GPT-shaped bucket a few times; the first step allocates, the others are watched."""
+    """Reduce a GPT-shaped bucket a few times; the first steps allocate, the others are watched."""
     width = 128
     shapes = [torch.Size((numel // width, width)), torch.Size((width,)), torch.Size((width, width))]
     layout = layout_of(shapes, min_numel=4096)
     k = kept_per_chunk(density)
     hub = LoopbackHub(2)
-    found: dict[int, dict[str, Any]] = {}
+    reducers = [Reducer(AllGather(hub.transport(rank))) for rank in range(2)]
+    vectors = [torch.empty(layout.numel) for _ in range(2)]
+    signals = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
+    watch = NewStorage()
 
-    def rank_main(rank: int) -> None:
-        torch.set_num_threads(1)
-        reducer = Reducer(AllGather(hub.transport(rank)))
-        signals = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
-        generator = torch.Generator().manual_seed(rank)
-        vector = torch.empty(layout.numel)
-        watch = NewStorage()
-        for step in range(1, steps + 1):
-            vector.normal_(generator=generator)
-            if step == 1:
-                reducer.reduce(vector, layout, k, step=step, bucket=0, signals=signals)
-                continue
-            with watch:
-                reducer.reduce(vector, layout, k, step=step, bucket=0, signals=signals)
-        found[rank] = {
-            "residual_bytes": reducer.residuals.nbytes(),
-            "largest_bytes": watch.largest_bytes,
-            "operation": watch.operation,
-        }
+    def rank_step(rank: int, step: int) -> None:
+        vectors[rank].normal_(generator=torch.Generator().manual_seed(10 * step + rank))
+        with watch if rank == 0 and step > 1 else contextlib.nullcontext():
+            reducers[rank].reduce(vectors[rank], layout, k, step=step, bucket=0, signals=signals)
 
+    _both_ranks(rank_step, 1)  # allocates the residual, the receive buffer, cached positions
+    _both_ranks(rank_step, 2)  # the dispatch mode imports what it needs
     tracemalloc.start()
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for step in range(3, 3 + steps):
+        _both_ranks(rank_step, step)
     _, numpy_peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return {
         "numel": layout.numel,
         "density": density,
         "model_bytes": 4 * layout.numel,
-        "residual_bytes": found[0]["residual_bytes"],
-        "residual_bytes_per_parameter": found[0]["residual_bytes"] / layout.numel,
-        "largest_tensor_bytes": found[0]["largest_bytes"],
-        "largest_tensor_operation": found[0]["operation"],
+        "residual_bytes": reducers[0].residuals.nbytes(),
+        "residual_bytes_per_parameter": reducers[0].residuals.nbytes() / layout.numel,
+        "largest_tensor_bytes": watch.largest_bytes,
+        "largest_tensor_operation": watch.operation,
         "numpy_peak_bytes_both_ranks": numpy_peak_bytes,
     }
+
+
+def _both_ranks(rank_step: Callable[[int, int], None], step: int) -> None:
+    threads = [threading.Thread(target=rank_step, args=(rank, step)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def main() -> None:

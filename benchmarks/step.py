@@ -2,9 +2,9 @@
 
 What limits the quantity: the dense path moves 4 bytes per parameter over the link each step; the
 pruned one moves density * 28 bits and pays selection, encoding and decoding on the CPU instead. The
-link is emulated (the throttle transport sleeps as long as the bytes would take), so the figures hold
-for the codec and the step loop, not for TCP. All variants live in the same two processes and are run
-in turn, round after round; medians over steps after each variant's warm-up.
+link is emulated (the throttle transport sleeps as long as the bytes would take), so the figures
+hold for the codec and the step loop, not for TCP. All variants live in the same two processes and
+are run in turn, round after round; medians over steps after each variant's warm-up.
 
     python benchmarks/step.py [--rate-mbit 100] [--rounds 5] [--steps 6]
 
@@ -62,7 +62,14 @@ def make_engine(block: dict[str, Any] | None) -> Any:
     torch.manual_seed(0)
     shape = {"n_embd": 192, "n_layer": 6, "n_head": 6, "vocab_size": 3300, "n_positions": SEQUENCE}
     model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        transformers.GPT2Config(
+            **shape,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH,
@@ -70,9 +77,9 @@ def make_engine(block: dict[str, Any] | None) -> Any:
         "steps_per_print": None,
         "gradient_pruning": block or {"enabled": False},
     }
-    engine = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config
-    )[0]
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[
+        0
+    ]
     ds_gradprune.attach(engine)
     return engine
 
@@ -162,7 +169,12 @@ def main() -> None:
         result = summarize(json.loads(out.read_text()), options.rate_mbit)
     print(f"{'variant':16} {'step s':>8} {'IQR':>7} {'codec s':>8} {'comm s':>8} {'KB sent':>9}")
     for name, row in result["methods"].items():
-        cells = [row["step_time_s"], row["step_time_iqr_s"], row["codec_time_s"], row["comm_time_s"]]
+        cells = [
+            row["step_time_s"],
+            row["step_time_iqr_s"],
+            row["codec_time_s"],
+            row["comm_time_s"],
+        ]
         shown = " ".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
         sent = "-" if row["wire_bytes"] is None else f"{row['wire_bytes'] / 1e3:.1f}"
         print(f"{name:16} {shown} {sent:>9}")

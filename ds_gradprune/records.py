@@ -89,7 +89,7 @@ class RankSignals:
         nonfinite: this rank's gradient holds inf or nan.
         compute_time_s: forward, backward and optimizer of the previous step; None: unknown.
         codec_time_s: select, encode, decode of the previous step, seconds.
-        comm_time_s: from first send to last receive of the previous step, waiting included, seconds.
+        comm_time_s: from first send to last receive of the previous step, waiting included.
         wire_bytes: bytes this rank sent in the previous step.
         agreement: running crc of this rank's decisions and parameter hashes; equal on all ranks.
     """

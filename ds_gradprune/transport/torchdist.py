@@ -13,6 +13,9 @@ import torch.distributed as dist
 from ds_gradprune.errors import TransportError, TransportTimeout
 from ds_gradprune.transport.base import Transport
 
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""torch 2.13 renamed it and warns about the old name."""
+
 
 class TorchDistTransport(Transport):
     """One rank's end of a torch.distributed process group.
@@ -44,10 +47,10 @@ class TorchDistTransport(Transport):
         if payload.numel() == 0:
             return
         if not self._on_device:
-            self._run("all_gather", dist.all_gather_into_tensor, out.view(-1), payload)
+            self._run("all_gather", _all_gather, out.view(-1), payload)
             return
         staged = torch.empty(out.numel(), dtype=torch.uint8, device="cuda")
-        self._run("all_gather", dist.all_gather_into_tensor, staged, payload.to("cuda"))
+        self._run("all_gather", _all_gather, staged, payload.to("cuda"))
         out.copy_(staged.view_as(out))
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
