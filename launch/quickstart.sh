@@ -36,7 +36,7 @@ with socket.socket() as probe:
 say "training on two ranks behind an emulated link (ds_configs/laptop.json), into $run"
 say "the first start of all compiles an op of DeepSpeed, which takes about a minute"
 deepspeed --log_level error --num_accelerators 2 --master_port "$port" launch/train.py \
-  --config ds_configs/laptop.json --model nano --steps 200 --eval-every 100 --out "$run" "$@"
+  --config ds_configs/laptop.json --model nano --steps 360 --eval-every 120 --out "$run" "$@"
 
 echo
 python launch/report.py "$run"
@@ -46,7 +46,7 @@ replies=()
 for i in "${!prompts[@]}"; do
   printf '\n> %s\n' "${prompts[$i]}"
   python launch/reply.py --model "$run/model" --prompt "${prompts[$i]}" --seed 0 \
-    --max_new_tokens 40 | tee "$run/reply_$i.txt"
+    --max_new_tokens 60 | tee "$run/reply_$i.txt"
   replies+=("$run/reply_$i.txt")
 done
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-AFTER_CHANGE = (-2, -1, 0, 1, 2, 3, 5, 8, 13, 21, 34)
-"""Steps shown around each change of the link, counted from the change."""
+AFTER_CHANGE = (-1, 0, 1, 2, 3, 5, 8, 13, 21, 34)
+"""Steps shown around each change, counted from it."""
 
 RESULT_KEYS = (
     "steps",
@@ -36,19 +36,18 @@ def schedule_of(config: dict[str, Any]) -> list[dict[str, Any]]:
     return list(throttle["schedule"]) if throttle else []
 
 
-def changes_of(log: Sequence[dict[str, Any]], schedule: Sequence[dict[str, Any]]) -> list[int]:
-    """First step, end of the dense warm-up, and every change of the link."""
+def shown_steps(log: Sequence[dict[str, Any]], schedule: Sequence[dict[str, Any]]) -> set[int]:
+    """First and last step, and those around the end of the warm-up and each change of the link."""
     dense = [entry["step"] for entry in log if entry["cause"] == "warmup"]
-    changes = {log[0]["step"], *(point["step"] for point in schedule[1:])}
-    if dense:
-        changes.add(dense[-1] + 1)
-    return sorted(changes)
+    changes = {*(step + 1 for step in dense[-1:]), *(point["step"] for point in schedule[1:])}
+    return {log[0]["step"], log[-1]["step"]} | {
+        c + offset for c in changes for offset in AFTER_CHANGE
+    }
 
 
 def rows_of(log: Sequence[dict[str, Any]], schedule: Sequence[dict[str, Any]]) -> list[list[str]]:
     """One row per shown step, as text."""
-    shown = {change + offset for change in changes_of(log, schedule) for offset in AFTER_CHANGE}
-    shown.add(log[-1]["step"])
+    shown = shown_steps(log, schedule)
     rows = []
     for entry in log:
         if entry["step"] not in shown:

@@ -166,6 +166,7 @@ def _train(settings: Settings, peers: Peers) -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    _show_warnings(peers.rank)
     prepare_shm_op(peers, _say)
     deepspeed.init_distributed()
     world_config = peers.together(lambda: check_ds_config(settings.ds_config))
@@ -253,8 +254,6 @@ class _Run:
             lines.append(f"resumed after step {self.done}")
         if not block.enabled:
             lines.append(f"{BLOCK}.enabled is false: plain DeepSpeed")
-        elif self.handle is None:
-            lines.append("one rank: pruning is idle, there is nobody to exchange gradients with")
         print("\n".join(lines), file=sys.stderr, flush=True)
 
     # ---- the run -------------------------------------------------------------------------------
@@ -375,6 +374,14 @@ def resolved_config(
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _show_warnings(rank: int) -> None:
+    """Our library's warnings as plain lines, once."""
+    handler = logging.StreamHandler() if rank == 0 else logging.NullHandler()
+    logger = logging.getLogger("ds_gradprune")
+    logger.handlers = [handler]
+    logger.propagate = False
 
 
 def _say(text: str) -> None:

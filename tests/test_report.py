@@ -41,7 +41,7 @@ def test_table_shows_the_steps_around_each_change() -> None:
     rows = report.rows_of(LOG, SCHEDULE)
     shown = [int(row[0]) for row in rows]
     assert {1, 10, 11, 12, 59, 60, 61, 100} <= set(shown)
-    assert 50 not in shown
+    assert not {5, 50, 99} & set(shown)
 
 
 def test_row_says_which_link_it_had() -> None:
