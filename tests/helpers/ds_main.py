@@ -171,7 +171,8 @@ def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         adopted = getattr(comm.cdb, "_adopted", None)
         comm.cdb = comm.cdb if adopted is None else adopted  # each case starts untouched
         try:
-            results[name] = getattr(ds_cases, function, globals().get(function))(**arguments)
+            run = train if function == "train" else getattr(ds_cases, function)
+            results[name] = run(**arguments)
         except Exception:
             results[name] = traceback.format_exc()
             break
