@@ -347,7 +347,7 @@ def _predict_step_s(
 
 
 def _less_pruned(k: int, k_max: int) -> int:
-    return min(k_max, max(k + 1, math.ceil(k / STEP_FACTOR)))
+    return min(k_max, math.ceil(k / STEP_FACTOR))  # at least k + 1, for any k >= 1
 
 
 def _more_pruned(k: int, k_min: int) -> int:

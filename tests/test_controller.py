@@ -241,6 +241,7 @@ def test_no_times_no_change() -> None:
     assert decision.cause is Cause.HOLD
     assert "no step time at this density yet" in decision.reason
     assert after.compute_times_s == ()
+    assert after.link == state.link
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, 0.0, -1.0])
@@ -317,6 +318,15 @@ def test_never_below_min() -> None:
     assert k_of(decision) == k_min
     assert decision.cause is OVER
     assert decision.reason.endswith("already at density.min, hold at 0.0400")
+
+
+@pytest.mark.parametrize(("k", "bound"), [(3, 41), (4096, 82)])
+def test_density_outside_changed_bounds_is_brought_inside(k, bound) -> None:
+    # A checkpoint resumed under other bounds: ceil(0.01 * 4096) = 41, ceil(0.02 * 4096) = 82.
+    config = make_config(density=DensityConfig(initial=0.01, min=0.01, max=0.02))
+    _, decision = update(config, make_state(k), make_signals(k))
+    assert decision.cause is Cause.HOLD
+    assert k_of(decision) == bound
 
 
 @pytest.mark.parametrize("k", range(1, 12))

@@ -6,6 +6,7 @@ import pytest
 
 from ds_gradprune.config import DensityConfig
 from ds_gradprune.controller import update
+from ds_gradprune.link import LinkState, observe
 from ds_gradprune.records import CHUNK_NUMEL, Cause
 from tests.helpers.control import (
     DOWN,
@@ -74,7 +75,8 @@ def test_adjusting_waits_for_times_of_this_density() -> None:
     assert decision.cause is Cause.HOLD
     assert after.adjusting
     # Restored from a checkpoint: samples are there, but the newest signals carry no times.
-    state = make_state(adjusting=True)
+    link, _ = observe(LinkState(), 0.04, 100_000)
+    state = make_state(adjusting=True, link=link)
     signals = make_signals(timed_density=None, comm_time_s=0.0, wire_bytes=0, step_time_s=None)
     after, decision = update(make_config(), state, signals)
     assert decision.cause is Cause.HOLD
