@@ -18,10 +18,11 @@ Steps 1 and 2 go by the step number alone. In a step with a non-finite gradient 
 changes nothing. Times lag: the signals of a step carry the times of the step before, so only times
 measured at the density that is in force count, and three of them before rule 4 prunes.
 
-Known weakness of rule 3: at the end of training, or on any plateau, P is 0 plus or minus noise for
-every density, so a target of 0 is missed in about half of the steps and the density climbs to
-density.max. Set the target below the noise there (-0.2 at window_size 128, form "edge") or lower
-density.max.
+Known weaknesses. Rule 3: on any plateau, so at the end of training, P is 0 plus or minus noise for
+every density; a target of 0 is missed in about half of the steps and the density climbs to
+density.max. Set the target below the noise (-0.2 at window_size 128, form "edge") or lower
+density.max. Rule 4: two stalls among three steps look like a missed budget, and what they cost does
+not come back before the network changes or P misses.
 """
 
 from __future__ import annotations
