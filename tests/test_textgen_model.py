@@ -177,6 +177,13 @@ def test_names_that_cannot_be_models_are_refused(name: str) -> None:
         check_model_name(name)
 
 
+def test_size_is_nothing_to_load() -> None:
+    with pytest.raises(
+        DataError, match=r"--model must be a model folder or a hub name, got 'nano'"
+    ):
+        load_model("nano")
+
+
 def test_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"--model must be nano"):

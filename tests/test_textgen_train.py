@@ -178,6 +178,13 @@ def test_resumed_run_equals_an_unbroken_one(data: TokenData, folder: Path, cut: 
     assert_equal(whole, second)
 
 
+def test_model_loaded_for_evaluation_is_trained_with_dropout(data: TokenData) -> None:
+    engine = Engine(dropout=0.3)
+    engine.module.eval()
+    trained(engine, data, Plan(steps=2, seed=0, done=1), val_losses=[(0, 5.0)])
+    assert engine.calls[:3] == ["forward", "backward", "step"]  # asserts the mode itself
+
+
 def test_saves_are_due_at_intervals_at_a_stop_and_at_the_end(data: TokenData) -> None:
     saved: list[tuple[int, int]] = []
 

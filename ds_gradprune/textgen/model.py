@@ -93,22 +93,24 @@ def build_model(size: str, vocab_size: int, end_of_text_id: int, seed: int) -> P
         return GPT2LMHeadModel(config)
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, *, has_weights: bool = False) -> None:
     """Refuse a name that cannot be a model, before anything heavy is loaded. Local.
 
     Args:
         name: a key of SIZES, a folder, or a hub name.
+        has_weights: a size alone is not enough.
 
     Raises:
         DataError: it is none of them, or the folder has no readable config.json.
     """
     path = Path(name)
-    if name in SIZES or (not path.exists() and _HUB_NAME.fullmatch(name)):
+    if name in SIZES and not has_weights:
+        return
+    if name not in SIZES and not path.exists() and _HUB_NAME.fullmatch(name):
         return
     if not name or not path.is_dir():
-        raise DataError(
-            f"--model must be {', '.join(SIZES)}, a model folder or a hub name, got {name!r}."
-        )
+        sizes = "" if has_weights else f"{', '.join(SIZES)}, "
+        raise DataError(f"--model must be {sizes}a model folder or a hub name, got {name!r}.")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
@@ -127,7 +129,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     Raises:
         DataError: the model cannot be read, or weights are missing from it.
     """
-    check_model_name(name)
+    check_model_name(name, has_weights=True)
     local = Path(name).is_dir()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

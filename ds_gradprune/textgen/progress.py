@@ -22,19 +22,19 @@ class Progress:
         total: steps of the whole run.
         done: steps finished before, by the run that is resumed.
         enabled: False on all ranks but one: then nothing is ever written.
-        stream: where to; a terminal gets a bar, anything else one line now and then.
+        stream: where to, None: stderr; a terminal gets a bar, anything else a line now and then.
     """
 
     def __init__(
-        self, total: int, done: int = 0, *, enabled: bool = True, stream: TextIO = sys.stderr
+        self, total: int, done: int = 0, *, enabled: bool = True, stream: TextIO | None = None
     ) -> None:
         self._total = total
-        self._stream = stream
+        self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
         self._every = max(1, total // PLAIN_LINES)
         self._bar: Any = None
-        if enabled and stream.isatty():
-            self._bar = tqdm(total=total, initial=done, file=stream, unit="step")
+        if enabled and self._stream.isatty():
+            self._bar = tqdm(total=total, initial=done, file=self._stream, unit="step")
 
     def step(self, step: int, fields: Mapping[str, str]) -> None:
         """Show one finished step.

@@ -118,6 +118,7 @@ def run(
     Collective: all ranks, with equal plans but for the rank.
     """
     result = TrainResult(plan.done, val_losses=list(val_losses))
+    engine.train(True)  # a model loaded by transformers is in evaluation mode
     if not result.val_losses:
         _validate(engine, data, plan, hooks, progress, result)
     while result.steps < plan.steps and not result.stopped:
