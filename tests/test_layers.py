@@ -45,6 +45,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
 """Third-party package -> the only modules (or prefixes of them) that may import it."""
 
 IN_FUNCTION = {
+    ("transport.mpi", "mpi4py"),
     (f"{ISLAND}.generate", "deepspeed"),
     (f"{ISLAND}.start", "deepspeed"),
     (f"{ISLAND}.start", "hjson"),
