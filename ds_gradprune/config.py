@@ -27,7 +27,6 @@ _NOT_YET: dict[str, dict[str, str]] = {
     "prune": {'"update"': '"gradient"'},
     "controller": {'"predictive"': '"stepwise"'},
     "exchange": {'"owner_reduce"': _SPARSE_TODAY, '"two_level"': _SPARSE_TODAY},
-    "transport": {'"mpi"': '"torch"'},
     "two_level": {"true": '"auto" or false'},
     "value_bits": {"1": _BITS_TODAY, "2": _BITS_TODAY, "4": _BITS_TODAY, "8": _BITS_TODAY},
 }
@@ -167,7 +166,11 @@ class GradientPruningConfig(_Block):
     exchange: Literal["auto", "all_gather"] = Field(
         default="auto", description="who sends what to whom; auto is all_gather"
     )
-    transport: Literal["torch"] = Field(default="torch", description="what moves the bytes")
+    transport: Literal["torch", "mpi"] = Field(
+        default="torch",
+        description="what moves the bytes: torch.distributed, or MPI, which must have started the "
+        "processes; dense steps stay with torch.distributed",
+    )
     two_level: Literal["auto", False] = Field(
         default="auto", description="dense inside a host first; auto is false"
     )

@@ -176,7 +176,6 @@ def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) 
         ("controller", "predictive", '"stepwise"'),
         ("exchange", "owner_reduce", '"all_gather" or "auto"'),
         ("exchange", "two_level", '"all_gather" or "auto"'),
-        ("transport", "mpi", '"torch"'),
         ("two_level", True, '"auto" or false'),
         ("value_bits", 1, "16 or 32"),
         ("value_bits", 2, "16 or 32"),
