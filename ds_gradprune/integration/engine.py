@@ -34,6 +34,7 @@ from ds_gradprune.integration.peers import check_peers
 from ds_gradprune.records import StepReport, Totals
 from ds_gradprune.session import PruningSession
 from ds_gradprune.transport.base import Transport
+from ds_gradprune.transport.mpi import MpiTransport
 from ds_gradprune.transport.throttle import RatePoint, ThrottledTransport
 from ds_gradprune.transport.torchdist import TorchDistTransport
 
@@ -299,6 +300,8 @@ def attach(engine: Any, *, clock: Clock | None = None) -> Handle:
 
 def _open_transport(config: GradientPruningConfig, group: Any, clock: Clock) -> Transport:
     transport: Transport = TorchDistTransport(group, config.timeout_s)
+    if config.transport == "mpi":
+        transport = MpiTransport(transport, config.timeout_s)
     if config.throttle is None:
         return transport
     schedule = [
