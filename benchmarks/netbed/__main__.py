@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit code."""
     flags = parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         schedule = merge(*(parse_schedule(text) for text in flags.schedule))
         with Bed(flags.hosts, flags.rate, flags.slots) as bed, bed.play(schedule):
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return code
 
 
