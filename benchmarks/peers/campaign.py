@@ -1,0 +1,143 @@
+"""Which runs are made, in which order.
+
+One round after the other; in a round every method in turn, beginning with another one each time, so
+that what else the machine does falls on all of them alike. All methods of a round have the same
+seed. For a method whose loss does not depend on the link, a round is one unshaped run, which gives
+the loss, and a short stretch at each rate, which gives the times. Ours runs in full at each rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.netbed import parse_rate
+from benchmarks.peers.crew import Crew, Place, Stretch, crew
+from benchmarks.peers.job import Recipe
+from benchmarks.peers.methods import Method
+
+SETTLE_STEPS = 2
+"""After a change of the rate, uncounted: queues and windows find their size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        methods: which.
+        rates: of the links, "20mbit"; None: unshaped. Unshaped is always among them.
+        rounds: repetitions, each with its own seed.
+        steps: the validation loss is reported after so many.
+        extend: methods other than dense train for this many times the steps, so that one that
+            learns slower per step may still reach dense's loss.
+        eval_every: steps between validations.
+        timing_steps: of a short stretch.
+        recipe: how to train.
+    """
+
+    methods: Sequence[Method]
+    rates: Sequence[str | None]
+    rounds: int
+    steps: int
+    extend: float
+    eval_every: int
+    timing_steps: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of a method at a rate.
+
+    Attributes:
+        method: name.
+        rate: as asked for; None: unshaped.
+        round: counted from 0; also the seed.
+        dense: the steps before compression began; empty where there are none, and in a short
+            stretch, which begins after them.
+        rest: all others.
+    """
+
+    method: str
+    rate: str | None
+    round: int
+    dense: Stretch
+    rest: Stretch
+
+    @property
+    def is_short(self) -> bool:
+        """It gives times, not losses."""
+        return not self.rest.validations
+
+
+def rate_mbit(rate: str | None) -> float | None:
+    """Megabit per second; None: unshaped."""
+    bps = parse_rate(rate)
+    return None if bps is None else bps / 1e6
+
+
+def execute(
+    plan: Plan, place: Place, data: Path, say: Callable[[str], None]
+) -> Iterator[tuple[Run, int]]:
+    """Make all runs.
+
+    Args:
+        plan: what is asked for.
+        place: where the ranks run.
+        data: folder of the tokens.
+        say: shows one line.
+
+    Yields:
+        A run as soon as it is over, and the number of the model's parameters.
+
+    Raises:
+        GradPruneError: a rank ended early.
+    """
+    for number in range(plan.rounds):
+        turn = number % len(plan.methods)
+        for method in [*plan.methods[turn:], *plan.methods[:turn]]:
+            rates = plan.rates if method.adaptive else [None]
+            for rate in rates:
+                shown = "" if rate is None else f" at {rate}"
+                say(f"round {number + 1} of {plan.rounds}: {method.name}{shown}")
+                with crew(place, method.name, plan.recipe, data, seed=number) as ranks:
+                    ranks.set_rate(rate)
+                    run = _whole(plan, method, rate, number, ranks)
+                    yield run, ranks.num_parameters
+                    if not method.adaptive:
+                        for run in _short(plan, method, number, ranks, say):
+                            yield run, ranks.num_parameters
+
+
+def _whole(plan: Plan, method: Method, rate: str | None, number: int, ranks: Crew) -> Run:
+    """A run that gives the loss."""
+    is_reference = not method.begins_dense and method.wire_dtype == "fp32"
+    steps = plan.steps if is_reference else round(plan.steps * plan.extend)
+    dense_steps = min(plan.recipe.dense_steps, steps) if method.begins_dense else 0
+    dense = ranks.train(dense_steps, plan.eval_every) if dense_steps else Stretch([], [], None)
+    rest = ranks.train(steps - dense_steps, plan.eval_every)
+    return Run(method.name, rate, number, dense, rest)
+
+
+def _short(
+    plan: Plan, method: Method, number: int, ranks: Crew, say: Callable[[str], None]
+) -> Iterator[Run]:
+    """Stretches that give the times, on a model that is trained already."""
+    for rate in plan.rates:
+        if rate is None:
+            continue
+        say(f"round {number + 1} of {plan.rounds}: {method.name}, times at {rate}")
+        with _shaped(ranks, rate):
+            ranks.train(SETTLE_STEPS)
+            rest = ranks.train(plan.timing_steps)
+        yield Run(method.name, rate, number, Stretch([], [], None), rest)
+
+
+@contextlib.contextmanager
+def _shaped(ranks: Crew, rate: str) -> Iterator[None]:
+    ranks.set_rate(rate)
+    yield
+    ranks.set_rate(None)

@@ -1,0 +1,101 @@
+"""The names of the methods, and what they stand for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ds_gradprune.errors import ConfigError
+
+DENSE = "dense_fp32"
+"""The method that all others are compared with."""
+
+DEFAULT = (
+    DENSE,
+    "dense_bf16",
+    "ddp_fp32",
+    "bf16_hook",
+    "powersgd_4",
+    "topk_0.05",
+    "topk_0.01",
+    "ours",
+)
+
+KNOWN = (
+    f"{DENSE}, dense_bf16, ddp_fp32, fp16_hook, bf16_hook, powersgd_RANK (1, 4, 16, ...), "
+    "topk_DENSITY (0.05, ...), ours"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to exchange gradients.
+
+    Attributes:
+        name: as on the command line.
+        side: "deepspeed", or "ddp" for torch's DistributedDataParallel, which overlaps its
+            exchange with the backward pass.
+        wire_dtype: of dense exchanges.
+        rank: of PowerSGD's matrices; None: no PowerSGD.
+        density: fixed share of elements that our reducer sends; None: it prunes nothing, or the
+            density is adaptive.
+        adaptive: our controller chooses the density, so the loss depends on the link.
+    """
+
+    name: str
+    side: Literal["deepspeed", "ddp"]
+    wire_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    rank: int | None = None
+    density: float | None = None
+    adaptive: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        """Our reducer is at work."""
+        return self.adaptive or self.density is not None
+
+    @property
+    def begins_dense(self) -> bool:
+        """The first steps are exchanged uncompressed."""
+        return self.prunes or self.rank is not None
+
+
+_FIXED = {
+    DENSE: Method(DENSE, "deepspeed"),
+    "dense_bf16": Method("dense_bf16", "deepspeed", "bf16"),
+    "ddp_fp32": Method("ddp_fp32", "ddp"),
+    "fp16_hook": Method("fp16_hook", "ddp", "fp16"),
+    "bf16_hook": Method("bf16_hook", "ddp", "bf16"),
+    "ours": Method("ours", "deepspeed", adaptive=True),
+}
+
+
+def parse_method(name: str) -> Method:
+    """A method from its name. Pure.
+
+    Raises:
+        ConfigError: no such method, or a parameter out of range.
+    """
+    if name in _FIXED:
+        return _FIXED[name]
+    match = re.fullmatch(r"(powersgd|topk)_(\d+(?:\.\d+)?)", name)
+    if match is not None:
+        kind, number = match[1], float(match[2])
+        if kind == "topk" and 0.0 < number < 1.0:
+            return Method(name, "deepspeed", density=number)
+        if kind == "powersgd" and number >= 1 and number == int(number):
+            return Method(name, "ddp", rank=int(number))
+    raise ConfigError(f"--methods must name some of {KNOWN}; got {name!r}.")
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods from a list with commas. Pure.
+
+    Raises:
+        ConfigError: as `parse_method`, or one is there twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--methods must name each method once, got {text!r}.")
+    return [parse_method(name) for name in names]
