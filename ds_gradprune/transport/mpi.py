@@ -264,7 +264,8 @@ def _check_buffers(payload: torch.Tensor, out: torch.Tensor, world_size: int) ->
         if not (plain and tensor.is_contiguous() and tuple(tensor.shape) == shape):
             raise ValueError(
                 f"{name} must be a contiguous uint8 tensor of shape {shape} on the CPU, got "
-                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides "
+                f"{tensor.stride()}"
             )
 
 
