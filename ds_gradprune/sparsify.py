@@ -8,15 +8,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, Segment, SparseBlock
+from ds_gradprune.rows import Run, num_kept, runs
 from ds_gradprune.topk import CpuTopK, top_k
 
-__all__ = ["dense_positions", "kept_positions", "layout_of", "num_kept", "select"]
+__all__ = ["dense_positions", "kept_positions", "layout_of", "select"]
 
 _CPU_BLOCK_ROWS = 64
 """Rows worked on at a time: two scratch arrays of 1 MiB stay in or near a core's L2 cache."""
@@ -25,31 +25,6 @@ _DEVICE_BLOCK_ROWS = 1024
 """The same on an accelerator: large enough to fill it, small beside a model."""
 
 _Pick = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Rows of equal length, neighbours in the bucket and among the kept elements."""
-
-    bucket_start: int
-    num_rows: int
-    row_numel: int
-    row_kept: int
-    kept_start: int
-
-    @property
-    def kept_stop(self) -> int:
-        return self.kept_start + self.num_rows * self.row_kept
-
-    def rows(self, start: int, stop: int) -> _Run:
-        """Rows start .. stop - 1 of this run."""
-        return _Run(
-            self.bucket_start + start * self.row_numel,
-            stop - start,
-            self.row_numel,
-            self.row_kept,
-            self.kept_start + start * self.row_kept,
-        )
 
 
 def layout_of(shapes: Sequence[torch.Size], min_numel: int) -> BucketLayout:
@@ -71,16 +46,6 @@ def layout_of(shapes: Sequence[torch.Size], min_numel: int) -> BucketLayout:
     return BucketLayout(tuple(segments), offset)
 
 
-def num_kept(layout: BucketLayout, k: int) -> int:
-    """Elements that pruned segments keep at `k` per full row.
-
-    Raises:
-        ValueError: k is outside 1 .. CHUNK_NUMEL.
-    """
-    runs = _runs(layout, k)
-    return runs[-1].kept_stop if runs else 0
-
-
 @functools.lru_cache(maxsize=16)
 def dense_positions(layout: BucketLayout) -> torch.Tensor:
     """Where `SparseBlock.dense` lies in the bucket.
@@ -88,8 +53,8 @@ def dense_positions(layout: BucketLayout) -> torch.Tensor:
     Returns:
         (layout.dense_numel,) int64, CPU, ascending; cached, so not to be changed.
     """
-    runs = [torch.arange(start, start + numel) for start, numel in _dense_runs(layout)]
-    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+    ranges = [torch.arange(start, start + numel) for start, numel in _dense_runs(layout)]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
 
 def kept_positions(layout: BucketLayout, k: int, indices: torch.Tensor) -> torch.Tensor:
@@ -156,7 +121,6 @@ def select(
         arXiv 2411.19870, section 3; here without a transform.
     """
     _check(vector, layout, addend)
-    runs = _runs(layout, k)
     device = vector.device
     kept = num_kept(layout, k)
     block = SparseBlock(
@@ -171,10 +135,10 @@ def select(
     for bucket_start, numel in _dense_runs(layout):
         source.load(bucket_start, block.dense[dense_start : dense_start + numel])
         dense_start += numel
-    for run in runs:
+    for run in runs(layout, k):
         if run.row_kept == run.row_numel:
             _keep_all(run, source, block)
-    pruned = [run for run in runs if run.row_kept < run.row_numel]
+    pruned = [run for run in runs(layout, k) if run.row_kept < run.row_numel]
     if device.type == "cpu":
         pick = CpuTopK(_CPU_BLOCK_ROWS * CHUNK_NUMEL)
         _prune(_blocks(pruned, _CPU_BLOCK_ROWS), pick, source, block)
@@ -243,35 +207,6 @@ def _dense_runs(layout: BucketLayout) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-@functools.lru_cache(maxsize=128)
-def _runs(layout: BucketLayout, k: int) -> tuple[_Run, ...]:
-    """The pruned rows in order; rows that are neighbours in every sense are one run."""
-    if not 1 <= k <= CHUNK_NUMEL:
-        raise ValueError(f"k must be in 1 .. {CHUNK_NUMEL}, got {k}.")
-    runs: list[_Run] = []
-    kept_start = 0
-    for segment in layout.segments:
-        if not segment.pruned:
-            continue
-        full, tail = divmod(segment.numel, CHUNK_NUMEL)
-        if full:
-            last = runs[-1] if runs else None
-            end = last.bucket_start + last.num_rows * CHUNK_NUMEL if last is not None else -1
-            if last is not None and last.row_numel == CHUNK_NUMEL and end == segment.offset:
-                runs[-1] = _Run(
-                    last.bucket_start, last.num_rows + full, CHUNK_NUMEL, k, last.kept_start
-                )
-            else:
-                runs.append(_Run(segment.offset, full, CHUNK_NUMEL, k, kept_start))
-            kept_start += full * k
-        if tail:
-            row_kept = -(-k * tail // CHUNK_NUMEL)
-            start = segment.offset + full * CHUNK_NUMEL
-            runs.append(_Run(start, 1, tail, row_kept, kept_start))
-            kept_start += row_kept
-    return tuple(runs)
-
-
 @functools.lru_cache(maxsize=32)
 def _row_bases(
     layout: BucketLayout, k: int
@@ -281,8 +216,8 @@ def _row_bases(
     Rows that keep equally many and follow each other among the kept are one entry, wherever they
     lie in the bucket: without tails there is one entry.
     """
-    groups: list[list[_Run]] = []
-    for run in _runs(layout, k):
+    groups: list[list[Run]] = []
+    for run in runs(layout, k):
         if groups and groups[-1][0].row_kept == run.row_kept:
             groups[-1].append(run)
         else:
@@ -300,7 +235,7 @@ def _row_bases(
     return tuple(entries)
 
 
-def _keep_all(run: _Run, source: _Source, block: SparseBlock) -> None:
+def _keep_all(run: Run, source: _Source, block: SparseBlock) -> None:
     """Rows of which every element is kept: a copy."""
     kept = slice(run.kept_start, run.kept_stop)
     source.load(run.bucket_start, block.values[kept])
@@ -308,7 +243,7 @@ def _keep_all(run: _Run, source: _Source, block: SparseBlock) -> None:
     block.indices[kept].view(run.num_rows, run.row_numel).copy_(order)
 
 
-def _prune(blocks: list[list[_Run]], pick: _Pick, source: _Source, block: SparseBlock) -> None:
+def _prune(blocks: list[list[Run]], pick: _Pick, source: _Source, block: SparseBlock) -> None:
     """Fill scratch memory with rows of equal length and pick from it, block after block."""
     if not blocks:
         return
@@ -329,12 +264,12 @@ def _prune(blocks: list[list[_Run]], pick: _Pick, source: _Source, block: Sparse
         )
 
 
-def _blocks(runs: list[_Run], block_rows: int) -> list[list[_Run]]:
+def _blocks(runs: list[Run], block_rows: int) -> list[list[Run]]:
     """Cut runs into blocks of at most `block_rows` rows of one length.
 
     A block may gather rows from many places of the bucket; its kept elements lie together.
     """
-    blocks: list[list[_Run]] = []
+    blocks: list[list[Run]] = []
     room = 0
     for run in runs:
         last = blocks[-1][-1] if blocks else run

@@ -16,7 +16,8 @@ from ds_gradprune import codec
 from ds_gradprune.codec import CODECS, HEADER_BYTES, Codec, codec_for
 from ds_gradprune.errors import WireFormatError
 from ds_gradprune.records import BucketLayout, RankSignals, SparseBlock
-from ds_gradprune.sparsify import kept_positions, layout_of, num_kept, select
+from ds_gradprune.rows import num_kept
+from ds_gradprune.sparsify import kept_positions, layout_of, select
 
 SIGNALS = RankSignals(
     loss=3.5,

@@ -17,6 +17,7 @@ PACKAGE = "ds_gradprune"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "records", "stats", "topk"),
+    ("rows",),
     ("link", "performance", "sparsify", "residual", "codec", "transport"),
     ("controller", "exchange"),
     ("reducer",),

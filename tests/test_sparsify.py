@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ds_gradprune import sparsify
 from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, Segment, SparseBlock
-from ds_gradprune.sparsify import dense_positions, kept_positions, layout_of, num_kept, select
+from ds_gradprune.rows import num_kept
+from ds_gradprune.sparsify import dense_positions, kept_positions, layout_of, select
 from ds_gradprune.topk import top_k
 
 SHAPES = [(), (7,), (4096,), (0, 5), (3, 5), (1, 4096), (4, 2048), (3, 1500), (2, 4099), (40, 90)]

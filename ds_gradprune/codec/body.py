@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from ds_gradprune.codec.base import HEADER_BYTES, Bytes, Header, layout_crc, parse, seal
-from ds_gradprune.codec.rows import num_kept
 from ds_gradprune.codec.values import ValueFormat
 from ds_gradprune.errors import WireFormatError
 from ds_gradprune.records import BucketLayout, RankSignals, SparseBlock
+from ds_gradprune.rows import num_kept
 
 
 class Codec(abc.ABC):

@@ -8,8 +8,8 @@ import torch
 
 from ds_gradprune.codec.base import Bytes
 from ds_gradprune.codec.body import Codec
-from ds_gradprune.codec.rows import row_groups
 from ds_gradprune.records import CHUNK_NUMEL, BucketLayout
+from ds_gradprune.rows import runs
 
 
 class DenseCodec(Codec):
@@ -33,5 +33,8 @@ class DenseCodec(Codec):
 
     def read_places(self, places: Bytes, layout: BucketLayout, k: int) -> torch.Tensor:
         """All positions of every row."""
-        rows = [np.tile(np.arange(g.numel, dtype=np.int16), g.rows) for g in row_groups(layout, k)]
+        rows = [
+            np.tile(np.arange(run.row_numel, dtype=np.int16), run.num_rows)
+            for run in runs(layout, k)
+        ]
         return torch.from_numpy(np.concatenate(rows) if rows else np.empty(0, dtype=np.int16))

@@ -12,9 +12,9 @@ import torch
 
 from ds_gradprune.codec.base import Bytes
 from ds_gradprune.codec.body import Codec
-from ds_gradprune.codec.rows import check_indices, num_kept
 from ds_gradprune.errors import WireFormatError
 from ds_gradprune.records import CHUNK_NUMEL, BucketLayout
+from ds_gradprune.rows import num_kept, runs
 
 
 class PackedCodec(Codec):
@@ -53,5 +53,28 @@ class PackedCodec(Codec):
         count = num_kept(layout, k)
         if count < len(indices) and indices[count]:
             raise WireFormatError("payload's odd index must be padded with zero.")
-        check_indices(indices[:count], layout, k)
+        _check_indices(indices[:count], layout, k)
         return torch.from_numpy(indices[:count])
+
+
+def _check_indices(indices: npt.NDArray[np.int16], layout: BucketLayout, k: int) -> None:
+    """Indices must lie inside their row and rise, so that none occurs twice.
+
+    Args:
+        indices: (num_kept,), >= 0.
+        layout: the bucket's layout.
+        k: kept elements per full row.
+
+    Raises:
+        WireFormatError: they do not.
+    """
+    for run in runs(layout, k):
+        table = indices[run.kept_start : run.kept_stop].reshape(run.num_rows, run.row_kept)
+        if (table[:, 1:] <= table[:, :-1]).any():
+            raise WireFormatError("payload's indices must rise inside every row.")
+        last = int(table[:, -1].max())
+        if last >= run.row_numel:
+            raise WireFormatError(
+                f"payload's indices must be below {run.row_numel}, the length of their row, "
+                f"got {last}."
+            )
