@@ -10,4 +10,5 @@ figures.py     from runs to medians, curves, and the time to dense's loss
 breakeven.py   the link rate below which pruning wins, predicted and checked
 page.py        tables
 plots.py       one picture per question
+command.py     the command line
 """

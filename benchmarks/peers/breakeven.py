@@ -1,4 +1,4 @@
-"""The link rate below which a compressed exchange beats the dense one: predicted, then checked. Pure.
+"""The link rate below which a compressed exchange beats the dense one: predicted, checked. Pure.
 
 The model. A step takes what it takes on this host (compute and codec) plus its exchange. On a link
 of r bits per second the exchange of B bytes cannot take less than 8 B / r; and on no link does it
@@ -6,8 +6,8 @@ take less than the software does, which is what an unshaped link shows. The two 
 
     T(r) = local + max(unshaped exchange, 8 B / r)
 
-All four numbers come from the unshaped runs, B being counted at the interface, TCP included. Nothing
-of what is measured at a rate enters the prediction for it.
+All numbers come from the unshaped runs, B being counted at the interface, TCP included. Nothing of
+what is measured at a rate enters the prediction for it.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ class Run:
         method: name.
         rate: as asked for; None: unshaped.
         round: counted from 0; also the seed.
+        num_parameters: of the model.
         dense: the steps before compression began; empty where there are none, and in a short
             stretch, which begins after them.
         rest: all others.
@@ -64,6 +65,7 @@ class Run:
     method: str
     rate: str | None
     round: int
+    num_parameters: int
     dense: Stretch
     rest: Stretch
 
@@ -79,9 +81,7 @@ def rate_mbit(rate: str | None) -> float | None:
     return None if bps is None else bps / 1e6
 
 
-def execute(
-    plan: Plan, place: Place, data: Path, say: Callable[[str], None]
-) -> Iterator[tuple[Run, int]]:
+def execute(plan: Plan, place: Place, data: Path, say: Callable[[str], None]) -> Iterator[Run]:
     """Make all runs.
 
     Args:
@@ -91,7 +91,7 @@ def execute(
         say: shows one line.
 
     Yields:
-        A run as soon as it is over, and the number of the model's parameters.
+        A run as soon as it is over.
 
     Raises:
         GradPruneError: a rank ended early.
@@ -105,11 +105,9 @@ def execute(
                 say(f"round {number + 1} of {plan.rounds}: {method.name}{shown}")
                 with crew(place, method.name, plan.recipe, data, seed=number) as ranks:
                     ranks.set_rate(rate)
-                    run = _whole(plan, method, rate, number, ranks)
-                    yield run, ranks.num_parameters
+                    yield _whole(plan, method, rate, number, ranks)
                     if not method.adaptive:
-                        for run in _short(plan, method, number, ranks, say):
-                            yield run, ranks.num_parameters
+                        yield from _short(plan, method, number, ranks, say)
 
 
 def _whole(plan: Plan, method: Method, rate: str | None, number: int, ranks: Crew) -> Run:
@@ -119,7 +117,7 @@ def _whole(plan: Plan, method: Method, rate: str | None, number: int, ranks: Cre
     dense_steps = min(plan.recipe.dense_steps, steps) if method.begins_dense else 0
     dense = ranks.train(dense_steps, plan.eval_every) if dense_steps else Stretch([], [], None)
     rest = ranks.train(steps - dense_steps, plan.eval_every)
-    return Run(method.name, rate, number, dense, rest)
+    return Run(method.name, rate, number, ranks.num_parameters, dense, rest)
 
 
 def _short(
@@ -133,7 +131,8 @@ def _short(
         with _shaped(ranks, rate):
             ranks.train(SETTLE_STEPS)
             rest = ranks.train(plan.timing_steps)
-        yield Run(method.name, rate, number, Stretch([], [], None), rest)
+        dense = Stretch([], [], None)
+        yield Run(method.name, rate, number, ranks.num_parameters, dense, rest)
 
 
 @contextlib.contextmanager

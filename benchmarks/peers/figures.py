@@ -97,6 +97,11 @@ class Figures:
     steps: int
     tokens_per_step: int
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return self.runs[0].num_parameters
+
     def rows(self) -> list[Row]:
         """One per method and rate, in the order of the runs."""
         keys = dict.fromkeys((run.method, run.rate) for run in self.runs if run.round == 0)

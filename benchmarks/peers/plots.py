@@ -1,0 +1,125 @@
+"""One picture per question, beside the JSON file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.campaign import rate_mbit
+from benchmarks.peers.figures import Figures, Row
+from ds_gradprune.errors import MissingDependencyError
+
+MARKERS = "osD^v<>Px*"
+
+
+def load_pyplot() -> Any:
+    """Matplotlib without a screen.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "Pictures need matplotlib: pip install matplotlib; or give --no-plots."
+        ) from exc
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write_all(figures: Figures, rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Draw everything that there are figures for.
+
+    Args:
+        figures: the runs.
+        rows: of the table.
+        stem: path without ending; "_loss.png" and so on is added.
+
+    Returns:
+        The files.
+    """
+    pyplot = load_pyplot()
+    drawn = [
+        (_losses(pyplot, figures, rows), "loss"),
+        (_step_times(pyplot, rows), "rate"),
+        (_densities(pyplot, figures), "density"),
+    ]
+    paths = []
+    for picture, name in drawn:
+        if picture is None:
+            continue
+        path = stem.with_name(f"{stem.name}_{name}.png")
+        picture.savefig(path, dpi=110, bbox_inches="tight")
+        pyplot.close(picture)
+        paths.append(path)
+    return paths
+
+
+def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
+    """How fast does the loss fall on each link? First round of each method."""
+    rates = list(dict.fromkeys(run.rate for run in figures.runs))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    picture, axes = pyplot.subplots(
+        1, len(rates), figsize=(5 * len(rates), 4.2), squeeze=False, sharey=True
+    )
+    for axis, rate in zip(axes[0], rates, strict=True):
+        for method, marker in zip(methods, itertools.cycle(MARKERS), strict=False):
+            curve = figures.curve(method, rate, 0)
+            if curve:
+                times, losses = zip(*curve, strict=True)
+                axis.plot(times, losses, marker=marker, markersize=4, label=method)
+        axis.set_title(rate or "unshaped")
+        axis.set_xlabel("seconds of training")
+        axis.grid(alpha=0.3)
+        if rate is not None:
+            axis.set_xscale("symlog", linthresh=10)
+    axes[0][0].set_ylabel("validation loss")
+    axes[0][-1].legend(fontsize=8)
+    return picture
+
+
+def _step_times(pyplot: Any, rows: Sequence[Row]) -> Any:
+    """How long is a step on which link?"""
+    if all(row.rate_mbit is None for row in rows):
+        return None
+    picture, axis = pyplot.subplots(figsize=(6.5, 4.5))
+    methods = dict.fromkeys(row.method for row in rows)
+    for method, marker in zip(methods, itertools.cycle(MARKERS), strict=False):
+        mine = [row for row in rows if row.method == method]
+        shaped = sorted((r.rate_mbit, r.step_time_s) for r in mine if r.rate_mbit is not None)
+        (line,) = axis.plot(*zip(*shaped, strict=True), marker=marker, label=method)
+        for row in mine:
+            if row.rate_mbit is None:
+                axis.axhline(row.step_time_s, color=line.get_color(), linewidth=0.6, alpha=0.5)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("link, Mbit/s (thin lines: unshaped)")
+    axis.set_ylabel("seconds per step, median")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    return picture
+
+
+def _densities(pyplot: Any, figures: Figures) -> Any:
+    """What did the controller do over time?"""
+    runs = [run for run in figures.runs if run.method == "ours" and run.round == 0]
+    if not runs:
+        return None
+    picture, axis = pyplot.subplots(figsize=(6.5, 4.5))
+    for run in runs:
+        steps = [*run.dense.steps, *run.rest.steps]
+        ends_s = list(itertools.accumulate(step.wall_s for step in steps))
+        mbit = rate_mbit(run.rate)
+        label = "unshaped" if mbit is None else f"{mbit:g} Mbit/s"
+        axis.step(ends_s, [step.density or 1.0 for step in steps], where="pre", label=label)
+    axis.set_yscale("log")
+    axis.set_xlabel("seconds of training")
+    axis.set_ylabel("density (1: dense)")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    return picture
