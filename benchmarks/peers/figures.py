@@ -104,9 +104,7 @@ class Figures:
 
     def rows(self) -> list[Row]:
         """One per method and rate, in the order of the runs."""
-        keys = dict.fromkeys((run.method, run.rate) for run in self.runs if run.round == 0)
-        order = list(dict.fromkeys(method for method, _ in keys))
-        return [self._row(*key) for key in sorted(keys, key=lambda key: order.index(key[0]))]
+        return [self._row(*key) for key in dict.fromkeys((r.method, r.rate) for r in self.runs)]
 
     def of(self, method: str, rate: str | None) -> list[Run]:
         """The runs of a method at a rate, in order of rounds."""

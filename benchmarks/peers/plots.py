@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def write_all(figures: Figures, rows: Sequence[Row], stem: Path) -> list[Path]:
 
 
 def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
-    """How fast does the loss fall on each link? First round of each method."""
-    rates = list(dict.fromkeys(run.rate for run in figures.runs))
+    """How fast does the loss fall on each link? The first round of each method."""
+    rates = sorted({run.rate for run in figures.runs}, key=lambda rate: rate_mbit(rate) or math.inf)
     methods = list(dict.fromkeys(row.method for row in rows))
     picture, axes = pyplot.subplots(
         1, len(rates), figsize=(5 * len(rates), 4.2), squeeze=False, sharey=True
@@ -70,14 +71,14 @@ def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
     for axis, rate in zip(axes[0], rates, strict=True):
         for method, marker in zip(methods, itertools.cycle(MARKERS), strict=False):
             curve = figures.curve(method, rate, 0)
-            if curve:
-                times, losses = zip(*curve, strict=True)
+            if curve is not None and len(curve) > 1:
+                # All curves begin with the same loss, at 0, which a logarithm has no place for.
+                times, losses = zip(*curve[1:], strict=True)
                 axis.plot(times, losses, marker=marker, markersize=4, label=method)
         axis.set_title(rate or "unshaped")
         axis.set_xlabel("seconds of training")
         axis.grid(alpha=0.3)
-        if rate is not None:
-            axis.set_xscale("symlog", linthresh=10)
+        axis.set_xscale("log")
     axes[0][0].set_ylabel("validation loss")
     axes[0][-1].legend(fontsize=8)
     return picture
