@@ -158,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if peers is None or peers.rank == 0:
             print("Interrupted; nothing new was saved.", file=sys.stderr, flush=True)
         return 130
+    finally:
+        if peers is not None:
+            peers.part()
     return 0
 
 
@@ -348,12 +351,9 @@ class _Run:
             )
 
     def _close(self) -> None:
-        import torch.distributed as dist
-
         if self.handle is not None:
             self.handle.detach()
         self.peers.gather(None)  # rank 0 is done writing: a launcher may end us all now
-        dist.destroy_process_group()
 
 
 def resolved_config(

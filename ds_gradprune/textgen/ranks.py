@@ -156,6 +156,15 @@ class Peers:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def part(self) -> None:
+        """Leave the process group; a second call does nothing. Local.
+
+        Left to the interpreter's end, a gloo thread that sees a peer's socket close first aborts
+        the process, and its exit code is lost.
+        """
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """The values summed over ranks, in float64; equal on all ranks. Collective."""
         gathered = self.gather(list(values))
