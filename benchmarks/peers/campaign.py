@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.netbed import parse_rate
 from benchmarks.peers.crew import Crew, Place, Stretch, crew
@@ -73,6 +74,28 @@ class Run:
     def is_short(self) -> bool:
         """It gives times, not losses."""
         return not self.rest.validations
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file: the steps as columns, times to 10 microseconds."""
+        steps = [*self.dense.steps, *self.rest.steps]
+        columns = {
+            name: [_short_number(getattr(step, name)) for step in steps]
+            for name in ("loss", "wall_s", "compute_s", "codec_s", "comm_s", "density")
+        }
+        return {
+            "method": self.method,
+            "rate_mbit": rate_mbit(self.rate),
+            "round": self.round,
+            "dense_steps": len(self.dense.steps),
+            "wire_bytes": self.rest.wire_bytes,
+            "validations": [*self.dense.validations, *self.rest.validations],
+            "first_step": steps[0].step,
+            **columns,
+        }
+
+
+def _short_number(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
 
 
 def rate_mbit(rate: str | None) -> float | None:

@@ -25,7 +25,7 @@ from ds_gradprune.errors import ConfigError, GradPruneError
 from ds_gradprune.textgen.model import SIZES
 from ds_gradprune.textgen.prepare import prepare
 
-LEARNING_RATES = {"nano": 2e-3, "micro": 1e-3, "small": 6e-4}
+LEARNING_RATES = {"nano": 3e-3, "micro": 1e-3, "small": 6e-4}
 
 
 def parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -197,7 +197,7 @@ def write_files(
     """JSON with every step of every run, the page, and the pictures."""
     out: Path = flags.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs = [dataclasses.asdict(one) for one in figures.runs]
+    runs = [one.to_json() for one in figures.runs]
     out.write_text(json.dumps({"setting": setting, **document, "runs": runs}) + "\n")
     pictures = [] if flags.no_plots else plots.write_all(figures, rows, out.with_suffix(""))
     machine, recipe = setting["machine"], setting["recipe"]

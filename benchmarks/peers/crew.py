@@ -278,8 +278,3 @@ def _merge(rows: tuple[dict[str, Any], ...]) -> Step:
 def _mean(parts: tuple[list[float], ...]) -> tuple[int, float]:
     """The validation loss from each rank's (step, sum, count)."""
     return int(parts[0][0]), sum(part[1] for part in parts) / sum(part[2] for part in parts)
-
-
-def to_plain(stretch: Stretch) -> dict[str, Any]:
-    """For JSON."""
-    return dataclasses.asdict(stretch)
