@@ -7,7 +7,6 @@ uncounted, for machines without root.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import selectors
