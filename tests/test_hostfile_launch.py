@@ -157,9 +157,10 @@ def test_the_start_costs_a_copy_of_the_model_and_little_else(launch: Launch):
     one_step = launch.log[-1]["wire_bytes"]
     for copy_bytes, early in zip((model_bytes, 0), launch.early, strict=True):
         payload = early.sent_bytes - HEADER_BYTES * early.sent_frames
-        # 150 kB were measured for ssh, the store and DeepSpeed's agreements.
+        # 25 kB were measured for ssh, the store and the agreements before the first step; the
+        # store is asked again and again while a slower host is awaited.
         assert before + copy_bytes < payload + one_step
-        assert payload < before + copy_bytes + 400_000 + one_step
+        assert payload < before + copy_bytes + 100_000 + one_step
 
 
 def test_hosts_with_different_versions_are_named(here: Path):
