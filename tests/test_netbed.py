@@ -35,7 +35,7 @@ from benchmarks.netbed import (
 )
 from benchmarks.netbed import __main__ as command_line
 from benchmarks.netbed import bed as bed_module
-from benchmarks.netbed.folder import remove_leftovers, start_time
+from benchmarks.netbed.folder import keepers_of, remove_leftovers, start_time
 from benchmarks.netbed.rates import FRAME_BYTES, burst_bytes
 from benchmarks.netbed.schedule import Player, parse_schedule
 from ds_gradprune.errors import ConfigError, GradPruneError, MissingDependencyError
@@ -577,6 +577,17 @@ def test_a_bed_dies_with_its_owner(number):
     owner.send_signal(number)
     owner.wait(20)
     assert len(networks) == 3
+    assert wait_until_gone(folder, networks) == []
+
+
+@with_netns
+def test_ending_owner_and_keepers_at_once_leaves_nothing():
+    """As a supervisor does that ends a process with all its children."""
+    owner, folder, _ = start_owner("alone")
+    networks = networks_of(folder)
+    for keeper in [*keepers_of(folder), owner.pid]:
+        os.kill(keeper, signal.SIGTERM)
+    owner.wait(20)
     assert wait_until_gone(folder, networks) == []
 
 
