@@ -276,6 +276,16 @@ print("answered" if link.recv(1) == b"x" else "closed", flush=True)
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Beds in a folder of our own: others on this machine neither add to it nor sweep it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("beds"))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
 @pytest.fixture(scope="module")
 def shared_bed() -> Iterator[Bed]:
     with Bed(hosts=2, rate="100mbit") as bed:
