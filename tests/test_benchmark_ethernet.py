@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.netbed import requirements
-from benchmarks.peers import breakeven, command, page, plots
+from benchmarks.peers import breakeven, campaign, command, page, plots
 from benchmarks.peers.breakeven import Cost, break_even_mbit
 from benchmarks.peers.campaign import Run
 from benchmarks.peers.crew import Step, Stretch
@@ -20,6 +22,7 @@ from benchmarks.peers.engines import ds_config
 from benchmarks.peers.figures import CONTRACT, Figures, first_below
 from benchmarks.peers.job import Job, Recipe
 from benchmarks.peers.methods import parse_method, parse_methods
+from benchmarks.peers.record import Record
 from ds_gradprune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,6 +229,57 @@ def test_without_root_one_sentence_and_exit_code_2(monkeypatch, capsys) -> None:
     assert command.main(["--steps", "10"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: The test bed needs root")
+
+
+# ---- interruptions ------------------------------------------------------------------------------
+
+
+def test_a_record_gives_back_what_was_measured(tmp_path) -> None:
+    asked, out = plan("--steps", "10"), tmp_path / "runs" / "out.json"
+    record = Record(out, asked, resume=False)
+    record.add(dense_runs())
+    record.add(topk_runs())
+    part = tmp_path / "runs" / "out.part.jsonl"
+    with part.open("a") as file:
+        file.write('[{"method": "ou')  # killed while writing
+    again = Record(out, asked, resume=True)
+    assert again.visits == [dense_runs(), topk_runs()]
+    again.add(dense_runs(1))
+    assert Record(out, asked, resume=True).visits == [dense_runs(), topk_runs(), dense_runs(1)]
+    again.finish()
+    assert not part.exists()
+
+
+def test_a_record_is_not_overwritten_and_not_mixed(tmp_path) -> None:
+    out = tmp_path / "out.json"
+    Record(out, plan("--steps", "10"), resume=False)
+    with pytest.raises(ConfigError, match="holds an unfinished campaign"):
+        Record(out, plan("--steps", "10"), resume=False)
+    with pytest.raises(ConfigError, match="--resume must be given the flags that"):
+        Record(out, plan("--steps", "20"), resume=True)
+
+
+def test_a_resumed_campaign_makes_only_what_is_missing(tmp_path, monkeypatch) -> None:
+    made = []
+
+    @contextlib.contextmanager
+    def note_the_start(place, method, recipe, data, seed):
+        made.append((method, seed))
+        yield SimpleNamespace(
+            set_rate=lambda rate: None,
+            num_parameters=7,
+            train=lambda steps, eval_every=None: stretch(1, steps, 0.1, [(0, 1.0)]),
+        )
+
+    monkeypatch.setattr(campaign, "crew", note_the_start)
+    asked = plan("--steps", "10", "--methods", "dense_fp32,ours", "--repeats", "2")
+    visits = list(campaign.execute(asked, None, tmp_path, lambda line: None))
+    # ours runs at three rates and unshaped; the second round begins with the other method
+    assert made == [("dense_fp32", 0), *[("ours", 0)] * 4, *[("ours", 1)] * 4, ("dense_fp32", 1)]
+    made.clear()
+    rest = list(campaign.execute(asked, None, tmp_path, lambda line: None, visits[:-2]))
+    assert made == [("ours", 1), ("dense_fp32", 1)]
+    assert rest == visits[-2:]
 
 
 # ---- pictures ----------------------------------------------------------------------------------

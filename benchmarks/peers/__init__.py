@@ -6,6 +6,7 @@ worker.py      one rank: trains with one method, on command
 engines.py     the method at work, in DeepSpeed or in torch's DistributedDataParallel
 crew.py        the ranks of one method: started, commanded, their bytes counted
 campaign.py    which runs are made, in which order
+record.py      what was measured so far, on disk
 figures.py     from runs to medians, curves, and the time to dense's loss
 breakeven.py   the link rate below which pruning wins, predicted and checked
 page.py        tables

@@ -104,7 +104,13 @@ def rate_mbit(rate: str | None) -> float | None:
     return None if bps is None else bps / 1e6
 
 
-def execute(plan: Plan, place: Place, data: Path, say: Callable[[str], None]) -> Iterator[Run]:
+def execute(
+    plan: Plan,
+    place: Place,
+    data: Path,
+    say: Callable[[str], None],
+    done: Sequence[Sequence[Run]] = (),
+) -> Iterator[list[Run]]:
     """Make all runs.
 
     Args:
@@ -112,25 +118,29 @@ def execute(plan: Plan, place: Place, data: Path, say: Callable[[str], None]) ->
         place: where the ranks run.
         data: folder of the tokens.
         say: shows one line.
+        done: what was yielded before an interruption; it is not made again.
 
     Yields:
-        A run as soon as it is over.
+        All runs of one start of the ranks, as soon as they are over.
 
     Raises:
         GradPruneError: a rank ended early.
     """
+    known = {(runs[0].method, runs[0].rate, runs[0].round) for runs in done}
     for number in range(plan.rounds):
         turn = number % len(plan.methods)
         for method in [*plan.methods[turn:], *plan.methods[:turn]]:
-            rates = plan.rates if method.adaptive else [None]
-            for rate in rates:
+            for rate in plan.rates if method.adaptive else [None]:
+                if (method.name, rate, number) in known:
+                    continue
                 shown = "" if rate is None else f" at {rate}"
                 say(f"round {number + 1} of {plan.rounds}: {method.name}{shown}")
                 with crew(place, method.name, plan.recipe, data, seed=number) as ranks:
                     ranks.set_rate(rate)
-                    yield _whole(plan, method, rate, number, ranks)
+                    runs = [_whole(plan, method, rate, number, ranks)]
                     if not method.adaptive:
-                        yield from _short(plan, method, number, ranks, say)
+                        runs += _short(plan, method, number, ranks, say)
+                yield runs
 
 
 def _whole(plan: Plan, method: Method, rate: str | None, number: int, ranks: Crew) -> Run:

@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 
 from benchmarks.netbed import Bed, parse_rate
 from benchmarks.peers import breakeven, page, plots
-from benchmarks.peers.campaign import Plan, Run, execute
+from benchmarks.peers.campaign import Plan, execute
 from benchmarks.peers.crew import ROOT, BedPlace, LoopbackPlace, Place
 from benchmarks.peers.figures import Figures, Row
 from benchmarks.peers.job import Recipe
 from benchmarks.peers.methods import DEFAULT, DENSE, parse_methods
+from benchmarks.peers.record import Record
 from ds_gradprune.errors import ConfigError, GradPruneError
 from ds_gradprune.textgen.model import SIZES
 from ds_gradprune.textgen.prepare import prepare
@@ -42,6 +43,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="rounds, each with its own seed (default: 3)")
     add("--text", type=Path, help="UTF-8 file or folder (default: the embedded text)")
     add("--zero-stage", type=int, default=0, choices=(0, 1, 2), help="of dense DeepSpeed")
+    add("--resume", action="store_true", help="go on with an interrupted campaign of this --out")
     add("--out", type=Path, help="JSON file; a page (.md) and pictures are put beside it")
     add("--bed", choices=("netns", "none"), default="netns", help="none: loopback, unshaped")
     add("--batch", type=int, default=4, help="sequences per rank and step (default: 4)")
@@ -137,12 +139,13 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     if not flags.no_plots and flags.out is not None:
         plots.load_pyplot()  # missing: say so now, not after an hour
     machine = page.machine()
-    runs: list[Run] = []
+    record = Record(flags.out, plan, flags.resume)
     with open_place(flags) as place, tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare(data, flags.text, flags.model)
-        for one in execute(plan, place, data, _say):
-            runs.append(one)
+        for visit in execute(plan, place, data, _say, list(record.visits)):
+            record.add(visit)
+    runs = [run for visit in record.visits for run in visit]
     tokens_per_step = flags.hosts * flags.batch * SIZES[flags.model].context
     figures = Figures(runs, flags.hosts, flags.steps, tokens_per_step)
     rows = figures.rows()
@@ -163,6 +166,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             "recipe": dataclasses.asdict(plan.recipe),
         }
         write_files(flags, setting, figures, rows, document, lines)
+    record.finish()
     return {
         "results": [row.contract() for row in rows],
         "break_even_mbit": document["break_even_mbit"],
@@ -237,6 +241,8 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
         print(f"error: {exc}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
+        hint = "" if flags.out is None else " Continue with the same flags and --resume."
+        print(f"Interrupted.{hint}", file=sys.stderr, flush=True)
         return 130
     print(json.dumps(document), flush=True)
     return 0
