@@ -325,6 +325,20 @@ def transfer(bed: Bed, size: int, sender: int = 0) -> tuple[float, Counters]:
     return elapsed_s, source.counters() - before
 
 
+def fastest(bed: Bed, size: int, limit_s: float, sender: int = 0, tries: int = 20) -> float:
+    """Seconds of the fastest of several transfers; stops at the first below the limit.
+
+    What else the machine does makes a transfer slower, never faster: a link is as fast as its
+    fastest transfer.
+    """
+    best_s = float("inf")
+    for _ in range(tries):
+        best_s = min(best_s, transfer(bed, size, sender)[0])
+        if best_s < limit_s:
+            break
+    return best_s
+
+
 def least_s(size: int, rate_bps: float) -> float:
     """A shaper that keeps its rate lets so many bytes of payload pass no earlier.
 
@@ -341,16 +355,15 @@ def least_s(size: int, rate_bps: float) -> float:
 def test_rate_is_kept(bed, rate, size):
     rate_bps = parse_rate(rate)
     bed.set_rate(rate)
-    elapsed_s, crossed = transfer(bed, size)
-    assert elapsed_s >= least_s(size, rate_bps)
-    assert 8 * crossed.sent_bytes / elapsed_s > rate_bps / 2
+    limit_s = 2 * 8 * size / rate_bps
+    assert least_s(size, rate_bps) <= fastest(bed, size, limit_s) < limit_s
 
 
 @with_netns
 def test_an_unshaped_link_is_faster_than_any_shaped_one(bed):
     bed.set_rate("none")
-    elapsed_s, _ = transfer(bed, 40_000_000)
-    assert elapsed_s < least_s(40_000_000, 1e9)
+    limit_s = least_s(40_000_000, 1e9)
+    assert fastest(bed, 40_000_000, limit_s) < limit_s
 
 
 @with_netns
@@ -358,20 +371,20 @@ def test_an_unshaped_link_is_faster_than_any_shaped_one(bed):
 def test_directions_are_shaped_apart(bed, host, direction):
     bed.set_rate("5mbit", host, direction)
     slow_s, _ = transfer(bed, 500_000, sender=0)
-    fast_s, _ = transfer(bed, 500_000, sender=1)
     assert slow_s >= least_s(500_000, 5e6)
-    assert fast_s < least_s(500_000, 5e6) / 2  # a twentieth, on a machine with nothing to do
+    limit_s = least_s(500_000, 5e6) / 2  # a tenth of it, on a machine with nothing to do
+    assert fastest(bed, 500_000, limit_s, sender=1) < limit_s
 
 
 @with_netns
 def test_rate_changes_during_a_transfer(bed):
     size = 2_000_000
-    bed.set_rate("5mbit")
+    bed.set_rate("1mbit")
     with bed.play(steps([(0.1, "100mbit")])) as player:
         elapsed_s, crossed = transfer(bed, size)
         player.wait(60)
     assert [played.event.rate_bps for played in player.played] == [100e6]
-    assert elapsed_s < least_s(size, 5e6) / 2  # 3.2 s if the rate had stayed
+    assert elapsed_s < least_s(size, 1e6) / 2  # 16 s if the rate had stayed
     assert crossed.sent_bytes > size
 
 
