@@ -4,7 +4,8 @@ What limits the quantity: the dense path moves 4 bytes per parameter over the li
 pruned one moves density * 28 bits and pays selection, encoding and decoding on the CPU instead. The
 link is emulated (the throttle transport sleeps as long as the bytes would take), so the figures
 hold for the codec and the step loop, not for TCP. All variants live in the same two processes and
-are run in turn, round after round; medians over steps after each variant's warm-up.
+are run in turn, round after round; medians over steps after each variant's warm-up. "naive" is the
+simplest exchange that prunes (benchmarks/naive.py), on the same emulated link.
 
     python benchmarks/step.py [--rate-mbit 100] [--rounds 5] [--steps 6]
 
@@ -26,10 +27,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCE, BATCH = 128, 2
+NAIVE_K = 205  # of 4096: 5 %
 
 
 def variants(rate_mbit: float) -> dict[str, dict[str, Any] | None]:
-    """Name -> gradient_pruning block; None is DeepSpeed alone."""
+    """Name -> gradient_pruning block; None is DeepSpeed alone, or with benchmarks/naive.py."""
 
     def block(density: float, throttled: bool = True) -> dict[str, Any]:
         link = {"schedule": [{"step": 0, "rate_mbit": rate_mbit}]} if throttled else None
@@ -47,6 +49,7 @@ def variants(rate_mbit: float) -> dict[str, dict[str, Any] | None]:
         "dense_slow": block(1.0),
         "density_5_slow": block(0.05),
         "density_1_slow": block(0.01),
+        "naive_5_slow": None,
         "density_5": block(0.05, throttled=False),
     }
 
@@ -89,6 +92,10 @@ def rank_main(options: argparse.Namespace) -> None:
     import deepspeed
     import torch
 
+    from benchmarks import naive
+    from ds_gradprune.transport.throttle import RatePoint, ThrottledTransport
+    from ds_gradprune.transport.torchdist import TorchDistTransport
+
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank = int(os.environ["RANK"])
@@ -96,6 +103,10 @@ def rank_main(options: argparse.Namespace) -> None:
         "gloo", init_method=f"file://{options.store}", rank=rank, world_size=2, verbose=False
     )
     engines = {name: make_engine(block) for name, block in variants(options.rate_mbit).items()}
+    link = [RatePoint(0, options.rate_mbit * 1e6 / 8)]
+    naive.install(
+        engines["naive_5_slow"], ThrottledTransport(TorchDistTransport(), link), k=NAIVE_K
+    )
     measured: dict[str, dict[str, list[float]]] = {
         name: {"step_time_s": [], "codec_time_s": [], "comm_time_s": [], "wire_bytes": []}
         for name in engines
