@@ -13,8 +13,10 @@ unshaped and uncounted. A loss is measured where a run was made at that rate; me
 does not depend on the link are run once unshaped, and their times at a rate come from a short
 stretch: such rows are marked.
 
-1-bit Adam and 0/1 Adam are missing: their last release, DeepSpeed 0.19.6, packs signs with CuPy
-(backends nccl and mpi), torch_npu (hccl) or a SYCL kernel (compressed); none runs on a CPU.
+1-bit Adam and 0/1 Adam are simulated: their last release, DeepSpeed 0.19.6, packs signs with CuPy
+(backends nccl and mpi), torch_npu (hccl) or a SYCL kernel (compressed); none runs on a CPU. Here
+the same update is made with the same packed bits on the wire (benchmarks/peers/onebit_adam.py says
+where it differs), on schedules scaled to the run (benchmarks/peers/job.py).
 
 The last line of stdout is one JSON document: results, one row per method and rate, and the link
 rate below which the first topk method beats dense_fp32 (null: the winner is the same everywhere).

@@ -4,6 +4,8 @@ methods.py     names of methods and what they mean
 job.py         what a rank is told, as JSON
 worker.py      one rank: trains with one method, on command
 engines.py     the method at work, in DeepSpeed or in torch's DistributedDataParallel
+onebit_adam.py 1-bit Adam and 0/1 Adam, simulated: their update
+onebit.py      their average in one bit per element, on a real wire
 crew.py        the ranks of one method: started, commanded, their bytes counted
 campaign.py    which runs are made, in which order
 record.py      what was measured so far, on disk

@@ -58,8 +58,8 @@ class Run:
         rate: as asked for; None: unshaped.
         round: counted from 0; also the seed.
         num_parameters: of the model.
-        dense: the steps before compression began; empty where there are none, and in a short
-            stretch, which begins after them.
+        opening: the steps before compression began, and 0/1 Adam's before its second moment is
+            frozen; empty where there are none, and in a short stretch, which begins after them.
         rest: all others.
     """
 
@@ -67,7 +67,7 @@ class Run:
     rate: str | None
     round: int
     num_parameters: int
-    dense: Stretch
+    opening: Stretch
     rest: Stretch
 
     @property
@@ -77,7 +77,7 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """For a file: the steps as columns, times to 10 microseconds."""
-        steps = [*self.dense.steps, *self.rest.steps]
+        steps = [*self.opening.steps, *self.rest.steps]
         columns = {
             name: [_short_number(getattr(step, name)) for step in steps]
             for name in ("loss", "wall_s", "compute_s", "codec_s", "comm_s", "density")
@@ -86,10 +86,11 @@ class Run:
             "method": self.method,
             "rate_mbit": rate_mbit(self.rate),
             "round": self.round,
-            "dense_steps": len(self.dense.steps),
+            "opening_steps": len(self.opening.steps),
             "wire_bytes": self.rest.wire_bytes,
-            "validations": [*self.dense.validations, *self.rest.validations],
+            "validations": [*self.opening.validations, *self.rest.validations],
             "first_step": steps[0].step,
+            "kind": [step.kind for step in steps],
             **columns,
         }
 
@@ -146,10 +147,10 @@ def execute(
 def _whole(plan: Plan, method: Method, rate: str | None, number: int, ranks: Crew) -> Run:
     """A run that gives the loss."""
     steps = plan.steps if method.name == DENSE else round(plan.steps * plan.extend)
-    dense_steps = min(plan.recipe.dense_steps, steps) if method.begins_dense else 0
-    dense = ranks.train(dense_steps, plan.eval_every) if dense_steps else Stretch([], [], None)
-    rest = ranks.train(steps - dense_steps, plan.eval_every)
-    return Run(method.name, rate, number, ranks.num_parameters, dense, rest)
+    first = plan.recipe.opening_steps(method)
+    opening = ranks.train(first, plan.eval_every) if first else Stretch([], [], None)
+    rest = ranks.train(steps - first, plan.eval_every)
+    return Run(method.name, rate, number, ranks.num_parameters, opening, rest)
 
 
 def _short(
@@ -162,9 +163,9 @@ def _short(
         say(f"round {number + 1} of {plan.rounds}: {method.name}, times at {rate}")
         with _shaped(ranks, rate):
             ranks.train(SETTLE_STEPS)
-            rest = ranks.train(plan.timing_steps)
-        dense = Stretch([], [], None)
-        yield Run(method.name, rate, number, ranks.num_parameters, dense, rest)
+            rest = ranks.train(plan.recipe.timing_steps(method, plan.timing_steps))
+        opening = Stretch([], [], None)
+        yield Run(method.name, rate, number, ranks.num_parameters, opening, rest)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from benchmarks.peers.job import Recipe
 from benchmarks.peers.methods import DEFAULT, DENSE, parse_methods
 from benchmarks.peers.record import Record
 from ds_gradprune.errors import ConfigError, GradPruneError
+from ds_gradprune.textgen.data import VALIDATION_WINDOWS
 from ds_gradprune.textgen.model import SIZES
 from ds_gradprune.textgen.prepare import prepare
 
@@ -52,6 +53,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--dense-steps", type=int, help="before a compression begins (default: a tenth)")
     add("--timing-steps", type=int, default=8, help="of a short stretch at a rate (default: 8)")
     add("--eval-every", type=int, help="steps between validations (default: a tenth)")
+    add("--eval-sequences", type=int, help="of the validation text, over all ranks (default: all)")
     add(
         "--extend", type=float, default=1.5, help="all but dense_fp32 train so many times the steps"
     )
@@ -76,12 +78,14 @@ def make_plan(flags: argparse.Namespace) -> Plan:
             faults.append(f"--{name} must be at least {least}, got {getattr(flags, name)}.")
     if flags.timing_steps < 2:
         faults.append(f"--timing-steps must be at least 2, got {flags.timing_steps}.")
+    if flags.eval_sequences is not None and flags.eval_sequences < 1:
+        faults.append(f"--eval-sequences must be at least 1, got {flags.eval_sequences}.")
     if flags.extend < 1.0:
         faults.append(f"--extend must be at least 1, got {flags.extend:g}.")
-    if flags.zero_stage and any(method.prunes or method.side == "ddp" for method in methods):
+    if flags.zero_stage and any(method.prunes or method.side != "deepspeed" for method in methods):
         faults.append(
-            "--zero-stage must be 0 unless all methods are dense_fp32 or dense_bf16: pruning and "
-            f"DDP serve no other yet, got {flags.zero_stage}."
+            "--zero-stage must be 0 unless all methods are dense_fp32 or dense_bf16: no other "
+            f"knows it, got {flags.zero_stage}."
         )
     eval_every = flags.eval_every or max(1, flags.steps // 10)
     if flags.steps % eval_every:
@@ -91,7 +95,21 @@ def make_plan(flags: argparse.Namespace) -> Plan:
         faults.append(f"--dense-steps must be 2 to {flags.steps - 2}, got {dense_steps}.")
     if faults:
         raise ConfigError(faults)
-    recipe = Recipe(
+    return Plan(
+        methods=methods,
+        rates=rates,
+        rounds=flags.repeats,
+        steps=flags.steps,
+        extend=flags.extend,
+        eval_every=eval_every,
+        timing_steps=flags.timing_steps,
+        recipe=make_recipe(flags, dense_steps),
+    )
+
+
+def make_recipe(flags: argparse.Namespace, dense_steps: int) -> Recipe:
+    """How the flags ask to train. Pure."""
+    return Recipe(
         model=flags.model,
         micro_batch=flags.batch,
         lr=flags.lr or LEARNING_RATES[flags.model],
@@ -103,16 +121,7 @@ def make_plan(flags: argparse.Namespace) -> Plan:
         steps=flags.steps,
         zero_stage=flags.zero_stage,
         budget_s=flags.budget_s,
-    )
-    return Plan(
-        methods=methods,
-        rates=rates,
-        rounds=flags.repeats,
-        steps=flags.steps,
-        extend=flags.extend,
-        eval_every=eval_every,
-        timing_steps=flags.timing_steps,
-        recipe=recipe,
+        eval_sequences=flags.eval_sequences,
     )
 
 
@@ -165,7 +174,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             "tokens_per_step": tokens_per_step,
             "recipe": dataclasses.asdict(plan.recipe),
         }
-        write_files(flags, setting, figures, rows, document, lines)
+        write_files(flags, setting, figures, rows, document, lines, plan)
     record.finish()
     return {
         "results": [row.contract() for row in rows],
@@ -200,6 +209,7 @@ def write_files(
     rows: Sequence[Row],
     document: dict[str, Any],
     lines: Sequence[str],
+    plan: Plan,
 ) -> None:
     """JSON with every step of every run, the page, and the pictures."""
     out: Path = flags.out
@@ -218,7 +228,9 @@ def write_files(
         f"- {flags.model}, {setting['parameters']:,} parameters, {setting['tokens_per_step']} "
         f"tokens per step of all hosts; AdamW, lr {recipe['lr']:g}, beta2 {recipe['beta2']:g}; "
         f"{flags.steps} steps, {recipe['dense_steps']} of them dense where a compression begins "
-        f"late; {flags.repeats} rounds",
+        f"late; {flags.repeats} rounds; "
+        f"{recipe['eval_sequences'] or VALIDATION_WINDOWS} validation sequences at most",
+        *schedules(plan),
     ]
     parts = [
         f"# Ethernet: {flags.hosts} hosts, {flags.model}",
@@ -229,6 +241,22 @@ def write_files(
         *(f"![{path.stem}]({path.name})" for path in pictures),
     ]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def schedules(plan: Plan) -> list[str]:
+    """What 1-bit Adam and 0/1 Adam did when, as items of a list. Pure."""
+    names, recipe, policy = {one.name for one in plan.methods}, plan.recipe, plan.recipe.policy
+    lines = []
+    if "onebit_adam" in names:
+        lines.append(f"- onebit_adam: dense for {recipe.freeze_step} steps")
+    if "zeroone_adam" in names:
+        lines.append(
+            f"- zeroone_adam: second moment frozen after step {policy.var_freeze_step}, until then "
+            f"the interval of its updates doubled after every {policy.var_update_scaler}; then the "
+            f"interval of exchanges doubled after every {policy.local_step_scaler} steps, to "
+            f"{policy.local_step_clipper} at most"
+        )
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:

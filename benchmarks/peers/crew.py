@@ -110,7 +110,8 @@ class Step:
             nobody, so this is the wire.
         payload_bytes: what the method itself says one host sent; None: it does not say.
         density: share of elements sent; None: nothing is pruned.
-        is_dense: before the compression begins.
+        kind: "usual"; or "dense", not compressed, at first or in between; or "silent", without any
+            exchange.
     """
 
     step: int
@@ -121,7 +122,7 @@ class Step:
     comm_s: float
     payload_bytes: int | None
     density: float | None
-    is_dense: bool
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +271,7 @@ def _merge(rows: tuple[dict[str, Any], ...]) -> Step:
         comm_s=min(row["comm_s"] for row in rows),
         payload_bytes=max(payloads) if payloads else None,
         density=rows[0]["density"],
-        is_dense=rows[0]["is_dense"],
+        kind=rows[0]["kind"],
     )
 
 

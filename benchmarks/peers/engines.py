@@ -4,7 +4,8 @@ Times of a step, in seconds, add up to its wall clock: compute (forward, backwar
 (what compression costs on this rank) and comm (exposed communication: what the step waited for).
 How they are told apart:
 
-- DeepSpeed's exchange comes after the backward pass and blocks, so the collectives are timed.
+- DeepSpeed's exchange comes after the backward pass and blocks, so the collectives are timed. So
+  are those of 1-bit Adam and 0/1 Adam.
 - Ours measures itself.
 - DDP's exchange overlaps with the backward pass. So the same step is timed in a group of one, where
   nothing is exchanged, and without DDP, where nothing is compressed; the differences are codec and
@@ -25,6 +26,8 @@ import torch.distributed as dist
 
 from benchmarks.peers.job import Recipe
 from benchmarks.peers.methods import Method
+from benchmarks.peers.onebit import GlooWire
+from benchmarks.peers.onebit_adam import Kind, OneBitAdam, Rules, ZeroOneAdam
 
 CALIBRATION_STEPS = 4
 """Local steps behind the medians; as many before them, uncounted, the first time."""
@@ -43,7 +46,8 @@ class StepTimes:
         compute_s, codec_s, comm_s: its parts, see the module.
         payload_bytes: what the method itself says it sent; None: it does not say.
         density: share of elements sent; None: nothing is pruned.
-        is_dense: a step before the compression begins.
+        kind: "usual"; or "dense", not compressed, at first or in between; or "silent", without any
+            exchange.
     """
 
     loss: float
@@ -53,7 +57,7 @@ class StepTimes:
     comm_s: float
     payload_bytes: int | None = None
     density: float | None = None
-    is_dense: bool = False
+    kind: Kind = "usual"
 
 
 class Engine(Protocol):
@@ -74,6 +78,8 @@ def open_engine(method: Method, model: torch.nn.Module, recipe: Recipe) -> Engin
     """The engine of a method. Collective: all ranks."""
     if method.side == "ddp":
         return DdpEngine(method, model, recipe)
+    if method.side == "simulated":
+        return OneBitEngine(method, model, recipe)
     return DeepSpeedEngine(method, model, recipe)
 
 
@@ -135,7 +141,7 @@ class DeepSpeedEngine:
             comm_s=report.comm_time_s,
             payload_bytes=report.wire_bytes,
             density=report.density,
-            is_dense=number <= self._recipe.dense_steps,
+            kind="dense" if number <= self._recipe.dense_steps else "usual",
         )
 
     def _time_collectives(self) -> None:
@@ -215,9 +221,8 @@ class DdpEngine:
         is_dense = number <= self._dense_steps
         codec_s = 0.0 if is_dense else self._codec_s
         comm_s = max(0.0, wall_s - self._compute_s - codec_s)
-        return StepTimes(
-            loss, wall_s, wall_s - codec_s - comm_s, codec_s, comm_s, is_dense=is_dense
-        )
+        kind: Kind = "dense" if is_dense else "usual"
+        return StepTimes(loss, wall_s, wall_s - codec_s - comm_s, codec_s, comm_s, kind=kind)
 
     def _local_steps(self, tokens: torch.Tensor) -> tuple[list[float], list[float]]:
         plain, alone = [], []
@@ -237,6 +242,44 @@ class DdpEngine:
         )
         _register_hook(wrapped, self._method, group, dense_steps)
         return wrapped
+
+
+class OneBitEngine:
+    """1-bit Adam or 0/1 Adam, simulated."""
+
+    def __init__(self, method: Method, model: torch.nn.Module, recipe: Recipe) -> None:
+        self.module, self._recipe, self._wire = model, recipe, GlooWire()
+        rules = Rules(0.9, recipe.beta2, 1e-8, recipe.weight_decay, recipe.clip_norm)
+        self._optimizer: OneBitAdam | ZeroOneAdam
+        if method.name == "onebit_adam":
+            self._optimizer = OneBitAdam(model.parameters(), self._wire, rules, recipe.freeze_step)
+        else:
+            self._optimizer = ZeroOneAdam(model.parameters(), self._wire, rules, recipe.policy)
+
+    def calibrate(self, tokens: torch.Tensor) -> None:
+        """Nothing: every step's times are measured."""
+
+    def step(self, tokens: torch.Tensor, number: int) -> StepTimes:
+        """See `Engine`. Collective."""
+        codec_s, waited_s = self._optimizer.codec_s, self._wire.waited_s
+        sent_bytes = self._wire.sent_bytes
+        start_s = time.perf_counter()
+        loss = self.module(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        kind = self._optimizer.step(self._recipe.lr_at(number))
+        self.module.zero_grad()
+        wall_s = time.perf_counter() - start_s
+        codec_s = self._optimizer.codec_s - codec_s
+        comm_s = self._wire.waited_s - waited_s
+        return StepTimes(
+            loss=float(loss.detach()),
+            wall_s=wall_s,
+            compute_s=wall_s - codec_s - comm_s,
+            codec_s=codec_s,
+            comm_s=comm_s,
+            payload_bytes=round(self._wire.sent_bytes - sent_bytes),
+            kind=kind,
+        )
 
 
 class _Loop:

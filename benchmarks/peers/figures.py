@@ -1,8 +1,12 @@
 """From runs to figures: medians over rounds, and wall-clock curves. Pure.
 
 A curve of loss against wall-clock is measured where the run was made at that rate. Elsewhere it is
-combined: the losses of the unshaped run, and for every step the median time of the short stretch at
-that rate; steps before compression began count with the time of a dense step.
+combined: the losses of the unshaped run, and for every step the median time of its kind of steps in
+the short stretch at that rate; a dense step of a compressing method counts with the time that
+dense_fp32 takes.
+
+Where not every step exchanges (0/1 Adam), the time of "a step" is the mean over the kinds of steps,
+each with its median, as often as it occurs in the whole run; so are the bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +61,7 @@ class Row:
         tokens_per_s: of all ranks.
         density: of the elements sent; None: nothing is pruned.
         is_combined: loss and times come from different runs, see the module.
+        is_simulated: not the method's own code, but its update and its bytes.
     """
 
     method: str
@@ -74,6 +80,7 @@ class Row:
     tokens_per_s: float
     density: float | None
     is_combined: bool
+    is_simulated: bool
 
     def contract(self) -> dict[str, Any]:
         """The keys of the last line of standard output."""
@@ -118,14 +125,14 @@ class Figures:
         whole = self._one(method, None, number)
         if measured is None or whole is None:
             return None
-        dense_s = self._dense_step_s(rate, number) if whole.dense.steps else 0.0
-        if dense_s is None:
+        times_s = _medians(measured.rest.steps, "wall_s")
+        dense_s = self._dense_step_s(rate, number)
+        if dense_s is not None:
+            times_s["dense"] = dense_s
+        steps = _steps(whole)
+        if not times_s.keys() >= {step.kind for step in steps}:
             return None
-        step_s, dense_steps = median(measured.rest.steps, "wall_s"), len(whole.dense.steps)
-        return [
-            (min(step, dense_steps) * dense_s + max(0, step - dense_steps) * step_s, loss)
-            for step, loss in _validations(whole)
-        ]
+        return _with_losses(whole, ((step.step, times_s[step.kind]) for step in steps))
 
     def target_loss(self, number: int) -> float | None:
         """Dense's validation loss after the plan's steps, in one round."""
@@ -154,8 +161,7 @@ class Figures:
         whole = [run for run in self.of(method, None) if not run.is_short]
         whole = [run for run in runs if not run.is_short] or whole
         losses = [loss for run in whole if (loss := _loss_at(run, self.steps)) is not None]
-        step_s = _over_rounds(runs, lambda run: median(run.rest.steps, "wall_s"))
-        assert step_s is not None
+        step_s = self._part(runs, "wall_s")
         walls = [step.wall_s for run in runs for step in run.rest.steps]
         low, _, high = statistics.quantiles(walls, n=4)
         return Row(
@@ -167,20 +173,33 @@ class Figures:
             compute_s=self._part(runs, "compute_s"),
             codec_s=self._part(runs, "codec_s"),
             exposed_comm_s=self._part(runs, "comm_s"),
-            wire_bytes=_over_rounds(runs, lambda run: run.rest.wire_bytes),
-            payload_bytes=_over_rounds(runs, _mean_payload),
+            wire_bytes=_over_rounds(runs, lambda run: self._counted(run).rest.wire_bytes),
+            payload_bytes=_over_rounds(runs, lambda run: _mean_payload(self._counted(run))),
             val_loss=statistics.median(losses) if losses else None,
             val_loss_spread=max(losses) - min(losses) if losses else None,
             time_to_dense_loss_s=self.time_to_dense_loss_s(method, rate),
             tokens_per_s=self.tokens_per_step / step_s,
             density=_over_rounds(runs, _median_density),
             is_combined=all(run.is_short for run in runs),
+            is_simulated=parse_method(method).side == "simulated",
         )
 
     def _part(self, runs: Sequence[Run], name: str) -> float:
-        part = _over_rounds(runs, lambda run: median(run.rest.steps, name))
+        part = _over_rounds(runs, lambda run: self._typical(run, name))
         assert part is not None
         return part
+
+    def _typical(self, run: Run, name: str) -> float:
+        """One field of a step, see the module."""
+        medians = _medians(run.rest.steps, name)
+        shares = Counter(step.kind for step in self._counted(run).rest.steps)
+        return sum(medians[kind] * count for kind, count in shares.items()) / shares.total()
+
+    def _counted(self, run: Run) -> Run:
+        """The run that tells how often which kind of step occurs: not a stretch of uneven ones."""
+        whole = self._one(run.method, None, run.round) if run.is_short else run
+        is_even = whole is None or all(step.kind == "usual" for step in whole.rest.steps)
+        return run if whole is None or is_even else whole
 
 
 def median(steps: Iterable[Step], name: str) -> float:
@@ -201,16 +220,31 @@ def first_below(curve: Curve, loss: float) -> float | None:
     return None
 
 
+def _medians(steps: Sequence[Step], name: str) -> dict[str, float]:
+    """Of one field, by kind of step."""
+    kinds = dict.fromkeys(step.kind for step in steps)
+    return {kind: median((s for s in steps if s.kind == kind), name) for kind in kinds}
+
+
 def _measured_curve(run: Run) -> Curve:
+    return _with_losses(run, ((step.step, step.wall_s) for step in _steps(run)))
+
+
+def _with_losses(run: Run, times_s: Iterable[tuple[int, float]]) -> Curve:
+    """The run's losses at the times that its steps, each with its seconds, end at."""
     ends_s, clock_s = {0: 0.0}, 0.0
-    for step in [*run.dense.steps, *run.rest.steps]:
-        clock_s += step.wall_s
-        ends_s[step.step] = clock_s
+    for step, time_s in times_s:
+        clock_s += time_s
+        ends_s[step] = clock_s
     return [(ends_s[step], loss) for step, loss in _validations(run)]
 
 
+def _steps(run: Run) -> list[Step]:
+    return [*run.opening.steps, *run.rest.steps]
+
+
 def _validations(run: Run) -> list[tuple[int, float]]:
-    return [*run.dense.validations, *run.rest.validations]
+    return [*run.opening.validations, *run.rest.validations]
 
 
 def _loss_at(run: Run, step: int) -> float | None:

@@ -6,6 +6,37 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from benchmarks.peers.methods import Method
+
+FREEZE_SHARE = 0.15
+"""Of the run, 1-bit Adam is dense: "15-25 %" in DeepSpeed's tutorial; 23,000 of 152,000 steps for
+the paper's BERT-Large."""
+
+VAR_FREEZE_SHARE = 12_500 / 152_000
+LOCAL_STEP_SHARE = 32_678 / 152_000
+"""0/1 Adam's steps for BERT-Large (its paper, section 6; the second is DeepSpeed's default), as
+shares of that run."""
+
+VAR_UPDATE_SCALER = LOCAL_STEP_CLIPPER = 16
+"""DeepSpeed's defaults, which count updates and steps, not shares of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When 0/1 Adam does what; names and meaning as in DeepSpeed.
+
+    Attributes:
+        var_freeze_step: last step that may update the second moment.
+        var_update_scaler: after so many updates of it, the interval between them doubles.
+        local_step_scaler: after so many later steps, the interval between exchanges doubles.
+        local_step_clipper: it does not grow beyond this.
+    """
+
+    var_freeze_step: int
+    var_update_scaler: int
+    local_step_scaler: int
+    local_step_clipper: int
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -19,10 +50,13 @@ class Recipe:
         weight_decay: of AdamW.
         clip_norm: gradients are clipped to this norm.
         lr_warmup_steps: linear rise of the learning rate; constant afterwards.
-        dense_steps: methods that begin dense do so for this many steps.
-        steps: of the run that the validation loss is reported for; scales ours' ramp and window.
+        dense_steps: methods that begin dense do so for this many steps, or longer: see
+            `opening_steps`.
+        steps: of the run that the validation loss is reported for; scales ours' ramp and window,
+            and the schedules of 1-bit and 0/1 Adam.
         zero_stage: of DeepSpeed.
         budget_s: step time budget of ours; None: its default.
+        eval_sequences: of a validation, over all ranks; None: textgen's own number.
     """
 
     model: str
@@ -36,10 +70,43 @@ class Recipe:
     steps: int
     zero_stage: int
     budget_s: float | None
+    eval_sequences: int | None
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""
         return self.lr * min(1.0, step / max(1, self.lr_warmup_steps))
+
+    def opening_steps(self, method: Method) -> int:
+        """How many steps of a method come before those that its figures are about."""
+        if method.name == "onebit_adam":
+            return self.freeze_step
+        if method.name == "zeroone_adam":
+            return self.policy.var_freeze_step
+        return self.dense_steps if method.begins_dense else 0
+
+    def timing_steps(self, method: Method, asked: int) -> int:
+        """How many steps give a method's times: with two exchanges at least, however rare."""
+        return max(asked, 2 * LOCAL_STEP_CLIPPER) if method.name == "zeroone_adam" else asked
+
+    @property
+    def freeze_step(self) -> int:
+        """The last dense step of 1-bit Adam."""
+        return max(self.dense_steps, round(FREEZE_SHARE * self.steps))
+
+    @property
+    def policy(self) -> Policy:
+        """The schedule of 0/1 Adam.
+
+        Its second moment is frozen when the learning rate has risen, as its authors advise. Their
+        exchanges grow rarer as the learning rate falls; here it does not fall, so the share of the
+        run after which it would have halved stands for that.
+        """
+        return Policy(
+            var_freeze_step=max(self.dense_steps, round(VAR_FREEZE_SHARE * self.steps)),
+            var_update_scaler=VAR_UPDATE_SCALER,
+            local_step_scaler=max(1, round(LOCAL_STEP_SHARE * self.steps)),
+            local_step_clipper=LOCAL_STEP_CLIPPER,
+        )
 
 
 @dataclass(frozen=True, slots=True)

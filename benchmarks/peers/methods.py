@@ -15,16 +15,21 @@ DEFAULT = (
     DENSE,
     "dense_bf16",
     "ddp_fp32",
+    "fp16_hook",
     "bf16_hook",
+    "powersgd_1",
     "powersgd_4",
+    "powersgd_16",
     "topk_0.05",
     "topk_0.01",
+    "onebit_adam",
+    "zeroone_adam",
     "ours",
 )
 
 KNOWN = (
     f"{DENSE}, dense_bf16, ddp_fp32, fp16_hook, bf16_hook, powersgd_RANK (1, 4, 16, ...), "
-    "topk_DENSITY (0.05, ...), ours"
+    "topk_DENSITY (0.05, ...), onebit_adam, zeroone_adam, ours"
 )
 
 
@@ -34,8 +39,8 @@ class Method:
 
     Attributes:
         name: as on the command line.
-        side: "deepspeed", or "ddp" for torch's DistributedDataParallel, which overlaps its
-            exchange with the backward pass.
+        side: "deepspeed", "ddp" for torch's DistributedDataParallel, which overlaps its exchange
+            with the backward pass, or "simulated" for what DeepSpeed once had and no CPU runs.
         wire_dtype: of dense exchanges.
         rank: of PowerSGD's matrices; None: no PowerSGD.
         density: fixed share of elements that our reducer sends; None: it prunes nothing, or the
@@ -44,7 +49,7 @@ class Method:
     """
 
     name: str
-    side: Literal["deepspeed", "ddp"]
+    side: Literal["deepspeed", "ddp", "simulated"]
     wire_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     rank: int | None = None
     density: float | None = None
@@ -57,8 +62,13 @@ class Method:
 
     @property
     def begins_dense(self) -> bool:
-        """The first steps are exchanged uncompressed."""
-        return self.prunes or self.rank is not None
+        """The first steps are exchanged uncompressed, all of them or most."""
+        return self.prunes or self.rank is not None or self.side == "simulated"
+
+    @property
+    def label(self) -> str:
+        """The name for readers."""
+        return f"{self.name} (simulated)" if self.side == "simulated" else self.name
 
 
 _FIXED = {
@@ -67,6 +77,8 @@ _FIXED = {
     "ddp_fp32": Method("ddp_fp32", "ddp"),
     "fp16_hook": Method("fp16_hook", "ddp", "fp16"),
     "bf16_hook": Method("bf16_hook", "ddp", "bf16"),
+    "onebit_adam": Method("onebit_adam", "simulated"),
+    "zeroone_adam": Method("zeroone_adam", "simulated"),
     "ours": Method("ours", "deepspeed", adaptive=True),
 }
 

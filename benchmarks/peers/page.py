@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.figures import Row
+from benchmarks.peers.methods import parse_method
 
 HEADER = (
     "method",
@@ -31,7 +32,9 @@ HEADER = (
 NOTE = (
     "Medians over rounds. A link rate with *: step times measured at that rate, combined with the "
     "losses of the unshaped run of the same round. Steps before a compression begins count in the "
-    "time to dense's loss only. Never: not within the steps trained."
+    "time to dense's loss only. Simulated: not the method's own code, which no CPU runs, but its "
+    "update and its bytes on the same links; 0/1 Adam's times and bytes are means over steps with "
+    "and without an exchange. Never: not within the steps trained."
 )
 
 
@@ -39,7 +42,7 @@ def cells(row: Row) -> list[str]:
     """A row of the table."""
     rate = "unshaped" if row.rate_mbit is None else f"{row.rate_mbit:g} Mbit/s"
     return [
-        row.method,
+        parse_method(row.method).label,
         rate + ("*" if row.is_combined else ""),
         f"{row.step_time_s:.3f}",
         f"{row.step_time_iqr_s:.3f}",

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.peers.campaign import rate_mbit
 from benchmarks.peers.figures import Figures, Row
+from benchmarks.peers.methods import parse_method
 from ds_gradprune.errors import MissingDependencyError
 
 MARKERS = "osD^v<>Px*"
@@ -74,7 +75,9 @@ def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
             if curve is not None and len(curve) > 1:
                 # All curves begin with the same loss, at 0, which a logarithm has no place for.
                 times, losses = zip(*curve[1:], strict=True)
-                axis.plot(times, losses, marker=marker, markersize=4, label=method)
+                axis.plot(
+                    times, losses, marker=marker, markersize=4, label=parse_method(method).label
+                )
         axis.set_title(rate or "unshaped")
         axis.set_xlabel("seconds of training")
         axis.grid(alpha=0.3)
@@ -93,7 +96,9 @@ def _step_times(pyplot: Any, rows: Sequence[Row]) -> Any:
     for method, marker in zip(methods, itertools.cycle(MARKERS), strict=False):
         mine = [row for row in rows if row.method == method]
         shaped = sorted((r.rate_mbit, r.step_time_s) for r in mine if r.rate_mbit is not None)
-        (line,) = axis.plot(*zip(*shaped, strict=True), marker=marker, label=method)
+        (line,) = axis.plot(
+            *zip(*shaped, strict=True), marker=marker, label=parse_method(method).label
+        )
         for row in mine:
             if row.rate_mbit is None:
                 axis.axhline(row.step_time_s, color=line.get_color(), linewidth=0.6, alpha=0.5)
@@ -113,7 +118,7 @@ def _densities(pyplot: Any, figures: Figures) -> Any:
         return None
     picture, axis = pyplot.subplots(figsize=(6.5, 4.5))
     for run in runs:
-        steps = [*run.dense.steps, *run.rest.steps]
+        steps = [*run.opening.steps, *run.rest.steps]
         ends_s = list(itertools.accumulate(step.wall_s for step in steps))
         mbit = rate_mbit(run.rate)
         label = "unshaped" if mbit is None else f"{mbit:g} Mbit/s"

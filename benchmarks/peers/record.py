@@ -68,7 +68,7 @@ class Record:
 
 
 def _run(data: dict[str, Any]) -> Run:
-    return Run(**data | {name: _stretch(data[name]) for name in ("dense", "rest")})
+    return Run(**data | {name: _stretch(data[name]) for name in ("opening", "rest")})
 
 
 def _stretch(data: dict[str, Any]) -> Stretch:

@@ -75,10 +75,14 @@ class Worker:
     def _validate(self) -> tuple[float, int]:
         """Sum of losses over this rank's share of the validation sequences, and their number."""
         total, count = 0.0, 0
+        job, most = self._job, self._job.recipe.eval_sequences
         self._engine.module.eval()
         with torch.no_grad():
             for batch in self._data.validation_batches(
-                self._job.recipe.micro_batch, self._job.rank, self._job.world_size
+                job.recipe.micro_batch,
+                job.rank,
+                job.world_size,
+                **({} if most is None else {"most": most}),
             ):
                 if batch.num_sequences:
                     tokens = batch.tokens

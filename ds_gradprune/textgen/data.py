@@ -217,7 +217,7 @@ class TokenData:
         return _rows(self._train, begins, self.seq_len)
 
     def validation_batches(
-        self, micro_batch: int, rank: int, world_size: int
+        self, micro_batch: int, rank: int, world_size: int, most: int = VALIDATION_WINDOWS
     ) -> Iterator[ValidationBatch]:
         """This rank's share of the fixed validation sequences.
 
@@ -227,9 +227,10 @@ class TokenData:
             micro_batch: sequences per batch at most.
             rank: 0 .. world_size - 1.
             world_size: number of ranks.
+            most: sequences of all ranks together, evenly spread over the text.
         """
         total = len(self._validation) // self.seq_len
-        count = min(total, VALIDATION_WINDOWS)
+        count = min(total, most)
         begins = np.arange(count, dtype=np.int64) * total // count * self.seq_len
         batches = [begins[i : i + micro_batch] for i in range(0, count, micro_batch)]
         for turn in range(0, len(batches), world_size):
