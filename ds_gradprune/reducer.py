@@ -38,7 +38,7 @@ class Reducer:
 
     Args:
         exchange: who sends what to whom.
-        value_bits: 16 (bf16) or 32 (fp32) bits of a value on the wire.
+        value_bits: 32 (fp32), 16 (bf16), 4 or 2 (levels) bits of a value on the wire.
         error_feedback: keep what was not sent and add it to the next gradient.
         clock: seconds, monotonic.
 

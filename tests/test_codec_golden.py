@@ -1,4 +1,4 @@
-"""Frozen payloads: today's code reads version 1 and writes the same bytes.
+"""Frozen payloads: today's code reads its own version and writes the same bytes.
 
 Rewrite with ``WRITE_GOLDEN=1 pytest tests/test_codec_golden.py``, and only together with a new
 format version: files of a released version are never rewritten.
@@ -17,6 +17,7 @@ import torch
 
 from ds_gradprune import codec
 from ds_gradprune.codec.base import VERSION
+from ds_gradprune.errors import WireFormatError
 from ds_gradprune.records import BucketLayout, RankSignals, Segment, SparseBlock
 from ds_gradprune.sparsify import select
 
@@ -33,6 +34,14 @@ LAYOUT = BucketLayout(
 )
 """A full row, two short ones, a dense segment between them, an empty one."""
 
+LONG = BucketLayout(
+    (Segment(0, 2 * 4096 + 300, pruned=True), Segment(8492, 130, pruned=False)), 8622
+)
+"""More values than share a scale, kept and dense."""
+
+SHORT = BucketLayout((Segment(0, 300, pruned=True), Segment(300, 300, pruned=True)), 600)
+"""Rows of one shape that are two runs."""
+
 TINY = BucketLayout((Segment(0, 2, pruned=False), Segment(2, 9, pruned=True)), 11)
 
 KNOWN = RankSignals(2.75, False, 0.5, 0.125, 0.0625, 70000, 0x89ABCDEF)
@@ -41,11 +50,15 @@ UNKNOWN = RankSignals(None, True, None, 0.0, 0.0, 0, 0)
 WRITTEN: dict[str, tuple[int, BucketLayout, int, RankSignals]] = {
     "signals": (0, BucketLayout((), 0), 4096, KNOWN),
     "signals-unknown": (0, BucketLayout((), 0), 4096, UNKNOWN),
-    "dense-fp32": (1, TINY, 4096, KNOWN),
-    "dense-bf16": (2, TINY, 4096, UNKNOWN),
-    "packed-bf16": (3, LAYOUT, 5, KNOWN),
-    "packed-bf16-one": (3, LAYOUT, 1, UNKNOWN),
-    "packed-fp32": (4, LAYOUT, 5, KNOWN),
+    "fp32-all": (5, TINY, 4096, KNOWN),
+    "fp32-elias-fano": (5, LAYOUT, 5, KNOWN),
+    "bf16-all": (6, TINY, 4096, UNKNOWN),
+    "bf16-plain": (6, LAYOUT, 1, UNKNOWN),
+    "bf16-elias-fano": (6, LAYOUT, 5, KNOWN),
+    "bf16-bitmap": (6, SHORT, 2000, KNOWN),
+    "4bit-elias-fano": (7, LONG, 82, KNOWN),
+    "4bit-all": (7, TINY, 4096, KNOWN),
+    "2bit-elias-fano": (8, LONG, 82, KNOWN),
 }
 """File name -> codec id, layout, k, signals; used when the files are written, not when read."""
 
@@ -167,3 +180,13 @@ def test_todays_selection_keeps_the_same_elements(name: str) -> None:
     block = select(gradient(layout.numel), layout, description["k"])
     assert block.indices.tolist() == description["indices"]
     assert as_hex(block.values) == description["values"]
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER.parent / "v1").glob("*.bin")), ids=lambda p: p.stem)
+def test_payloads_of_version_1_are_refused_by_name(path: Path) -> None:
+    payload = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    match = r"format version must be 2, got 1\. Install the same release on all hosts\."
+    with pytest.raises(WireFormatError, match=match):
+        codec.read_header(payload)
+    with pytest.raises(WireFormatError, match=match):
+        codec.decode(payload, LAYOUT)

@@ -157,8 +157,8 @@ def test_value_out_of_range_names_path_rule_and_value(block: dict[str, Any], fau
             {"performance_form": "mean"},
             'performance_form must be "edge" or "literal", got "mean".',
         ),
-        ({"value_bits": 12}, "value_bits must be 16 or 32, got 12."),
-        ({"value_bits": "16"}, 'value_bits must be 16 or 32, got "16".'),
+        ({"value_bits": 12}, "value_bits must be 2, 4, 16 or 32, got 12."),
+        ({"value_bits": "16"}, 'value_bits must be 2, 4, 16 or 32, got "16".'),
         ({"two_level": "no"}, 'two_level must be "auto" or false, got "no".'),
     ],
 )
@@ -177,10 +177,8 @@ def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) 
         ("exchange", "owner_reduce", '"all_gather" or "auto"'),
         ("exchange", "two_level", '"all_gather" or "auto"'),
         ("two_level", True, '"auto" or false'),
-        ("value_bits", 1, "16 or 32"),
-        ("value_bits", 2, "16 or 32"),
-        ("value_bits", 4, "16 or 32"),
-        ("value_bits", 8, "16 or 32"),
+        ("value_bits", 1, "2, 4, 16 or 32"),
+        ("value_bits", 8, "2, 4, 16 or 32"),
     ],
 )
 def test_planned_value_is_refused_by_name_with_what_works_today(

@@ -77,12 +77,13 @@ def test_equals_the_numpy_reference_on_every_rank(value_bits: int, k: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("value_bits", [16, 32])
+@pytest.mark.parametrize("value_bits", [2, 4, 16, 32])
 def test_nothing_is_lost(dtype: torch.dtype, value_bits: int) -> None:
     """sent + residual == gradient + old residual, bit for bit.
 
     Exact for bf16 values too: e - bf16(e) is a multiple of e's last fp32 bit and smaller than e, so
-    fp32 holds it, and so does the sum that gives e back (no denormals in these numbers).
+    fp32 holds it, and so does the sum that gives e back (no denormals in these numbers). For levels
+    of 4 and 2 bits `codec.levels` has the reason.
     """
 
     def work(transport: Transport) -> None:
@@ -105,6 +106,34 @@ def test_nothing_is_lost(dtype: torch.dtype, value_bits: int) -> None:
             old = residual.clone()
 
     run_ranks(1, work)
+
+
+@pytest.mark.parametrize("value_bits", [2, 4])
+@pytest.mark.parametrize("k", [1, 41, 4095, 4096])
+def test_few_bits_give_equal_sums_and_drain(value_bits: int, k: int) -> None:
+    """All ranks add what was sent; what rounding lost is sent later, dense segments included."""
+
+    def work(transport: Transport) -> tuple[list[torch.Tensor], torch.Tensor]:
+        reducer = Reducer(AllGather(transport), value_bits=value_bits)
+        sums = []
+        for step in range(4):
+            vector = gradient(transport.rank, step)
+            reduce(reducer, vector, k)
+            sums.append(vector)
+        return sums, reducer.residuals.of(0, vector).buffer
+
+    results = run_ranks(3, work)
+    for sums, _ in results[1:]:
+        for ours, theirs in zip(sums, results[0][0], strict=True):
+            assert torch.equal(ours, theirs)
+    arrived = sum(total.double() for total in results[0][0])
+    owed = sum(residual.double() for _, residual in results)
+    given_in = sum(gradient(rank, step).double() for rank in range(3) for step in range(4))
+    # Exact but for two fp32 sums: three ranks' values, and gradient plus residual in every step;
+    # 3 * (2 + 4) roundings of numbers below 32.
+    torch.testing.assert_close(arrived + owed, given_in, rtol=0, atol=18 * 2.0**-20)
+    if k == 4096:
+        assert float(owed.norm()) < (0.3 if value_bits == 4 else 1.0) * float(given_in.norm())
 
 
 def test_loss_scale_leaves_no_trace_in_the_residual() -> None:

@@ -17,8 +17,7 @@ from ds_gradprune.codec.base import (
     seal,
 )
 from ds_gradprune.codec.body import Codec
-from ds_gradprune.codec.dense import DenseCodec
-from ds_gradprune.codec.packed import PackedCodec
+from ds_gradprune.codec.levels import Levels
 from ds_gradprune.codec.values import Bfloat16, Float32
 from ds_gradprune.errors import WireFormatError
 from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals, SparseBlock
@@ -36,14 +35,14 @@ __all__ = [
 ]
 
 _ALL: tuple[Codec, ...] = (
-    DenseCodec(1, Float32()),
-    DenseCodec(2, Bfloat16()),
-    PackedCodec(3, Bfloat16()),
-    PackedCodec(4, Float32()),
+    Codec(5, Float32()),
+    Codec(6, Bfloat16()),
+    Codec(7, Levels(4)),
+    Codec(8, Levels(2), dense=Levels(4)),
 )
 
 CODECS: dict[int, Codec] = {codec.codec_id: codec for codec in _ALL}
-"""Codec id on the wire -> codec. An id keeps its meaning for ever."""
+"""Codec id on the wire -> codec. An id keeps its meaning for ever; 1 to 4 were format 1's."""
 
 
 def _check_table() -> None:
@@ -65,11 +64,13 @@ def codec_for(k: int, value_bits: int) -> Codec:
     Raises:
         ValueError: no codec does.
     """
-    dense = k == CHUNK_NUMEL
-    for codec in CODECS.values():
-        if codec.values.nbytes * 8 == value_bits and isinstance(codec, DenseCodec) == dense:
+    if not 1 <= k <= CHUNK_NUMEL:
+        raise ValueError(f"k must be in 1 .. {CHUNK_NUMEL}, got {k}.")
+    for codec in _ALL:
+        if codec.values.bits == value_bits:
             return codec
-    raise ValueError(f"value_bits must be 16 or 32, got {value_bits}.")
+    widths = sorted(codec.values.bits for codec in _ALL)
+    raise ValueError(f"value_bits must be one of {widths}, got {value_bits}.")
 
 
 def decode(payload: torch.Tensor, layout: BucketLayout) -> tuple[Header, SparseBlock]:

@@ -8,7 +8,7 @@ A payload is a header of 64 bytes and a body; all numbers are little endian:
 offset bytes type meaning
 ====== ===== ==== ==================================================================================
 0      4     char magic, "DSGP"
-4      1     u8   format version, 1
+4      1     u8   format version, 2
 5      1     u8   codec id, see `codec.CODECS`; 0: no body, the header's signals only
 6      2     u16  flags; bit 0: gradient not finite, bit 1: loss known, bit 2: compute time known;
                   all others 0
@@ -29,9 +29,12 @@ offset bytes type meaning
 60     4     u32  crc32c of bytes 0 .. 59 and of the body
 ====== ===== ==== ==================================================================================
 
-The body is a run of values (kept elements in row order, then the dense segments), then whatever the
-codec needs to place them, then zeros up to a multiple of 4 bytes. For a given layout, k and codec
-it has one size.
+The body is the values of the kept elements in row order and of the dense segments, as `values` and
+`levels` write them; then the places of the kept ones, as `places` writes them; then zeros up to a
+multiple of 4 bytes. For a given layout, k and codec it has one size.
+
+Format 1 had 12 bits for every index. Payloads do not outlive their step, and all ranks of a job are
+checked for one release before the first: another format's payload is refused, not read.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals
 
 HEADER_BYTES = 64
 MAGIC = b"DSGP"
-VERSION = 1
+VERSION = 2
+"""Version of the format; ranks with different ones do not get as far as a payload."""
 SIGNALS_ID = 0
 """Codec id of a payload without a body."""
 

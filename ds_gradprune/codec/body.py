@@ -1,59 +1,41 @@
-"""What every codec promises, and the part of it that all share. `base` draws the payload.
+"""A block written into the body of a payload and read from it. `base` draws the payload.
 
-Local functions only.
+Where the kept elements lie is written by `places`, in the fewest bits for the layout and k; what
+differs between codecs is how values are written. Local functions only.
 """
 
 from __future__ import annotations
 
-import abc
-
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ds_gradprune.codec.base import HEADER_BYTES, Bytes, Header, layout_crc, parse, seal
+from ds_gradprune.codec.places import places_bytes, read_places, write_places
 from ds_gradprune.codec.values import ValueFormat
 from ds_gradprune.errors import WireFormatError
 from ds_gradprune.records import BucketLayout, RankSignals, SparseBlock
 from ds_gradprune.rows import num_kept
 
 
-class Codec(abc.ABC):
+class Codec:
     """One way to write a block into the body of a payload. Stateless.
 
     Args:
         codec_id: 1 .. 255, never given to another format once released.
-        values: how one value is written.
+        values: how the kept values are written.
+        dense: how the values of dense segments are written; None: as the kept ones.
     """
 
-    def __init__(self, codec_id: int, values: ValueFormat) -> None:
+    def __init__(
+        self, codec_id: int, values: ValueFormat, dense: ValueFormat | None = None
+    ) -> None:
         self.codec_id = codec_id
         self.values = values
+        self.dense = dense or values
 
     @property
-    @abc.abstractmethod
     def name(self) -> str:
         """Short name for logs and file names."""
-
-    @abc.abstractmethod
-    def accepts(self, k: int) -> bool:
-        """Whether blocks with this k can be written."""
-
-    @abc.abstractmethod
-    def places_bytes(self, num_kept: int) -> int:
-        """Bytes between the values and the padding."""
-
-    @abc.abstractmethod
-    def write_places(self, indices: npt.NDArray[np.int16], out: Bytes) -> None:
-        """Fill `out`, (places_bytes,), from (num_kept,) indices."""
-
-    @abc.abstractmethod
-    def read_places(self, places: Bytes, layout: BucketLayout, k: int) -> torch.Tensor:
-        """(num_kept,) int16 indices out of (places_bytes,) bytes.
-
-        Raises:
-            WireFormatError: these are no indices of such a block.
-        """
+        return self.values.name
 
     def payload_bytes(self, layout: BucketLayout, k: int) -> int:
         """Size of every payload of this codec for this layout and k, header included."""
@@ -62,17 +44,16 @@ class Codec(abc.ABC):
 
     def _cuts(self, layout: BucketLayout, k: int) -> tuple[int, int, int]:
         """Where values, dense values and places end in a payload; the rest is padding."""
-        kept = num_kept(layout, k)
-        values_end = HEADER_BYTES + kept * self.values.nbytes
-        dense_end = values_end + layout.dense_numel * self.values.nbytes
-        return values_end, dense_end, dense_end + self.places_bytes(kept)
+        values_end = HEADER_BYTES + self.values.nbytes(num_kept(layout, k))
+        dense_end = values_end + self.dense.nbytes(layout.dense_numel)
+        return values_end, dense_end, dense_end + places_bytes(layout, k)
 
     def sent_values(self, block: SparseBlock) -> tuple[torch.Tensor, torch.Tensor]:
         """`block.values` and `block.dense` as float32, exactly as every receiver decodes them.
 
         Aliasing: may be the block's own tensors.
         """
-        return self.values.rounded(block.values), self.values.rounded(block.dense)
+        return self.values.rounded(block.values), self.dense.rounded(block.dense)
 
     def encode(
         self,
@@ -87,7 +68,7 @@ class Codec(abc.ABC):
         """Write a block into a payload.
 
         Args:
-            block: what to send; its indices are trusted here and checked by every receiver.
+            block: what to send.
             step: optimizer step, 0 .. 2**32 - 1.
             bucket: index of the bucket, 0 .. 65535.
             rank: this rank, 0 .. 65535.
@@ -101,8 +82,6 @@ class Codec(abc.ABC):
             ValueError: the block, a number or `out` is not as said above.
         """
         layout, k = block.layout, block.k
-        if not self.accepts(k):
-            raise ValueError(f"k must suit codec {self.name}, got {k}.")
         _check_shapes(block)
         size = self.payload_bytes(layout, k)
         if out is None:
@@ -112,8 +91,8 @@ class Codec(abc.ABC):
         payload: Bytes = out.numpy()
         values_end, dense_end, places_end = self._cuts(layout, k)
         self.values.write(block.values, payload[HEADER_BYTES:values_end])
-        self.values.write(block.dense, payload[values_end:dense_end])
-        self.write_places(block.indices.cpu().numpy(), payload[dense_end:places_end])
+        self.dense.write(block.dense, payload[values_end:dense_end])
+        write_places(layout, k, block.indices.cpu().numpy(), payload[dense_end:places_end])
         payload[places_end:] = 0
         header = Header(
             step, bucket, rank, self.codec_id, k, layout.numel, layout_crc(layout), signals
@@ -150,8 +129,6 @@ class Codec(abc.ABC):
                 f"{header.layout_crc:08x}. Do all ranks run the same model and configuration?"
             )
         k = header.k
-        if not self.accepts(k):
-            raise WireFormatError(f"payload's k must suit codec {self.name}, got {k}.")
         if payload.numel() != self.payload_bytes(layout, k):
             raise WireFormatError(
                 f"payload must have {self.payload_bytes(layout, k)} bytes with codec {self.name} "
@@ -164,9 +141,9 @@ class Codec(abc.ABC):
         return SparseBlock(
             layout,
             k,
-            indices=self.read_places(data[dense_end:places_end], layout, k),
-            values=self.values.read(data[HEADER_BYTES:values_end]),
-            dense=self.values.read(data[values_end:dense_end]),
+            indices=torch.from_numpy(read_places(layout, k, data[dense_end:places_end])),
+            values=self.values.read(data[HEADER_BYTES:values_end], num_kept(layout, k)),
+            dense=self.dense.read(data[values_end:dense_end], layout.dense_numel),
         )
 
 

@@ -1,18 +1,23 @@
-"""How one kept value is written: float32 or bfloat16, little endian. Local functions only."""
+"""How values are written: what every format promises; float32 and bfloat16. Local functions."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-_SPAN_NUMEL = 1 << 18
-"""Values rounded at a time: temporary tensors of a megabyte."""
+from ds_gradprune.codec.base import Bytes
 
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+MAX_BFLOAT16 = np.float32(torch.finfo(torch.bfloat16).max)
+
+_SPAN_NUMEL = 1 << 17
+"""Values rounded at a time: temporary arrays of half a megabyte. A multiple of every block."""
 
 
 class ValueFormat(abc.ABC):
@@ -20,40 +25,52 @@ class ValueFormat(abc.ABC):
 
     Attributes:
         name: short name for logs and file names.
-        nbytes: bytes of one value.
+        bits: bits of one value, scales not counted.
     """
 
     name: str
-    nbytes: int
+    bits: int
+
+    @abc.abstractmethod
+    def nbytes(self, count: int) -> int:
+        """Bytes that `count` values take."""
 
     @abc.abstractmethod
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """(n,) float32 as float32 that `write` keeps exactly; may be `values` itself."""
+        """(n,) float32 as what `read` makes of what `write` wrote; may be `values` itself."""
 
     @abc.abstractmethod
-    def write(self, values: torch.Tensor, out: _Bytes) -> None:
-        """Fill `out`, (n * nbytes,), from (n,) float32 values on any device."""
+    def write(self, values: torch.Tensor, out: Bytes) -> None:
+        """Fill `out`, (nbytes,), from (n,) float32 values on any device."""
 
     @abc.abstractmethod
-    def read(self, data: _Bytes) -> torch.Tensor:
-        """(n,) float32 out of (n * nbytes,) bytes; a new tensor."""
+    def read(self, data: Bytes, count: int) -> torch.Tensor:
+        """(count,) float32 out of (nbytes,) bytes; a new tensor.
+
+        Raises:
+            WireFormatError: an unused bit is not zero.
+        """
 
 
 class Float32(ValueFormat):
     """Four bytes, nothing is lost."""
 
     name = "fp32"
-    nbytes = 4
+    bits = 32
+
+    def nbytes(self, count: int) -> int:
+        """Four each."""
+        return 4 * count
 
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
         """The values themselves."""
         return values
 
-    def write(self, values: torch.Tensor, out: _Bytes) -> None:
+    def write(self, values: torch.Tensor, out: Bytes) -> None:
         """Copy the bits."""
-        out[:] = _little_endian(values.contiguous().view(torch.int32).cpu().numpy(), "<i4")
+        out[:] = little_endian(values.contiguous().view(torch.int32).cpu().numpy(), "<i4")
 
-    def read(self, data: _Bytes) -> torch.Tensor:
+    def read(self, data: Bytes, count: int) -> torch.Tensor:
         """Copy the bits."""
         return torch.from_numpy(data.view("<i4").astype(np.int32)).view(torch.float32)
 
@@ -66,30 +83,46 @@ class Bfloat16(ValueFormat):
     """
 
     name = "bf16"
-    nbytes = 2
-    _max = float(torch.finfo(torch.bfloat16).max)
+    bits = 16
+
+    def nbytes(self, count: int) -> int:
+        """Two each."""
+        return 2 * count
 
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
         """Round there and back."""
-        return self._narrow(values).to(torch.float32)
+        return narrow(values).to(torch.float32)
 
-    def write(self, values: torch.Tensor, out: _Bytes) -> None:
+    def write(self, values: torch.Tensor, out: Bytes) -> None:
         """Round and copy the bits, span by span: nothing as large as a model is made."""
-        for start in range(0, len(values), _SPAN_NUMEL):
-            span = slice(start, start + _SPAN_NUMEL)
-            bits = self._narrow(values[span]).view(torch.int16).cpu().numpy()
-            out[2 * span.start : 2 * span.stop] = _little_endian(bits, "<i2")
+        for span in spans(len(values)):
+            bits = narrow(values[span]).view(torch.int16).cpu().numpy()
+            out[2 * span.start : 2 * span.stop] = little_endian(bits, "<i2")
 
-    def read(self, data: _Bytes) -> torch.Tensor:
+    def read(self, data: Bytes, count: int) -> torch.Tensor:
         """The bits are the upper half of a float32."""
-        bits = data.view("<u2").astype(np.uint32)
-        np.left_shift(bits, 16, out=bits)
-        return torch.from_numpy(bits.view(np.float32))
-
-    def _narrow(self, values: torch.Tensor) -> torch.Tensor:
-        return values.clamp(-self._max, self._max).to(torch.bfloat16)
+        return torch.from_numpy(widen(data))
 
 
-def _little_endian(numbers: npt.NDArray[np.generic], dtype: str) -> _Bytes:
+def spans(count: int) -> Iterator[slice]:
+    """0 .. count - 1 in pieces that begin at multiples of 2**17."""
+    for start in range(0, count, _SPAN_NUMEL):
+        yield slice(start, min(count, start + _SPAN_NUMEL))
+
+
+def narrow(values: torch.Tensor) -> torch.Tensor:
+    """To the nearest finite bfloat16; nan stays nan."""
+    return values.clamp(-float(MAX_BFLOAT16), float(MAX_BFLOAT16)).to(torch.bfloat16)
+
+
+def widen(data: Bytes) -> Floats:
+    """Bytes of bfloat16 numbers as float32."""
+    bits = data.view("<u2").astype(np.uint32)
+    np.left_shift(bits, 16, out=bits)
+    numbers: Floats = bits.view(np.float32)
+    return numbers
+
+
+def little_endian(numbers: npt.NDArray[np.generic], dtype: str) -> Bytes:
     """The bytes of a 1-D array; a view, except on a big-endian machine."""
     return np.ascontiguousarray(numbers, dtype=dtype).view(np.uint8)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import ds_gradprune
+from ds_gradprune.codec.base import VERSION as WIRE_FORMAT
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import RankMismatchError
 
@@ -28,6 +29,7 @@ def check_peers(group: Any, config: GradientPruningConfig) -> None:
     """
     own = {
         "ds_gradprune": ds_gradprune.__version__,
+        "wire format": WIRE_FORMAT,
         "deepspeed": deepspeed.__version__,
         "torch": torch.__version__.split("+")[0],
         "numpy": np.__version__,
