@@ -3,9 +3,11 @@
 What limits the quantity: selection must read the gradient and the residual once, 8 bytes an element
 at float32, so a copy of the vector (4 read, 4 written) is its roofline; encoding and decoding touch
 only what is kept. The contender in the same run, in turn with the others, is the obvious way:
-`torch.topk` over every row of the sum. Medians after warm-up.
+`torch.topk` over every row of the sum. Medians after warm-up. A second table has the size of a
+payload for every width of values, and the index codes beside plain indices of 12 bits.
 
     python benchmarks/codec.py [--numel 3300000] [--density 0.05] [--world-size 2] [--dtype float32]
+        [--value-bits 16]
 
 The last line of stdout is one JSON document.
 """
@@ -31,12 +33,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_gradprune import codec, sparsify
+from ds_gradprune.codec.places import PlaceCode, code_of
 from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals, SparseBlock
+from ds_gradprune.rows import num_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIGNALS = RankSignals(3.0, False, 0.1, 0.01, 0.02, 100_000, 0)
 MIN_NUMEL = 4096
 LAYERS = 6
+SIZES_AT_K = (4, 41, 205, 1024)
+PLACES_ROWS = 800
 
 
 def gpt_layout(numel: int) -> BucketLayout:
@@ -164,6 +170,57 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def sizes(layout: BucketLayout) -> list[dict[str, Any]]:
+    """What is sent for every width of values; dense segments and header count per parameter."""
+    rows = []
+    for k in SIZES_AT_K:
+        kept = num_kept(layout, k)
+        for written in codec.CODECS.values():
+            payload_bytes = written.payload_bytes(layout, k)
+            sparse_bytes = payload_bytes - codec.HEADER_BYTES
+            sparse_bytes -= written.dense.nbytes(layout.dense_numel)
+            rows.append(
+                {
+                    "k": k,
+                    "codec": written.name,
+                    "payload_bytes": payload_bytes,
+                    "bits_per_kept": 8 * sparse_bytes / kept,
+                    "bits_per_param": 8 * payload_bytes / layout.numel,
+                }
+            )
+    return rows
+
+
+def places(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Indices alone: time and size of the cheapest code and of 12 plain bits, in turn."""
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for k in SIZES_AT_K:
+        noise = torch.rand((PLACES_ROWS, CHUNK_NUMEL), generator=generator)
+        picked = noise.topk(k, dim=1).indices.sort(dim=1).values
+        table = picked.to(torch.int16).numpy()
+        row: dict[str, Any] = {"k": k}
+        codes = {"": code_of(CHUNK_NUMEL, k), "plain_": PlaceCode(CHUNK_NUMEL, k, 12, 0, False)}
+        times: dict[str, list[float]] = {}
+        for round_ in range(options.warmup + options.repeats):
+            for prefix, code in codes.items():
+                out, read = np.empty(code.nbytes(len(table)), np.uint8), np.empty_like(table)
+                start_s = time.perf_counter()
+                code.write(table, out)
+                middle_s = time.perf_counter()
+                code.read(out, read)
+                end_s = time.perf_counter()
+                assert (read == table).all()
+                if round_ >= options.warmup:
+                    row[f"{prefix}bits_per_index"] = 8 * out.size / table.size
+                    times.setdefault(f"{prefix}write_ns", []).append(middle_s - start_s)
+                    times.setdefault(f"{prefix}read_ns", []).append(end_s - middle_s)
+        for name, seconds in times.items():
+            row[name] = 1e9 * statistics.median(seconds) / table.size
+        rows.append(row)
+    return rows
+
+
 def environment() -> dict[str, Any]:
     """What the figures hold for."""
     commit = subprocess.run(
@@ -216,6 +273,22 @@ def show(result: dict[str, Any], world_size: int, value_nbytes: int) -> None:
     print(f"selection takes {result['select_extra_bytes']} bytes beside its result")
 
 
+def show_sizes(result: dict[str, Any]) -> None:
+    """The tables of sizes and of index codes."""
+    print(f"\n{'k':>5} {'values':>6} {'payload bytes':>14} {'bits/kept':>10} {'bits/param':>11}")
+    for row in result["sizes"]:
+        print(
+            f"{row['k']:5} {row['codec']:>6} {row['payload_bytes']:14} "
+            f"{row['bits_per_kept']:10.3f} {row['bits_per_param']:11.4f}"
+        )
+    print(f"\n{'k':>5} {'bits/index':>10} {'write ns':>9} {'read ns':>8}   with 12 plain bits")
+    for row in result["places"]:
+        print(
+            f"{row['k']:5} {row['bits_per_index']:10.3f} {row['write_ns']:9.2f} "
+            f"{row['read_ns']:8.2f}   {row['plain_write_ns']:.2f}, {row['plain_read_ns']:.2f}"
+        )
+
+
 def main() -> None:
     """Print a table and, last, one JSON document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -223,7 +296,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.05, help="kept / all elements")
     parser.add_argument("--world-size", type=int, default=2, help="payloads to decode and add")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the gradient")
-    parser.add_argument("--value-bits", type=int, choices=(16, 32), default=16, help="on the wire")
+    parser.add_argument("--value-bits", type=int, choices=(2, 4, 16, 32), default=16)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--repeats", type=int, default=11, help="timed rounds, at least 5")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
@@ -233,7 +306,9 @@ def main() -> None:
     if not 0.0 < options.density <= 1.0:
         parser.error("--density must be in (0, 1]")
     result = measure(options)
+    result |= {"sizes": sizes(gpt_layout(options.numel)), "places": places(options)}
     show(result, options.world_size, DTYPES[options.dtype].itemsize)
+    show_sizes(result)
     settings = ("world_size", "dtype", "value_bits", "threads", "repeats", "warmup")
     print(json.dumps(result | {name: vars(options)[name] for name in settings} | environment()))
 
