@@ -16,8 +16,8 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 MAX_BFLOAT16 = np.float32(torch.finfo(torch.bfloat16).max)
 
-_SPAN_NUMEL = 1 << 17
-"""Values rounded at a time: temporary arrays of half a megabyte. A multiple of every block."""
+_SPAN_NUMEL = 1 << 16
+"""Values rounded at a time: arrays of a quarter of a megabyte. A multiple of every block."""
 
 
 class ValueFormat(abc.ABC):
@@ -105,7 +105,7 @@ class Bfloat16(ValueFormat):
 
 
 def spans(count: int) -> Iterator[slice]:
-    """0 .. count - 1 in pieces that begin at multiples of 2**17."""
+    """0 .. count - 1 in pieces that begin at multiples of 2**16."""
     for start in range(0, count, _SPAN_NUMEL):
         yield slice(start, min(count, start + _SPAN_NUMEL))
 
