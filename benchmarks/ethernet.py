@@ -16,7 +16,9 @@ stretch: such rows are marked.
 1-bit Adam and 0/1 Adam are simulated: their last release, DeepSpeed 0.19.6, packs signs with CuPy
 (backends nccl and mpi), torch_npu (hccl) or a SYCL kernel (compressed); none runs on a CPU. Here
 the same update is made with the same packed bits on the wire (benchmarks/peers/onebit_adam.py says
-where it differs), on schedules scaled to the run (benchmarks/peers/job.py).
+where it differs), on schedules scaled to the run (benchmarks/peers/job.py). zeroone_adam exchanges
+in every step, which is its authors' rule where the learning rate does not fall; zeroone_adam_4 lets
+the interval grow to 4 steps.
 
 The last line of stdout is one JSON document: results, one row per method and rate, and the link
 rate below which the first topk method beats dense_fp32 (null: the winner is the same everywhere).

@@ -206,6 +206,8 @@ def test_methods_are_read_from_their_names() -> None:
         "zeroone_adam",
         "ours",
     }
+    assert methods["zeroone_adam"].interval == 1
+    assert parse_method("zeroone_adam_4").interval == 4
     assert methods["onebit_adam"].label == "onebit_adam (simulated)"
     assert methods["ours"].label == "ours"
 
@@ -215,7 +217,13 @@ def test_every_default_method_is_known() -> None:
     assert {"onebit_adam", "zeroone_adam", "powersgd_16", "fp16_hook"} < set(DEFAULT)
 
 
-@pytest.mark.parametrize("name", ["dense", "topk_0", "topk_1.5", "powersgd_1.5", "powersgd_0", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dense", "topk_0", "topk_1.5", "powersgd_1.5", "powersgd_0", "zeroone_adam_0"),
+        *("onebit_adam_2", ""),
+    ],
+)
 def test_unknown_methods_are_refused_with_the_known_ones(name) -> None:
     with pytest.raises(ConfigError, match=r"--methods must name some of dense_fp32, .* got"):
         parse_method(name)
@@ -377,7 +385,7 @@ def ethernet(out: Path, *words: str) -> tuple[dict, dict]:
     [
         pytest.param(["dense_fp32", "dense_bf16", "topk_0.05", "ours"], id="deepspeed"),
         pytest.param(["dense_fp32", "ddp_fp32", "fp16_hook", "bf16_hook", "powersgd_1"], id="ddp"),
-        pytest.param(["dense_fp32", "onebit_adam", "zeroone_adam"], id="simulated"),
+        pytest.param(["dense_fp32", "onebit_adam", "zeroone_adam_4"], id="simulated"),
     ],
 )
 def test_peers_train_alike_on_loopback(tmp_path, peers) -> None:
@@ -408,7 +416,7 @@ def test_peers_train_alike_on_loopback(tmp_path, peers) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(requirements.missing() is not None, reason=requirements.missing() or "")
 def test_bytes_at_the_interface_agree_with_our_own_count(tmp_path) -> None:
-    names = ["topk_0.05", "onebit_adam", "zeroone_adam"]
+    names = ["topk_0.05", "onebit_adam", "zeroone_adam_4"]
     last, full = ethernet(
         tmp_path / "b.json", "--rates", "20mbit", "--methods", ",".join(["dense_fp32", *names])
     )

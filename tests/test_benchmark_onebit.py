@@ -370,7 +370,9 @@ def test_schedules_are_shares_of_the_run() -> None:
     assert recipe.opening_steps(parse_method("powersgd_4")) == 30
     assert recipe.opening_steps(parse_method("bf16_hook")) == 0
     # 32,678 of 152,000 steps
-    assert (recipe.policy.local_step_scaler, recipe.policy.local_step_clipper) == (64, 16)
+    policy = recipe.policy(16)
+    assert (policy.local_step_scaler, policy.local_step_clipper) == (64, 16)
     # a stretch that gives times holds two of the rarest exchanges
-    assert recipe.timing_steps(parse_method("zeroone_adam"), 8) == 32
+    assert recipe.timing_steps(parse_method("zeroone_adam_16"), 8) == 32
+    assert recipe.timing_steps(parse_method("zeroone_adam"), 8) == 8
     assert recipe.timing_steps(parse_method("onebit_adam"), 8) == 8

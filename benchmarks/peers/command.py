@@ -245,17 +245,18 @@ def write_files(
 
 def schedules(plan: Plan) -> list[str]:
     """What 1-bit Adam and 0/1 Adam did when, as items of a list. Pure."""
-    names, recipe, policy = {one.name for one in plan.methods}, plan.recipe, plan.recipe.policy
     lines = []
-    if "onebit_adam" in names:
-        lines.append(f"- onebit_adam: dense for {recipe.freeze_step} steps")
-    if "zeroone_adam" in names:
-        lines.append(
-            f"- zeroone_adam: second moment frozen after step {policy.var_freeze_step}, until then "
-            f"the interval of its updates doubled after every {policy.var_update_scaler}; then the "
-            f"interval of exchanges doubled after every {policy.local_step_scaler} steps, to "
-            f"{policy.local_step_clipper} at most"
-        )
+    for method in plan.methods:
+        if method.interval is not None:
+            policy = plan.recipe.policy(method.interval)
+            lines.append(
+                f"- {method.name}: second moment frozen after step {policy.var_freeze_step}, until "
+                f"then the interval of its updates doubled after every {policy.var_update_scaler}; "
+                f"then the interval of exchanges doubled after every {policy.local_step_scaler} "
+                f"steps, to {policy.local_step_clipper} at most"
+            )
+        elif method.side == "simulated":
+            lines.append(f"- {method.name}: dense for {plan.recipe.freeze_step} steps")
     return lines
 
 

@@ -251,10 +251,11 @@ class OneBitEngine:
         self.module, self._recipe, self._wire = model, recipe, GlooWire()
         rules = Rules(0.9, recipe.beta2, 1e-8, recipe.weight_decay, recipe.clip_norm)
         self._optimizer: OneBitAdam | ZeroOneAdam
-        if method.name == "onebit_adam":
+        if method.interval is None:
             self._optimizer = OneBitAdam(model.parameters(), self._wire, rules, recipe.freeze_step)
         else:
-            self._optimizer = ZeroOneAdam(model.parameters(), self._wire, rules, recipe.policy)
+            policy = recipe.policy(method.interval)
+            self._optimizer = ZeroOneAdam(model.parameters(), self._wire, rules, policy)
 
     def calibrate(self, tokens: torch.Tensor) -> None:
         """Nothing: every step's times are measured."""

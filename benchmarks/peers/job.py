@@ -17,8 +17,8 @@ LOCAL_STEP_SHARE = 32_678 / 152_000
 """0/1 Adam's steps for BERT-Large (its paper, section 6; the second is DeepSpeed's default), as
 shares of that run."""
 
-VAR_UPDATE_SCALER = LOCAL_STEP_CLIPPER = 16
-"""DeepSpeed's defaults, which count updates and steps, not shares of a run."""
+VAR_UPDATE_SCALER = 16
+"""DeepSpeed's default, which counts updates and is no share of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,32 +80,32 @@ class Recipe:
         """How many steps of a method come before those that its figures are about."""
         if method.name == "onebit_adam":
             return self.freeze_step
-        if method.name == "zeroone_adam":
-            return self.policy.var_freeze_step
+        if method.interval is not None:
+            return self.policy(method.interval).var_freeze_step
         return self.dense_steps if method.begins_dense else 0
 
     def timing_steps(self, method: Method, asked: int) -> int:
         """How many steps give a method's times: with two exchanges at least, however rare."""
-        return max(asked, 2 * LOCAL_STEP_CLIPPER) if method.name == "zeroone_adam" else asked
+        return asked if method.interval is None else max(asked, 2 * method.interval)
 
     @property
     def freeze_step(self) -> int:
         """The last dense step of 1-bit Adam."""
         return max(self.dense_steps, round(FREEZE_SHARE * self.steps))
 
-    @property
-    def policy(self) -> Policy:
-        """The schedule of 0/1 Adam.
+    def policy(self, interval: int) -> Policy:
+        """The schedule of 0/1 Adam with at most `interval` steps from one exchange to the next.
 
         Its second moment is frozen when the learning rate has risen, as its authors advise. Their
-        exchanges grow rarer as the learning rate falls; here it does not fall, so the share of the
-        run after which it would have halved stands for that.
+        exchanges grow rarer only as the learning rate falls, which it does not do here: so 1 is
+        their rule. A larger one (16 is DeepSpeed's default) begins at 1 and is doubled after the
+        share of the run after which their learning rate had halved; see LOG.md for what it costs.
         """
         return Policy(
             var_freeze_step=max(self.dense_steps, round(VAR_FREEZE_SHARE * self.steps)),
             var_update_scaler=VAR_UPDATE_SCALER,
             local_step_scaler=max(1, round(LOCAL_STEP_SHARE * self.steps)),
-            local_step_clipper=LOCAL_STEP_CLIPPER,
+            local_step_clipper=interval,
         )
 
 

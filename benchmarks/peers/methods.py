@@ -29,7 +29,8 @@ DEFAULT = (
 
 KNOWN = (
     f"{DENSE}, dense_bf16, ddp_fp32, fp16_hook, bf16_hook, powersgd_RANK (1, 4, 16, ...), "
-    "topk_DENSITY (0.05, ...), onebit_adam, zeroone_adam, ours"
+    "topk_DENSITY (0.05, ...), onebit_adam, zeroone_adam, "
+    "zeroone_adam_INTERVAL (1, 2, 4, ...), ours"
 )
 
 
@@ -45,6 +46,7 @@ class Method:
         rank: of PowerSGD's matrices; None: no PowerSGD.
         density: fixed share of elements that our reducer sends; None: it prunes nothing, or the
             density is adaptive.
+        interval: of 0/1 Adam, most steps from one exchange to the next; 1 unless asked for.
         adaptive: our controller chooses the density, so the loss depends on the link.
     """
 
@@ -53,6 +55,7 @@ class Method:
     wire_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     rank: int | None = None
     density: float | None = None
+    interval: int | None = None
     adaptive: bool = False
 
     @property
@@ -78,7 +81,7 @@ _FIXED = {
     "fp16_hook": Method("fp16_hook", "ddp", "fp16"),
     "bf16_hook": Method("bf16_hook", "ddp", "bf16"),
     "onebit_adam": Method("onebit_adam", "simulated"),
-    "zeroone_adam": Method("zeroone_adam", "simulated"),
+    "zeroone_adam": Method("zeroone_adam", "simulated", interval=1),
     "ours": Method("ours", "deepspeed", adaptive=True),
 }
 
@@ -91,13 +94,15 @@ def parse_method(name: str) -> Method:
     """
     if name in _FIXED:
         return _FIXED[name]
-    match = re.fullmatch(r"(powersgd|topk)_(\d+(?:\.\d+)?)", name)
+    match = re.fullmatch(r"(powersgd|topk|zeroone_adam)_(\d+(?:\.\d+)?)", name)
     if match is not None:
         kind, number = match[1], float(match[2])
         if kind == "topk" and 0.0 < number < 1.0:
             return Method(name, "deepspeed", density=number)
         if kind == "powersgd" and number >= 1 and number == int(number):
             return Method(name, "ddp", rank=int(number))
+        if kind == "zeroone_adam" and number >= 1 and number == int(number):
+            return Method(name, "simulated", interval=int(number))
     raise ConfigError(f"--methods must name some of {KNOWN}; got {name!r}.")
 
 
