@@ -25,6 +25,7 @@ from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError, GradPruneError
 from ds_gradprune.textgen.corpus import open_text
 from ds_gradprune.textgen.flags import ScriptParser, natural, positive
+from ds_gradprune.textgen.meeting import AbsentRanks
 from ds_gradprune.textgen.ranks import (
     AgreedFault,
     Peers,
@@ -137,15 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export_place(place, os.environ)
         share_cores(place, os.environ)
         choose_accelerator()
-        if place.world_size == 1:
-            settings = read_settings(arguments)
-            peers = connect(place)
-        else:
-            peers = connect(place)
-            settings = peers.together(lambda: read_settings(arguments))
+        peers = connect(place, _timeout_s(arguments))
+        settings = peers.together(lambda: read_settings(arguments))
         _train(settings, peers)
-    except AgreedFault as exc:
-        if peers is None or peers.rank == exc.rank:
+    except (AgreedFault, AbsentRanks) as exc:
+        if place.rank == exc.rank:
             print(f"error: {exc}", file=sys.stderr, flush=True)
         if peers is not None:
             peers.gather(None)  # a launcher ends all ranks when one ends: first let it be said
@@ -162,6 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if peers is not None:
             peers.part()
     return 0
+
+
+def _timeout_s(arguments: Sequence[str] | None) -> float:
+    """How long ranks wait for each other at the start; faults are told when all are there."""
+    try:
+        flags = parser().parse_args(arguments)
+        return load_block(read_ds_config(flags.config), flags.steps).timeout_s
+    except ConfigError:
+        return GradientPruningConfig().timeout_s
 
 
 def _train(settings: Settings, peers: Peers) -> None:

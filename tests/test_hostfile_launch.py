@@ -182,3 +182,26 @@ def test_hosts_with_different_versions_are_named(here: Path):
         done.stderr
     )
     assert not (here / "mixed" / "result.json").exists()
+
+
+def test_a_host_that_never_joins_is_named(here: Path):
+    """The second host's cable is out: nothing reaches it, and rank 0 waits in vain."""
+    config = json.loads((here / "config.json").read_text())
+    config["gradient_pruning"]["timeout_s"] = 3.0
+    with Bed(hosts=2) as bed:
+        words = train_words(bed, here, STEPS, here / "lonely")
+        lonely = here / "lonely.json"
+        lonely.write_text(json.dumps(config))
+        words[words.index("--config") + 1] = str(lonely)
+        bed.hosts[1].set_link(up=False)
+        done = bed.hosts[0].run(
+            words, cwd=scripts.ROOT, env=bed.environ(), capture_output=True, text=True
+        )
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "error: " in line]
+    expected = (
+        "host-0: error: 1 of 2 ranks never came within 3 s: rank 1 on host-1. "
+        "There is rank 0 on host-0."
+    )
+    assert [line for line in told if line.startswith(expected)], done.stderr
+    assert "Traceback" not in done.stderr

@@ -18,6 +18,7 @@ import torch
 from torch.utils import cpp_extension
 
 from ds_gradprune.errors import CheckpointError, ConfigError, GradPruneError
+from ds_gradprune.textgen.meeting import meet
 from ds_gradprune.textgen.ranks import Peers, Place
 
 STALE_LOCK_S = 900.0
@@ -52,19 +53,29 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def connect(place: Place) -> Peers:
+def connect(place: Place, timeout_s: float) -> Peers:
     """Open the process group. Collective: all ranks.
 
     On a CPU it is made here, so that ranks can agree on a fault before DeepSpeed compiles anything;
     DeepSpeed adopts a group that exists. On a GPU DeepSpeed makes it.
+
+    Args:
+        place: of this process; its variables must be in the environment.
+        timeout_s: a rank that has not come by then never will.
+
+    Raises:
+        AbsentRanks: some rank never came.
+        TransportError: the ranks' store failed.
     """
     if place.world_size > 1:
+        store = meet(place, os.environ, timeout_s)
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             torch.distributed.init_process_group("gloo")
         else:
             import deepspeed
 
             deepspeed.init_distributed()
+        del store  # until here, or its server would have ended
     return Peers(place)
 
 
