@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.netbed import Bed, Counters, requirements
+from benchmarks.netbed.host import INTERFACE
 from tests.helpers import scripts
 
 ABSENT = requirements.missing()
@@ -26,6 +28,9 @@ pytestmark = [
 ]
 
 STEPS, VERIFY_EVERY_STEPS = 60, 10
+
+MPI_STEPS = 12
+MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 HEADER_BYTES = 14 + 20 + 32
 """Ethernet, IP, and TCP with the time stamps that Linux sends: of every frame of a connection."""
@@ -205,3 +210,40 @@ def test_a_host_that_never_joins_is_named(here: Path):
     )
     assert [line for line in told if line.startswith(expected)], done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(shutil.which("ompi_info") is None, reason="Open MPI is not installed")
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
+def test_open_mpi_carries_the_gradients_between_hosts(launcher: str, here: Path):
+    """The words of launch/README.md, and MPI's bytes on the link."""
+    run, config = here / f"mpi_{launcher}", here / "mpi.json"
+    document = json.loads((here / "config.json").read_text())
+    document["gradient_pruning"]["transport"] = "mpi"
+    config.write_text(json.dumps(document))
+    with Bed(hosts=2, rate="100mbit") as bed:
+        exports = {"PYTHONPATH": str(scripts.ROOT), "DS_ACCELERATOR": "cpu"}
+        exports["MASTER_ADDR"] = bed.hosts[0].address
+        environ = bed.environ(**exports) | MPI_AS_ROOT | exports
+        words = train_words(bed, here, MPI_STEPS, run)
+        script = words[words.index("launch/train.py") :]
+        script[script.index("--config") + 1] = str(config)
+        if launcher == "mpirun":
+            names = [*exports, "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"]
+            start = ["mpirun", "-n", "2", "--hostfile", str(bed.hostfile)]
+            start += ["--mca", "btl_tcp_if_include", INTERFACE]
+            start += [word for name in names for word in ("-x", name)]
+            start.append(sys.executable)
+        else:
+            start = [*words[:1], "--hostfile", str(bed.hostfile), "--launcher", "openmpi"]
+        done = bed.hosts[0].run(
+            [*start, *script], cwd=scripts.ROOT, env=environ, capture_output=True, text=True
+        )
+        crossed = [host.counters() for host in bed.hosts]
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] == MPI_STEPS
+    assert result["val_loss"] < result["val_loss_start"]
+    assert result["wire_bytes"] < result["dense_bytes"]
+    for counters in crossed:
+        assert counters.sent_bytes > result["wire_bytes"]
