@@ -177,7 +177,8 @@ class GradientPruningConfig(_Block):
         default="auto", description="dense inside a host first; auto is false"
     )
     timeout_s: Positive = Field(
-        default=600.0, description="an exchange without answer for so long is an error"
+        default=600.0,
+        description="no answer in an exchange, or of a rank at the start, for so long: an error",
     )
     verify_every_steps: Annotated[int, Field(ge=1)] | None = Field(
         default=100,
