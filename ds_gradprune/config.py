@@ -24,7 +24,6 @@ BLOCK = "gradient_pruning"
 _SPARSE_TODAY = '"all_gather" or "auto"'
 _BITS_TODAY = "2, 4, 16 or 32"
 _NOT_YET: dict[str, dict[str, str]] = {
-    "prune": {'"update"': '"gradient"'},
     "controller": {'"predictive"': '"stepwise"'},
     "exchange": {'"owner_reduce"': _SPARSE_TODAY, '"two_level"': _SPARSE_TODAY},
     "two_level": {"true": '"auto" or false'},
@@ -129,7 +128,19 @@ class GradientPruningConfig(_Block):
     """The whole block. The fields' descriptions are the README's table."""
 
     enabled: bool = Field(default=True, description="false leaves DeepSpeed untouched")
-    prune: Literal["gradient"] = Field(default="gradient", description="what is pruned")
+    prune: Literal["gradient", "update"] = Field(
+        default="gradient", description="what is pruned and exchanged, see Two modes"
+    )
+    sync_every: int = Field(
+        default=1,
+        ge=1,
+        description="with update: optimizer steps from one exchange to the next, after warm-up",
+    )
+    update_scale: Positive | None = Field(
+        default=None,
+        description="with update: factor on the islands' mean update; null: the square root of "
+        "their number",
+    )
     warmup_steps: int = Field(
         default=200, ge=0, description="first steps, exactly DeepSpeed's dense path"
     )
@@ -242,10 +253,36 @@ def _cross_field_faults(
     faults = []
     if "density" not in faulty:
         faults += _density_faults(config.density)
+    faults += _mode_faults(config, faulty)
     if config.throttle is not None:
         faults += _schedule_faults([point.step for point in config.throttle.schedule])
     if total_steps is not None and config.enabled and not faulty & {"enabled", "window_size"}:
-        faults += _window_faults(config.window_size, total_steps)
+        alone = max(0, total_steps - config.warmup_steps)
+        num_losses = total_steps - alone + alone // config.sync_every
+        faults += _window_faults(config.window_size, total_steps, num_losses)
+    return faults
+
+
+def _mode_faults(config: GradientPruningConfig, faulty: Set[str]) -> list[str]:
+    """Keys that mean nothing in the other mode are refused, not ignored."""
+    faults = []
+    if config.prune == "gradient" and not faulty & {"prune"}:
+        only = 'Leave it out, or set prune to "update".'
+        if config.sync_every != 1:
+            faults.append(
+                f'{BLOCK}.sync_every must be 1 with prune = "gradient", got {config.sync_every}. '
+                + only
+            )
+        if config.update_scale is not None:
+            faults.append(
+                f'{BLOCK}.update_scale must be null with prune = "gradient", got '
+                f"{config.update_scale:g}. {only}"
+            )
+    if config.prune == "update" and not config.error_feedback:
+        faults.append(
+            f'{BLOCK}.error_feedback must be true with prune = "update", got false. What is not '
+            "sent stays in the island's own weights."
+        )
     return faults
 
 
@@ -271,12 +308,16 @@ def _schedule_faults(steps: list[int]) -> list[str]:
     return faults
 
 
-def _window_faults(window_size: int, total_steps: int) -> list[str]:
-    if window_size < total_steps:
+def _window_faults(window_size: int, total_steps: int, num_losses: int) -> list[str]:
+    """One loss enters the window in every step, or, between islands, at every exchange."""
+    if window_size < num_losses:
         return []
-    fix = f"use at most {total_steps // 4}" if total_steps >= 16 else "train for more steps"
+    run = f"{total_steps} steps"
+    if num_losses < total_steps:
+        run = f"{num_losses} exchanges in {run}"
+    fix = f"use at most {num_losses // 4}" if num_losses >= 16 else "train for more steps"
     return [
-        f"{BLOCK}.window_size must be less than the run's {total_steps} steps, got {window_size}. "
+        f"{BLOCK}.window_size must be less than the run's {run}, got {window_size}. "
         f"With fewer losses P(t) is never known: {fix}."
     ]
 

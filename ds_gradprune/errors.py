@@ -9,6 +9,7 @@
     ├── TransportError                    the exchange failed
     │   └── TransportTimeout              no answer in time: names the operation and the seconds
     ├── RankMismatchError                 ranks disagree on step, layout, decisions or parameters
+    ├── NonFiniteError                    an island's weights hold inf or nan
     ├── CheckpointError                   per-rank state is missing, damaged or of another world
     ├── DataError (ValueError)            no text, too little text, an unreadable model folder
     └── MissingDependencyError (ImportError)   says the pip command
@@ -58,6 +59,10 @@ class TransportTimeout(TransportError):
 
 class RankMismatchError(GradPruneError):
     """Ranks that must agree do not."""
+
+
+class NonFiniteError(GradPruneError):
+    """An island's weights hold inf or nan and cannot be shared."""
 
 
 class CheckpointError(GradPruneError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,6 +32,21 @@ class Costs:
 
     codec_time_s: float
     traffic: Traffic
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trade:
+    """What all ranks sent of one bucket.
+
+    Attributes:
+        headers: all ranks' headers, in rank order.
+        parts: of each rank, in rank order: (num_sent,) int64 distinct positions in the bucket and
+            (num_sent,) float32 values, exactly as every rank decoded them. Empty when some rank's
+            vector is not finite: then nothing counts as sent.
+    """
+
+    headers: list[codec.Header]
+    parts: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Reducer:
@@ -154,6 +170,53 @@ class Reducer:
             residual.clear()
         self._busy_s += self._clock() - start_s
 
+    def trade(
+        self,
+        vector: torch.Tensor,
+        layout: BucketLayout,
+        k: int,
+        *,
+        minus: torch.Tensor,
+        step: int,
+        bucket: int,
+        signals: RankSignals,
+    ) -> Trade:
+        """Exchange the largest elements of `vector - minus`; add nothing up, keep no residual.
+
+        For a caller that holds what was not sent itself. Neither tensor is changed.
+
+        Args:
+            vector: (layout.numel,) fp32.
+            layout: what lies where in it.
+            k: kept elements per full chunk, 1 .. CHUNK_NUMEL.
+            minus: (layout.numel,) fp32, on the same device.
+            step: optimizer step, counted from 1.
+            bucket: index of the bucket inside the step.
+            signals: this rank's measurements, for the header.
+
+        Raises:
+            TransportError, WireFormatError, RankMismatchError: as `reduce`.
+
+        Collective: all ranks, same order.
+        """
+        start_s = self._clock()
+        block = sparsify.select(vector, layout, k, addend=minus, scale=-1.0)
+        if not _is_finite(block):
+            signals = dataclasses.replace(signals, nonfinite=True)
+        writer = codec.codec_for(k, self._value_bits)
+        payload = writer.encode(
+            block, step=step, bucket=bucket, rank=self._exchange.rank, signals=signals
+        )
+        headers, peers = self._swap(writer, payload, layout)
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if not any(header.signals.nonfinite for header in headers):
+            own = _flat(block, *writer.sent_values(block))
+            parts = [
+                own if peer is None else _flat(peer, peer.values, peer.dense) for peer in peers
+            ]
+        self._busy_s += self._clock() - start_s
+        return Trade(headers, parts)
+
     def share_signals(self, step: int, signals: RankSignals) -> list[codec.Header]:
         """Exchange headers alone, for a step whose gradients go the dense way.
 
@@ -181,6 +244,13 @@ class Reducer:
             for rank, row in enumerate(rows)
         ]
         return headers, blocks
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Count what a caller does beside an exchange as codec time. Local."""
+        start_s = self._clock()
+        yield
+        self._busy_s += self._clock() - start_s
 
     def take_costs(self) -> Costs:
         """What has been spent since the last call. Local."""

@@ -45,7 +45,7 @@ from ds_gradprune.transport.base import Transport
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Timed:
+class Timed:
     """What this rank measured in its last finished step; rides in the next step's headers."""
 
     density: float
@@ -86,12 +86,14 @@ class PruningSession:
         self._reducer = Reducer(
             self._exchange,
             value_bits=config.value_bits,
-            error_feedback=config.error_feedback,
+            # A pruned update leaves what is not sent in the weights.
+            error_feedback=config.error_feedback and config.prune == "gradient",
             clock=clock,
         )
+        self._law_config = config
         self._state, self.decision = controller.start(config)
         self._agreement = 0
-        self._timed: _Timed | None = None
+        self._timed: Timed | None = None
         self._layouts: list[tuple[tuple[torch.Size, ...], BucketLayout]] = []
         self._start_s: float | None = None
         self._headers: list[Header] = []
@@ -179,7 +181,9 @@ class PruningSession:
         used = self.decision
         timed = self._measure(used.density)
         signals = _aggregate(self._headers, self._timed)
-        self._state, self.decision = controller.update(self.config, self._state, signals)
+        self._state, self.decision = controller.update(
+            self._law_config, self._state, self._before_next(signals)
+        )
         self.step += 1
         self._timed = timed
         self._agree(struct.pack("<Id", self.decision.step, self.decision.density))
@@ -201,6 +205,7 @@ class PruningSession:
         """This rank's state: everything that affects the next step. Local."""
         return {
             "format": 1,
+            "prune": self.config.prune,
             "world_size": self._exchange.world_size,
             "rank": self._exchange.rank,
             "step": self.step,
@@ -213,28 +218,37 @@ class PruningSession:
             "residuals": self._reducer.residuals.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Local.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Can a run continue from `state`? Changes nothing. Local.
 
         Raises:
-            CheckpointError: the state is of another format, rank or world size.
+            CheckpointError: the state is of another format, mode, rank or world size.
         """
         for key, own in (
             ("format", 1),
+            ("prune", self.config.prune),
             ("world_size", self._exchange.world_size),
             ("rank", self._exchange.rank),
         ):
             if state.get(key) != own:
                 raise CheckpointError(
-                    f"the pruning state's {key} must be {own}, got {state.get(key)!r}. Resume with "
-                    "the world size that saved it."
+                    f"the pruning state's {key} must be {own!r}, got {state.get(key)!r}. Resume "
+                    "with the configuration and the world size that saved it."
                 )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Local.
+
+        Raises:
+            CheckpointError: see `check_state`.
+        """
+        self.check_state(state)
         self.step = int(state["step"])
         self._agreement = int(state["agreement"])
         self._state = controller.ControllerState.from_json(state["controller"])
         decision = dict(state["decision"])
         self.decision = Decision(**(decision | {"cause": Cause(decision["cause"])}))
-        self._timed = None if state["timed"] is None else _Timed(**state["timed"])
+        self._timed = None if state["timed"] is None else Timed(**state["timed"])
         self.totals = Totals(**state["totals"])
         self._layouts = []
         for shapes in state["layouts"]:
@@ -262,6 +276,10 @@ class PruningSession:
         self._dense_bytes = 0
         self._scale = 1.0
 
+    def _before_next(self, signals: StepSignals) -> StepSignals:
+        """The signals as of the step before the next exchange, which is the one just finished."""
+        return signals
+
     def _agree(self, data: bytes) -> None:
         self._agreement = zlib.crc32(data, self._agreement)
 
@@ -277,13 +295,13 @@ class PruningSession:
             agreement=self._agreement,
         )
 
-    def _measure(self, density: float) -> _Timed:
+    def _measure(self, density: float) -> Timed:
         costs = self._reducer.take_costs()
         compute_s = None
         if self._start_s is not None:
             begin_s, end_s = self._reduction
             compute_s = begin_s - self._start_s + self._clock() - end_s
-        return _Timed(
+        return Timed(
             density,
             compute_s,
             costs.codec_time_s,
@@ -308,7 +326,7 @@ class PruningSession:
         self._layouts.append((shapes, layout_of(shapes, self.config.min_numel)))
 
 
-def _aggregate(headers: list[Header], timed: _Timed | None) -> StepSignals:
+def _aggregate(headers: list[Header], timed: Timed | None) -> StepSignals:
     """All ranks' signals as one record; every rank computes the same from the same headers."""
     ranks = [header.signals for header in headers]
     losses = [signals.loss for signals in ranks if signals.loss is not None]
@@ -334,7 +352,7 @@ def _aggregate(headers: list[Header], timed: _Timed | None) -> StepSignals:
     )
 
 
-def _report(used: Decision, timed: _Timed, signals: StepSignals, decision: Decision) -> StepReport:
+def _report(used: Decision, timed: Timed, signals: StepSignals, decision: Decision) -> StepReport:
     compute_s = timed.compute_time_s
     step_s = None if compute_s is None else compute_s + timed.codec_time_s + timed.comm_time_s
     return StepReport(
@@ -361,7 +379,7 @@ def _add(totals: Totals, report: StepReport) -> Totals:
         low = report.density if low is None else min(low, report.density)
         high = report.density if high is None else max(high, report.density)
     return Totals(
-        steps=totals.steps + 1,
+        steps=report.step,
         wire_bytes=totals.wire_bytes + report.wire_bytes,
         dense_bytes=totals.dense_bytes + report.dense_bytes,
         density_min=low,

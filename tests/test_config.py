@@ -172,7 +172,6 @@ def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) 
 @pytest.mark.parametrize(
     ("name", "value", "today"),
     [
-        ("prune", "update", '"gradient"'),
         ("controller", "predictive", '"stepwise"'),
         ("exchange", "owner_reduce", '"all_gather" or "auto"'),
         ("exchange", "two_level", '"all_gather" or "auto"'),
@@ -282,6 +281,53 @@ def test_window_does_not_matter_while_disabled() -> None:
     assert load({"enabled": False}, total_steps=8).enabled is False
 
 
+# --- the two modes --------------------------------------------------------------------------------
+
+
+def test_keys_of_the_islands() -> None:
+    config = load({"prune": "update", "sync_every": 4, "update_scale": 1.5})
+    assert (config.prune, config.sync_every, config.update_scale) == ("update", 4, 1.5)
+    assert load({"prune": "update", "update_scale": "auto"}).update_scale is None
+
+
+@pytest.mark.parametrize(
+    ("block", "fault"),
+    [
+        (
+            {"sync_every": 4},
+            'sync_every must be 1 with prune = "gradient", got 4. Leave it out, or set prune to '
+            '"update".',
+        ),
+        (
+            {"update_scale": 2.0},
+            'update_scale must be null with prune = "gradient", got 2. Leave it out, or set prune '
+            'to "update".',
+        ),
+        (
+            {"prune": "update", "error_feedback": False},
+            'error_feedback must be true with prune = "update", got false. What is not sent stays '
+            "in the island's own weights.",
+        ),
+        ({"prune": "updates"}, 'prune must be "gradient" or "update", got "updates".'),
+        ({"prune": "update", "sync_every": 0}, "sync_every must be at least 1, got 0."),
+        ({"prune": "update", "update_scale": 0}, "update_scale must be greater than 0, got 0."),
+        (
+            {"prune": "update", "update_scale": True},
+            "update_scale must be a number or null, got true.",
+        ),
+    ],
+)
+def test_keys_of_one_mode_are_refused_in_the_other(block: dict[str, Any], fault: str) -> None:
+    assert faults_of(block) == [fault]
+
+
+def test_window_counts_exchanges() -> None:
+    block = {"prune": "update", "sync_every": 16, "warmup_steps": 100, "window_size": 128}
+    assert load(block, total_steps=100 + 16 * 29).window_size == 128
+    with pytest.raises(ConfigError, match="less than the run's 128 exchanges in 548 steps"):
+        load(block, total_steps=100 + 16 * 28)
+
+
 # --- one message ----------------------------------------------------------------------------------
 
 
@@ -289,7 +335,7 @@ def test_all_faults_come_in_one_message_with_their_full_path() -> None:
     block = {
         "warmup_step": 3,
         "window_size": "big",
-        "prune": "update",
+        "controller": "predictive",
         "density": {"initial": 0.9},
         "throttle": {"schedule": [{"rate_mbit": -1}]},
     }
@@ -297,8 +343,8 @@ def test_all_faults_come_in_one_message_with_their_full_path() -> None:
         load(block, total_steps=10)
     lines = str(caught.value).splitlines()[1:]
     assert sorted(line.split()[1] for line in lines) == [
+        "gradient_pruning.controller",
         "gradient_pruning.density.initial",
-        "gradient_pruning.prune",
         "gradient_pruning.throttle.schedule[0].rate_mbit",
         "gradient_pruning.warmup_step",
         "gradient_pruning.window_size",

@@ -16,12 +16,13 @@ PACKAGE = "ds_gradprune"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "records", "stats", "topk"),
+    ("config", "records", "stats", "topk", "step_rule"),
     ("rows",),
-    ("link", "performance", "sparsify", "residual", "codec", "transport"),
+    ("link", "performance", "sparsify", "residual", "shared", "codec", "transport"),
     ("controller", "exchange"),
     ("reducer",),
     ("session",),
+    ("islands",),
     ("integration",),
     ("cli",),
 )
@@ -53,7 +54,7 @@ IN_FUNCTION = {
 }
 """Imports inside a function: of optional packages, at the moment they are used."""
 
-PURE = ("link", "performance", "controller", "stats")
+PURE = ("link", "performance", "controller", "stats", "step_rule")
 IMPURE = {"deepspeed", "logging", "numpy", "os", "random", "threading", "time", "torch"}
 """What decides is a function of data: no clock, no tensor, no log, no chance."""
 
