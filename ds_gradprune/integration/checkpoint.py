@@ -23,6 +23,8 @@ from ds_gradprune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = (bool, int, float, str, type(None))
+
 _STEM = "gradient_pruning_rank_"
 
 
@@ -41,7 +43,12 @@ def latest_tag(folder: str) -> str | None:
 
 
 def save(path: str, state: Mapping[str, Any]) -> None:
-    """Write one rank's state, whole or not at all. Local."""
+    """Write one rank's state, whole or not at all. Local.
+
+    Raises:
+        CheckpointError: the state holds what `load` would not read again.
+    """
+    _check_plain(state, "state")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = path + ".tmp"
     torch.save({"pruning": dict(state), "random": random_state()}, temporary)
@@ -103,6 +110,21 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def _check_plain(value: Any, path: str) -> None:
+    """Only what torch.load reads with weights_only: a scheduler's state may hold anything."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_plain(inner, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_plain(inner, f"{path}[{index}]")
+    elif not isinstance(value, torch.Tensor) and type(value) not in _PLAIN:
+        raise CheckpointError(
+            f"{path} must be a number, a text, a tensor, or a list or dict of those to be saved, "
+            f"got {type(value).__name__}."
+        )
 
 
 def _read(path: str) -> tuple[dict[str, Any] | None, str | None]:

@@ -6,17 +6,21 @@ import inspect
 from typing import Any
 
 import deepspeed
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
-from ds_gradprune.config import load_block
+from ds_gradprune.config import BLOCK, load_block
 from ds_gradprune.errors import ConfigError, UnsupportedError
 from ds_gradprune.integration.engine import attach
+from ds_gradprune.integration.mpu import IslandGroups, kept
 
 _original = deepspeed.initialize
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` with pruned gradients: same arguments, same return.
+    """`deepspeed.initialize` with pruned gradients or updates: same arguments, same return.
 
     The block is validated before DeepSpeed opens anything.
 
@@ -28,11 +32,36 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Collective: all ranks.
     """
-    load_block(_ds_config(args, kwargs))
-    result: tuple[Any, Any, Any, Any] = _original(*args, **kwargs)
+    result = create(*args, **kwargs)
     if getattr(result[0], "gradprune", None) is None:
         attach(result[0])
     return result
+
+
+def create(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """What `initialize` does before `attach`: the engine, with an mpu if its ranks are islands.
+
+    Raises:
+        ConfigError: the block is missing or wrong.
+        UnsupportedError: the ranks cannot be islands.
+
+    Collective: all ranks.
+    """
+    given = inspect.signature(_original).bind(*args, **kwargs)
+    ds_config = _ds_config(given.arguments)
+    config = load_block(ds_config)
+    if not (config.enabled and config.prune == "update"):
+        return _call(given)
+    _refuse_other_groups(given.arguments, ds_config)
+    names = ("distributed_port", "dist_init_required")
+    comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        **{name: given.arguments[name] for name in names if name in given.arguments},
+    )
+    if comm.get_world_size() > 1:
+        given.arguments["mpu"] = IslandGroups()
+    with kept():
+        return _call(given)
 
 
 def register() -> None:
@@ -50,9 +79,29 @@ def unregister() -> None:
     deepspeed.initialize = _original
 
 
-def _ds_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _call(given: inspect.BoundArguments) -> tuple[Any, Any, Any, Any]:
+    result: tuple[Any, Any, Any, Any] = _original(*given.args, **given.kwargs)
+    return result
+
+
+def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any]) -> None:
+    """Islands bring their process groups with them; there can be no others."""
+    refused = {
+        "an mpu": given.get("mpu") is not None,
+        "mesh_param": given.get("mesh_param") is not None,
+        "sequence_parallel_size": "sequence_parallel_size" in ds_config,
+        "a PipelineModule": isinstance(given.get("model"), PipelineModule),
+    }
+    found = [name for name, is_present in refused.items() if is_present]
+    if found:
+        raise UnsupportedError(
+            f'{BLOCK}.prune = "update" brings its own process groups and does not support '
+            f'{", ".join(found)}. Leave that out, or set prune to "gradient".'
+        )
+
+
+def _ds_config(given: dict[str, Any]) -> dict[str, Any]:
     """The configuration in whichever of its four places deepspeed.initialize would find it."""
-    given = inspect.signature(_original).bind(*args, **kwargs).arguments
     in_args = getattr(given.get("args"), "deepspeed_config", None)
     config = given.get("config") or given.get("config_params") or in_args
     if config is None:

@@ -43,11 +43,13 @@ _SIGNATURES: dict[str, tuple[str, ...] | None] = {
     ),
     "gradient_accumulation_steps": (),
     "zero_optimization_stage": (),
+    "fp16_enabled": (),
 }
 
 _ATTRIBUTES = (
     "config",
     "module",
+    "mpu",
     "optimizer",
     "monitor",
     "global_steps",
@@ -62,8 +64,12 @@ _ATTRIBUTES = (
 )
 
 
-def check(engine: Any) -> None:
-    """Refuse, by name, an engine that pruned gradients cannot serve. Local.
+def check(engine: Any, prune: str) -> None:
+    """Refuse, by name, an engine that we cannot serve. Local.
+
+    Args:
+        engine: what `deepspeed.initialize` returned first.
+        prune: "gradient" or "update".
 
     Raises:
         UnsupportedError: lists everything that stands in the way.
@@ -75,6 +81,8 @@ def check(engine: Any) -> None:
             f"hooks into; tested with {', '.join(TESTED_VERSIONS)}"
         )
     refused = _refused(engine)
+    if prune == "update" and engine.fp16_enabled():
+        refused.append('fp16 with prune = "update" yet (only fp32 and bf16)')
     if refused:
         hint = f"Change it, or set {BLOCK}.enabled to false to train without pruning."
         raise UnsupportedError(f"gradient pruning does not support {'; '.join(refused)}. {hint}")

@@ -94,7 +94,12 @@ def make_engine(
     if way == "register":
         ds_gradprune.register()
         return deepspeed.initialize(**arguments)[0]
-    engine = deepspeed.initialize(**arguments)[0]
+    if way == "islands":
+        from ds_gradprune.integration.initialize import create
+
+        engine = create(**arguments)[0]
+    else:
+        engine = deepspeed.initialize(**arguments)[0]
     if way != "plain":
         clock = VirtualClock()
         attach(engine, clock=Clock(clock.now_s, clock.sleep) if virtual else None)
@@ -155,7 +160,7 @@ def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """Run many cases one after the other: starting DeepSpeed costs more than most of them.
 
     Args:
-        cases: name -> (function of tests.helpers.ds_main or ds_cases, its arguments).
+        cases: name -> (function of this module, ds_cases or island_cases, its arguments).
 
     Returns:
         name -> result, or the text of what went wrong. A failure ends the list: the ranks may no
@@ -163,7 +168,7 @@ def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """
     from deepspeed.comm import comm
 
-    from tests.helpers import ds_cases
+    from tests.helpers import ds_cases, island_cases
 
     results: dict[str, Any] = {}
     start_deepspeed()
@@ -171,7 +176,8 @@ def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         adopted = getattr(comm.cdb, "_adopted", None)
         comm.cdb = comm.cdb if adopted is None else adopted  # each case starts untouched
         try:
-            run = train if function == "train" else getattr(ds_cases, function)
+            home = ds_cases if hasattr(ds_cases, function) else island_cases
+            run = train if function == "train" else getattr(home, function)
             results[name] = run(**arguments)
         except Exception:
             results[name] = traceback.format_exc()
