@@ -1,11 +1,12 @@
 """One optimizer step on two ranks of one machine: what pruning costs and what it saves.
 
 What limits the quantity: the dense path moves 4 bytes per parameter over the link each step; the
-pruned one moves density * 28 bits and pays selection, encoding and decoding on the CPU instead. The
-link is emulated (the throttle transport sleeps as long as the bytes would take), so the figures
-hold for the codec and the step loop, not for TCP. All variants live in the same two processes and
-are run in turn, round after round; medians over steps after each variant's warm-up. "naive" is the
-simplest exchange that prunes (benchmarks/naive.py), on the same emulated link.
+pruned one moves density * 28 bits and pays selection, encoding and decoding on the CPU instead.
+`density_*` prunes the gradient, `update_*` the optimizer's update between two islands; "naive" is
+the simplest exchange that prunes (benchmarks/naive.py). The link is emulated (the throttle
+transport sleeps as long as the bytes would take), so the figures hold for the codec and the step
+loop, not for TCP. All variants live in the same two processes and are run in turn, round after
+round; medians over steps after each variant's warm-up.
 
     python benchmarks/step.py [--rate-mbit 100] [--rounds 5] [--steps 6]
 
@@ -33,7 +34,7 @@ NAIVE_K = 205  # of 4096: 5 %
 def variants(rate_mbit: float) -> dict[str, dict[str, Any] | None]:
     """Name -> gradient_pruning block; None is DeepSpeed alone, or with benchmarks/naive.py."""
 
-    def block(density: float, throttled: bool = True) -> dict[str, Any]:
+    def block(density: float, throttled: bool = True, **more: Any) -> dict[str, Any]:
         link = {"schedule": [{"step": 0, "rate_mbit": rate_mbit}]} if throttled else None
         return {
             "warmup_steps": 0,
@@ -41,6 +42,7 @@ def variants(rate_mbit: float) -> dict[str, dict[str, Any] | None]:
             "density": {"initial": density, "min": density, "max": density},
             "verify_every_steps": None,
             "throttle": link,
+            **more,
         }
 
     return {
@@ -51,12 +53,15 @@ def variants(rate_mbit: float) -> dict[str, dict[str, Any] | None]:
         "density_1_slow": block(0.01),
         "naive_5_slow": None,
         "density_5": block(0.05, throttled=False),
+        "density_1": block(0.01, throttled=False),
+        "update_1_slow": block(0.01, prune="update"),
+        "update_5": block(0.05, throttled=False, prune="update"),
+        "update_1": block(0.01, throttled=False, prune="update"),
     }
 
 
 def make_engine(block: dict[str, Any] | None) -> Any:
     """A GPT of 3.3M parameters under AdamW."""
-    import deepspeed
     import torch
     import transformers
 
@@ -80,11 +85,9 @@ def make_engine(block: dict[str, Any] | None) -> Any:
         "steps_per_print": None,
         "gradient_pruning": block or {"enabled": False},
     }
-    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[
+    return ds_gradprune.initialize(model=model, model_parameters=model.parameters(), config=config)[
         0
     ]
-    ds_gradprune.attach(engine)
-    return engine
 
 
 def rank_main(options: argparse.Namespace) -> None:

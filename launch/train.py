@@ -1,4 +1,4 @@
-"""Train a text generator over pruned gradients.
+"""Train a text generator over pruned gradients or updates.
 
     deepspeed --num_accelerators 2 launch/train.py --config ds_configs/laptop.json --out runs/first
     mpirun -np 2 python launch/train.py --config ds_configs/laptop.json --out runs/first
@@ -12,6 +12,7 @@ checkpoints, and result.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -334,7 +335,8 @@ class _Run:
     def _write_result(self, result: Any) -> None:
         from ds_gradprune.textgen.model import save_model
 
-        save_model(self.engine.module, self.tokenizer, self.folder.model)
+        with self.handle.shared_weights() if self.handle else contextlib.nullcontext():
+            save_model(self.engine.module, self.tokenizer, self.folder.model)
         totals = None if self.handle is None else self.handle.totals
         document = {
             "steps": result.steps,

@@ -509,6 +509,44 @@ def test_interrupted_killed_and_resumed_run_equals_the_unbroken_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_islands_train_and_resume_in_the_middle_of_an_interval(here: Path, tmp_path: Path) -> None:
+    changes = block(prune="update", sync_every=3)
+    config = str(scripts.write_config(tmp_path / "config.json", **changes))
+
+    def train_to(out: Path, steps: int, *flags: str) -> dict[str, Any]:
+        given = arguments(here, out, config=config, steps=str(steps), eval_every="10")
+        ranks = scripts.start_ranks([*given, *flags])
+        told = scripts.finish(ranks)
+        assert [rank.returncode for rank in ranks] == [0, 0], told
+        result: dict[str, Any] = json.loads((out / "result.json").read_text())
+        return result
+
+    whole = train_to(tmp_path / "whole", 18)
+    assert whole["val_loss"] < whole["val_loss_start"] - 0.3
+    assert [entry["step"] for entry in scripts.log_of(tmp_path / "whole")] == [
+        1,
+        2,
+        3,
+        6,
+        9,
+        12,
+        15,
+        18,
+    ]
+    assert whole["density_min"] == whole["density_max"] < 0.11
+    train_to(tmp_path / "parts", 11)
+    parts = train_to(tmp_path / "parts", 18, "--resume")
+    assert [entry for entry in parts["val_losses"] if entry[0] != 11] == whole["val_losses"]
+    name = "model/model.safetensors"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    losses, wanted = (
+        [entry["loss"] for entry in scripts.log_of(tmp_path / run)] for run in ("parts", "whole")
+    )
+    assert losses == wanted
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_fault_on_two_ranks_is_told_once(here: Path, tmp_path: Path) -> None:
     given = arguments(here, tmp_path / "out", model="./absent")

@@ -11,8 +11,19 @@ import torch.distributed as dist
 from tests.helpers.ds_main import crc, start_deepspeed
 
 
-def train(folder: str, block: dict[str, Any], gas: int) -> dict[str, Any]:
-    """A tiny GPT-2 for a few optimizer steps; what our handle saw."""
+def train(
+    folder: str,
+    block: dict[str, Any],
+    gas: int,
+    spread: bool = False,
+    resume: bool = False,
+    **changes: Any,
+) -> dict[str, Any]:
+    """A tiny GPT-2 for a few optimizer steps; what our handle saw.
+
+    Accelerate counts one process wherever DeepSpeed runs on CPUs: all ranks then read the same
+    data. With `spread` it is told what it counts itself on GPUs.
+    """
     start_deepspeed()
     import transformers
 
@@ -35,17 +46,17 @@ def train(folder: str, block: dict[str, Any], gas: int) -> dict[str, Any]:
     )
     rows = [{"input_ids": torch.arange(i, i + 16) % 128} for i in range(64)]
     rows = [row | {"labels": row["input_ids"]} for row in rows]
-    arguments = transformers.TrainingArguments(
-        output_dir=folder,
-        max_steps=8,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=gas,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        deepspeed={
+    options = {
+        "output_dir": folder,
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": gas,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "deepspeed": {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
@@ -56,18 +67,35 @@ def train(folder: str, block: dict[str, Any], gas: int) -> dict[str, Any]:
             "zero_optimization": {"stage": 0},
             "gradient_pruning": block,
         },
+    }
+    arguments = transformers.TrainingArguments(**(options | changes))
+    if spread:
+        state = arguments.distributed_state
+        state.backend, state.num_processes = "gloo", dist.get_world_size()
+        state.process_index = state.local_process_index = dist.get_rank()
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:8]
     )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
     seen: list[Any] = []
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             engine = trainer.model_wrapped
             report = engine.gradprune.report
-            seen.append((report.step, report.density, report.loss, crc(engine)))
+            shared = engine.gradprune.parameters_crc()
+            seen.append((report.step, report.density, report.loss, shared, crc(engine)))
 
     trainer.add_callback(Watch())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     dist.barrier()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seen": seen, "logged": logged, "rank": int(os.environ["RANK"])}
+    history = trainer.state.log_history
+    with trainer.model_wrapped.gradprune.shared_weights():
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        final = {name: value.detach().clone() for name, value in parameters.items()}
+    return {
+        "seen": seen,
+        "logged": [entry["loss"] for entry in history if "loss" in entry],
+        "evaluated": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
+        "final": final,
+        "rank": int(os.environ["RANK"]),
+    }
