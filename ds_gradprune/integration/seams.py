@@ -48,6 +48,8 @@ _SIGNATURES: dict[str, tuple[str, ...] | None] = {
 
 _ATTRIBUTES = (
     "config",
+    "device",
+    "lr_scheduler",
     "module",
     "mpu",
     "optimizer",
@@ -56,6 +58,7 @@ _ATTRIBUTES = (
     "global_samples",
     "enable_backward_allreduce",
     "pipeline_parallelism",
+    "skipped_steps",
     "has_moe_layers",
     "seq_data_parallel_group",
     "sequence_parallel_size",
