@@ -4,7 +4,7 @@ Three ways in, all reading the `gradient_pruning` block of the engine's own conf
 
     engine, optimizer, loader, scheduler = ds_gradprune.initialize(model=..., config=...)
     ds_gradprune.register()        # for code that calls deepspeed.initialize itself
-    handle = ds_gradprune.attach(engine)
+    handle = ds_gradprune.attach(engine)      # pruned gradients only: islands begin before the engine
 
 Importing this package loads neither deepspeed nor mpi4py; calling one of these does.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize` with pruned gradients; see `integration.initialize.initialize`.
+    """`deepspeed.initialize`, pruned as the block says; see `integration.initialize.initialize`.
 
     Collective: all ranks.
     """
@@ -44,7 +44,7 @@ def unregister() -> None:
 
 
 def attach(engine: Any) -> Handle:
-    """Prune the gradients of a DeepSpeed engine; see `integration.engine.attach`.
+    """Prune what a DeepSpeed engine exchanges; see `integration.engine.attach`.
 
     Collective: all ranks.
     """

@@ -223,6 +223,7 @@ def test_a_checkpoint_holds_the_shared_weights_once(two: Any) -> None:
     one, other = two("files")
     assert one == other
     assert one["is_shared"]
+    assert one["inside"]
     assert not one["is_own"]
     assert one["files"] == [
         "gradient_pruning_rank_00000_of_00002.pt",
@@ -285,8 +286,10 @@ def test_one_island_trains_as_deepspeed_does() -> None:
     cases: dict[str, Case] = {
         "idle": ("train", {"block": FIXED, "way": "initialize", "virtual": False, "steps": 5}),
         "plain": ("train", {"block": None, "way": "plain", "steps": 5}),
+        "alone": ("alone", {}),
     }
     (rank,) = run_processes(1, "tests.helpers.ds_main", "run_all", {"cases": cases})
-    idle, plain = (_results([rank], name)[0] for name in cases)
+    idle, plain, alone = (_results([rank], name)[0] for name in cases)
+    assert alone == {"idle": True, "same": True, "report": None}
     assert idle["crcs"] == plain["crcs"]
     assert idle["reports"] == []

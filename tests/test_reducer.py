@@ -335,3 +335,45 @@ def test_every_element_arrives_in_the_end(k: int, seed: int) -> None:
             assert torch.equal(arrived, start)
 
     run_ranks(1, work)
+
+
+@pytest.mark.parametrize("value_bits", [16, 32])
+def test_a_trade_is_a_sum_not_yet_added_up(value_bits: int) -> None:
+    """The same elements and values that `reduce` adds, of vector - minus; nothing is changed."""
+
+    def work(transport: Transport) -> Any:
+        exchange = AllGather(transport)
+        reducer = Reducer(exchange, value_bits=value_bits, error_feedback=False)
+        vector, minus = gradient(transport.rank, 0), gradient(7, 0)
+        kept = vector.clone(), minus.clone()
+        trade = reducer.trade(vector, LAYOUT, 41, minus=minus, step=1, bucket=0, signals=SIGNALS)
+        assert torch.equal(vector, kept[0])
+        assert torch.equal(minus, kept[1])
+        added = torch.zeros(LAYOUT.numel)
+        for positions, values in trade.parts:
+            assert positions.unique().numel() == positions.numel()
+            added.index_add_(0, positions, values)
+        total = vector - minus
+        headers = reduce(reducer, total)
+        assert [h.rank for h in trade.headers] == [h.rank for h in headers] == [0, 1, 2]
+        assert torch.equal(added, total)
+        return trade.parts
+
+    one, *others = run_ranks(3, work)
+    for other in others:
+        for (positions, values), (again, values_again) in zip(one, other, strict=True):
+            assert torch.equal(positions, again)
+            assert torch.equal(values, values_again)
+
+
+def test_a_trade_with_a_vector_that_is_not_finite_sends_nothing() -> None:
+    def work(transport: Transport) -> Any:
+        vector = gradient(transport.rank, 0)
+        if transport.rank == 1:
+            vector[5000] = float("inf")
+        trade = Reducer(AllGather(transport)).trade(
+            vector, LAYOUT, 41, minus=torch.zeros(LAYOUT.numel), step=1, bucket=0, signals=SIGNALS
+        )
+        return [header.signals.nonfinite for header in trade.headers], trade.parts
+
+    assert run_ranks(2, work) == [([False, True], [])] * 2

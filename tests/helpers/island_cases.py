@@ -94,7 +94,15 @@ def checkpoint_files(folder: str) -> dict[str, Any]:
     with engine.gradprune.shared_weights():
         shared = {name: value.clone() for name, value in engine.module.state_dict().items()}
     own = dict(engine.module.named_parameters())
+    with engine.gradprune.shared_weights():
+        engine.save_checkpoint(folder, tag="inside")
+    name = f"gradient_pruning_rank_{dist.get_rank():05d}_of_00002.pt"
+    states = [
+        torch.load(Path(folder) / tag / name, weights_only=True)["pruning"]["island"]["own"]
+        for tag in ("six", "inside")
+    ]
     return {
+        "inside": all(torch.equal(a, b) for a, b in zip(*states, strict=True)),
         "files": files,
         "is_shared": all(torch.equal(saved[name], shared[name]) for name in shared),
         "is_own": all(torch.equal(saved[name], own[name]) for name in own),
@@ -157,6 +165,24 @@ def weights_in_view() -> dict[str, Any]:
     copy.load_state_dict(state)
     answers["state_dict_is_shared"] = float(copy.eval()(tokens)) == loss
     answers["loss"] = loss
+    return answers
+
+
+def alone() -> dict[str, Any]:
+    """One rank: no islands, but the same calls."""
+    import ds_gradprune
+
+    start_deepspeed()
+    model = TinyLM()
+    engine = ds_gradprune.initialize(
+        model=model, model_parameters=model.parameters(), config=ds_config(BLOCK)
+    )[0]
+    run_steps(engine, 1, 3)
+    before = crc(engine)
+    with engine.gradprune.shared_weights():
+        same = crc(engine) == before == engine.gradprune.parameters_crc()
+    answers = {"idle": engine.gradprune.idle, "same": same, "report": engine.gradprune.report}
+    ds_gradprune.detach(engine)
     return answers
 
 
