@@ -85,6 +85,7 @@ class IslandSession(PruningSession):
         self._alone_s = self._add_alone()
         self._alone += 1
         self.step += 1
+        self._exchange.advance(self.step)
         self._start_s = None
 
     def exchange(self, loss: float | None) -> None:

@@ -146,6 +146,24 @@ def test_throttle_outage_is_paid_once() -> None:
     assert _throttled_seconds(schedule, 6, "gather") == pytest.approx(0.0, abs=1e-5)
 
 
+def test_throttle_outage_waits_for_the_next_collective() -> None:
+    def work(inner: Transport) -> list[float]:
+        clock = VirtualClock(tick_s=0.0)
+        points = [RatePoint(0, 1e9, outage_s=3.0), RatePoint(5, 1e9, outage_s=7.0)]
+        transport = ThrottledTransport(inner, points, sleep=clock.sleep)
+        waited = []
+        for step in range(1, 9):
+            transport.advance(step)
+            if step % 3 == 0 or step == 8:
+                start_s = clock.now_s()
+                transport.all_reduce(torch.zeros(1))
+                waited.append(clock.now_s() - start_s)
+        return waited
+
+    for waited in run_ranks(2, work):
+        assert waited == pytest.approx([3.0, 7.0, 0.0], abs=1e-5)
+
+
 def test_throttle_longer_than_the_timeout_is_an_error() -> None:
     def work(inner: Transport) -> None:
         clock = VirtualClock()

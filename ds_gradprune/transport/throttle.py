@@ -63,10 +63,14 @@ class ThrottledTransport(Transport):
         self._outage_s = self._point.outage_s
 
     def advance(self, step: int) -> None:
-        """Optimizer step `step` begins: pick its point. Local."""
+        """Optimizer step `step` begins: pick its point. Local.
+
+        An outage waits for the next collective, which may come steps later.
+        """
         point = [p for p in self._schedule if p.step <= step][-1]
         self._point = point
-        self._outage_s = point.outage_s if point.step == step else 0.0
+        if point.step == step:
+            self._outage_s = point.outage_s
         self._inner.advance(step)
 
     def all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> None:
