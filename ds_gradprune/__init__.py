@@ -4,7 +4,7 @@ Three ways in, all reading the `gradient_pruning` block of the engine's own conf
 
     engine, optimizer, loader, scheduler = ds_gradprune.initialize(model=..., config=...)
     ds_gradprune.register()        # for code that calls deepspeed.initialize itself
-    handle = ds_gradprune.attach(engine)      # pruned gradients only: islands begin before the engine
+    handle = ds_gradprune.attach(engine)      # for pruned gradients: islands begin earlier
 
 Importing this package loads neither deepspeed nor mpi4py; calling one of these does.
 """

@@ -117,7 +117,8 @@ class SharedWeights:
         unsent = own.index_select(0, mine).sub_(shared.index_select(0, mine)).sub_(sent)
         beyond = own.index_select(0, moved).sub_(shared.index_select(0, moved))
         for positions, values in parts:
-            shared.index_add_(0, positions.to(mine), values.to(shared), alpha=factor)
+            # Not alpha=factor: whether that is one rounding or two depends on the processor.
+            shared.index_add_(0, positions.to(mine), values.to(shared).mul(factor))
         # An element may come twice in `moved`, with the same value; if it is mine too, mine holds.
         own.scatter_(0, moved, beyond.add_(shared.index_select(0, moved)))
         own.scatter_(0, mine, unsent.add_(shared.index_select(0, mine)))
@@ -129,11 +130,11 @@ class SharedWeights:
 
         Args:
             bucket: which one.
-            total: (numel,) fp32, the sum of all islands' own - shared.
+            total: (numel,) fp32, the sum of all islands' own - shared; used up.
             factor: as in `move`.
         """
         shared = self._buckets[bucket].shared
-        shared.add_(total, alpha=factor)
+        shared.add_(total.mul_(factor))
         self._write(self._buckets[bucket], shared)
 
     @torch.no_grad()
