@@ -36,6 +36,7 @@ Case = tuple[str, dict[str, Any]]
 def two_island_cases(folder: Path) -> dict[str, Case]:
     """Everything that can share one pair of processes."""
     cases: dict[str, Case] = {
+        "4-bit": ("islands", {"block": ADAPTIVE | {"value_bits": 4}, "steps": 24}),
         "every-4": ("islands", {"block": {"sync_every": 4}, "steps": 22}),
         "dense": (
             "islands",
@@ -118,8 +119,10 @@ def test_shared_weights_are_equal_after_every_step_and_own_ones_differ(two: Any,
     assert one["bytes"] == 4 * TINY_NUMEL
 
 
-def test_islands_learn(two: Any) -> None:
-    one, other = two("equal-fp32")
+@pytest.mark.parametrize("name", ["equal-fp32", "4-bit"])
+def test_islands_learn(two: Any, name: str) -> None:
+    one, other = two(name)
+    assert one["shared"] == other["shared"]
     first = sum(map(sum, one["losses"][:3] + other["losses"][:3])) / 6
     last = sum(map(sum, one["losses"][-3:] + other["losses"][-3:])) / 6
     assert last < first - 0.8  # uniform guessing is ln 512 = 6.2

@@ -130,6 +130,25 @@ def test_no_progress_is_lost_or_made_up(options: dict[str, Any]) -> None:
         assert bool((unsent == 0).all()) == (options == DENSE)
 
 
+@pytest.mark.parametrize("value_bits", [2, 4, 16])
+def test_what_rounding_of_values_loses_stays_with_the_island(value_bits: int) -> None:
+    """As above; now every exchange rounds a weight below 1 at most four times, by 2^-25."""
+
+    def work(transport: Transport) -> Any:
+        island = Island(transport, value_bits=value_bits)
+        start = island.train(1, 2)[-1][1].double()
+        island.train(3, 13)
+        shared = island.shared().double()
+        return shared - start, island.progress - (island.flat().double() - shared)
+
+    ranks = run_ranks(2, work)
+    sent = 2**0.5 / 2 * sum(sent for _, sent in ranks)
+    limit = 11 * 4 * 2.0**-25
+    for moved, _ in ranks:
+        assert float(moved.abs().max()) > 1000 * limit
+        assert float((moved - sent).abs().max()) <= limit
+
+
 def test_the_mean_is_multiplied_by_the_root_of_the_islands() -> None:
     def work(transport: Transport) -> Any:
         island = Island(transport, warmup_steps=0, **DENSE)
