@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.netbed import Bed, Counters, requirements
+from benchmarks.netbed.folder import temporary_folder
 from benchmarks.netbed.host import INTERFACE
 from tests.helpers import scripts
 
@@ -228,6 +229,13 @@ def test_open_mpi_carries_the_gradients_between_hosts(launcher: str, here: Path)
     document["gradient_pruning"]["transport"] = "mpi"
     config.write_text(json.dumps(document))
     with Bed(hosts=2, rate="100mbit") as bed:
+        # MPI's daemons name their folders after process numbers, which hosts have in common.
+        folders = [
+            bed.ssh(n, ["printenv", "TMPDIR"], capture_output=True, text=True) for n in (0, 1)
+        ]
+        assert [Path(done.stdout.strip()) for done in folders] == [
+            temporary_folder(bed.folder, host.name) for host in bed.hosts
+        ]
         exports = {"PYTHONPATH": str(scripts.ROOT), "DS_ACCELERATOR": "cpu"}
         exports["MASTER_ADDR"] = bed.hosts[0].address
         environ = bed.environ(**exports) | MPI_AS_ROOT | exports

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.netbed import requirements
-from benchmarks.netbed.folder import make_folder, remove_leftovers
+from benchmarks.netbed.folder import make_folder, remove_leftovers, temporary_folder
 from benchmarks.netbed.host import INTERFACE, Direction, Host, host_name
 from benchmarks.netbed.rates import parse_rate
 from benchmarks.netbed.schedule import Event, Player
@@ -175,7 +175,8 @@ class Bed:
         """The environment for a launcher on the first host.
 
         It names the interface, tells DeepSpeed where the variables are that every host must get
-        (DS_ENV_FILE), and limits every process to its part of its host's cores.
+        (DS_ENV_FILE), and limits every process to its part of its host's cores. TMPDIR is the first
+        host's; ssh gives every host its own.
 
         Args:
             exports: more variables for the processes on all hosts.
@@ -193,7 +194,11 @@ class Bed:
         return (
             dict(os.environ)
             | variables
-            | {"DS_ENV_FILE": str(env_file), "NETBED_HOSTFILE": str(self.hostfile)}
+            | {
+                "DS_ENV_FILE": str(env_file),
+                "NETBED_HOSTFILE": str(self.hostfile),
+                "TMPDIR": str(temporary_folder(self.folder, self.hosts[0].name)),
+            }
         )
 
     # ---- the end -------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ def make_folder(hosts: dict[str, str], slots: int) -> Path:
     """
     pid = os.getpid()
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{pid}-{start_time(pid)}-"))
+    for name in hosts:
+        temporary_folder(folder, name).mkdir()
     keygen = find_command("ssh-keygen") or "ssh-keygen"
     for name in ("host_key", "user_key"):
         call([keygen, "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)])
@@ -71,6 +73,15 @@ def make_folder(hosts: dict[str, str], slots: int) -> Path:
     (folder / "ssh_config").write_text(SSH_CONFIG.format(folder=folder))
     (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
     return folder
+
+
+def temporary_folder(folder: str | os.PathLike[str], host: str) -> Path:
+    """A host's own TMPDIR.
+
+    Hosts share the disk and count processes from 1, each: what a program names after its process
+    number, as Open MPI's daemons do, would be that of another host, or of a dead one.
+    """
+    return Path(folder) / f"tmp-{host}"
 
 
 def remove_leftovers() -> list[Path]:

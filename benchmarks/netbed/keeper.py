@@ -73,9 +73,10 @@ def serve_ssh(folder: str, name: str, sshd: str) -> None:
     """Start sshd; it logs into the folder."""
     log = os.open(f"{folder}/{name}.sshd.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
+    temporary = os.path.join(folder, f"tmp-{name}")  # folder.temporary_folder, without our path
     os.posix_spawn(
         sshd,
-        [sshd, "-D", "-e", "-f", f"{folder}/sshd_config"],
+        [sshd, "-D", "-e", "-f", f"{folder}/sshd_config", "-o", f"SetEnv=TMPDIR={temporary}"],
         {"PATH": os.environ.get("PATH", os.defpath)},
         file_actions=[
             (os.POSIX_SPAWN_DUP2, null, 0),
