@@ -1,0 +1,121 @@
+"""What every simulated training method has in common."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.convergence_lab.adamw import AdamW, clip_
+from benchmarks.convergence_lab.gpt import Gpt, Gradients
+from benchmarks.convergence_lab.grid import Sent, Train
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One training run, but for its method.
+
+    Attributes:
+        gpt: the model.
+        train: hyper-parameters.
+        workers: simulated ranks, one per host.
+        steps: optimizer steps.
+        seed: of weights and data.
+    """
+
+    gpt: Gpt
+    train: Train
+    workers: int
+    steps: int
+    seed: int
+
+    def decayed(self) -> torch.Tensor:
+        """(numel,) 1.0 for elements of matrices, 0.0 for those of vectors."""
+        return torch.cat([torch.full((s.numel(),), float(len(s) > 1)) for s in self.gpt.shapes])
+
+    def density(self, sent: Sent, step: int) -> float:
+        """Density of a step after warm-up, by the method's schedule."""
+        done = (step - self.train.warmup_steps) / max(1, self.steps - self.train.warmup_steps)
+        if sent.density_late is not None and done >= 1.0 - sent.late_part:
+            return sent.density_late
+        if sent.density_end is not None:
+            return math.exp(
+                (1.0 - done) * math.log(sent.density) + done * math.log(sent.density_end)
+            )
+        return sent.density
+
+
+class Simulation(abc.ABC):
+    """N workers in one process.
+
+    Attributes:
+        shared: (1, numel), the weights that are evaluated.
+        received_bits: by one worker, after warm-up, so far.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.shared = setting.gpt.initial(setting.seed)[None]
+        self.received_bits = 0.0
+
+    @abc.abstractmethod
+    def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
+        """One optimizer step.
+
+        Args:
+            step: counted from 0.
+            tokens: (workers, batch, context + 1).
+            lr: learning rate of this step.
+
+        Returns:
+            Training loss, mean over workers.
+        """
+
+    def flushed(self) -> torch.Tensor:
+        """(numel,) weights after everything that is owed has been sent exactly."""
+        return self.shared[0]
+
+    def notes(self) -> dict[str, float]:
+        """Figures of the method's own, for the record."""
+        return {}
+
+
+class SharedGradient(Simulation):
+    """Methods in which all workers hold equal weights: dense until warm-up is over."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.adam = AdamW(1, setting.decayed(), setting.train)
+        self._joint = Gradients(setting.gpt, 1)
+        self._apart = Gradients(setting.gpt, setting.workers)
+
+    def dense_step(self, tokens: torch.Tensor, lr: float) -> float:
+        """AdamW on the mean gradient: one worker with everyone's sequences."""
+        self._joint.weights.copy_(self.shared)
+        loss = self._joint(tokens.flatten(0, 1)[None])
+        clip_(self._joint.gradient, self.setting.train.clip)
+        self.adam.step(self.shared, self._joint.gradient, lr)
+        return float(loss)
+
+    def gradients(self, tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Mean loss and (workers, numel) gradients; the matrix is overwritten by the next call."""
+        self._apart.weights.copy_(self.shared.expand_as(self._apart.weights))
+        losses = self._apart(tokens)
+        return float(losses.mean()), self._apart.gradient
+
+
+class DenseSimulation(SharedGradient):
+    """The baseline."""
+
+    def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
+        """See `Simulation.step`; bits are those of a ring all-reduce of fp32."""
+        if step >= self.setting.train.warmup_steps:
+            self.received_bits += ring_bits(32.0 * self.setting.gpt.numel, self.setting.workers)
+        return self.dense_step(tokens, lr)
+
+
+def ring_bits(bits: float, workers: int) -> float:
+    """Received by one worker when `bits` are all-reduced over a ring."""
+    return 2.0 * (workers - 1) / workers * bits

@@ -1,0 +1,243 @@
+"""The grid file: which methods are compared, on which model, with which hyper-parameters.
+
+A grid is JSON; `Grid` is its schema. An unknown key, a value out of range and a key that its method
+does not use are errors that name the field.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from ds_gradprune.errors import ConfigError
+
+Share = Annotated[float, pydantic.Field(gt=0.0, le=1.0)]
+Fraction = Annotated[float, pydantic.Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, pydantic.Field(gt=0.0)]
+Count = Annotated[int, pydantic.Field(ge=1)]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Strict):
+    """A GPT shape; the vocabulary is the bytes that occur in the text."""
+
+    n_layer: Count = 3
+    n_head: Count = 4
+    n_embd: Count = 128
+    context: Count = 64
+
+
+class Train(_Strict):
+    """Hyper-parameters of AdamW and of the data; the same for every method unless it says so.
+
+    Attributes:
+        batch: sequences per worker and step.
+        lr: peak; linear warm-up, then a cosine down to `lr_end` of it.
+        lr_warmup_steps: length of that warm-up.
+        lr_end: last learning rate as part of the peak.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: AdamW's.
+        weight_decay: of matrices; vectors have none.
+        clip: largest 2-norm of the gradient that enters AdamW.
+        warmup_steps: first steps, dense; their bits are not counted.
+    """
+
+    batch: Count = 6
+    lr: Positive = 4e-3
+    lr_warmup_steps: Count = 50
+    lr_end: Share = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, pydantic.Field(ge=0.0)] = 0.1
+    clip: Positive = 1.0
+    warmup_steps: Count = 80
+
+
+class _Method(_Strict):
+    name: str
+    train: dict[str, float] = {}
+
+
+class Dense(_Method):
+    """AdamW on the mean gradient: what every other method is measured against."""
+
+    kind: Literal["dense"]
+
+
+class Sent(_Method):
+    """What the pruned methods share: how much of a vector is sent, and how.
+
+    Attributes:
+        density: kept / all elements at each exchange.
+        density_end: density reached at the last step, geometrically; None: constant.
+        density_late: density of the last `late_part` of the run; None: as before.
+        late_part: see `density_late`.
+        pick: "top_k": the largest of every chunk of 4096, each worker its own; "rotate": the same
+            run of consecutive elements on all workers, moving on from exchange to exchange, so that
+            no index is sent; "random": as "rotate", but elements strewn over the whole vector.
+        value_bits: 16 and 32 are the codec's; 1, 2 and 4 see `values`.
+        prune_vectors: 1-D tensors are pruned as the matrices are, instead of sent whole.
+    """
+
+    density: Share = 0.01
+    density_end: Share | None = None
+    density_late: Share | None = None
+    late_part: Share = 0.1
+    pick: Literal["top_k", "rotate", "random"] = "top_k"
+    value_bits: Literal[1, 2, 4, 16, 32] = 4
+    prune_vectors: bool = False
+
+
+class Gradient(Sent):
+    """Pruned gradients with error feedback into one AdamW.
+
+    Attributes:
+        second_moment: "plain"; "tau": a spike's square is divided by the steps since the element
+            was last received, elements not received only decay; "frozen": kept after warm-up;
+            "floor": 1 - beta2 is at most a tenth of the union density.
+        score: what is compared in a chunk: the magnitude, or the magnitude over sqrt(v).
+        local_momentum: workers send momentum; AdamW then has beta1 = 0.
+        ramp_steps: steps after warm-up in which density falls from 1 to `density`, geometrically.
+    """
+
+    kind: Literal["gradient"]
+    second_moment: Literal["plain", "tau", "frozen", "floor"] = "plain"
+    score: Literal["magnitude", "over_sqrt_v"] = "magnitude"
+    local_momentum: bool = False
+    ramp_steps: Annotated[int, pydantic.Field(ge=0)] = 0
+
+
+class Update(Sent):
+    """Islands: every worker steps its own AdamW; what it did not send stays in its weights.
+
+    Attributes:
+        sync_every: steps between exchanges.
+        scale: factor of every move: a number, "sqrt" of the number of workers, or "measured": the
+            ratio of a worker's move to the mean move (2-norms, pick must be "rotate" or "random").
+        scale_at: "local": the worker's own steps are scaled, so it sees its progress at full size;
+            "shared": only the mean is.
+        momentum: outer momentum mu on the shared move.
+        nesterov: Nesterov's form instead of the heavy ball's.
+        outer_lr: factor of the outer step; with momentum mu a steady move becomes
+            outer_lr / (1 - mu) times as large.
+        own: how much of the unsent progress a worker sees in its weights.
+        score: what is compared in a chunk: the magnitude, or the magnitude over the root mean
+            square of its row of the weight matrix.
+        local_lr: factor of the learning rate on the islands, in the dense warm-up too.
+        relay: share of what a worker sent that it keeps seeing until the others' share arrives.
+        relay_decay: by which that share shrinks per step.
+    """
+
+    kind: Literal["update"]
+    sync_every: Count = 1
+    scale: Literal["sqrt", "measured"] | Positive = "sqrt"
+    scale_at: Literal["local", "shared"] = "local"
+    momentum: Fraction = 0.0
+    nesterov: bool = True
+    outer_lr: Positive = 1.0
+    own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
+    score: Literal["magnitude", "over_row"] = "magnitude"
+    local_lr: Positive = 1.0
+    relay: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 0.0
+    relay_decay: Fraction = 0.99
+
+    @pydantic.model_validator(mode="after")
+    def _measured_needs_equal_places(self) -> Update:
+        if self.scale == "measured" and self.pick == "top_k":
+            raise ValueError(
+                'scale must be a number or "sqrt" with pick "top_k", got "measured": workers send '
+                "different elements, so their moves cannot be compared."
+            )
+        return self
+
+
+class OneBitAdam(_Method):
+    """Tang et al. 2021: signs of the momentum, second moment frozen after warm-up."""
+
+    kind: Literal["onebit_adam"]
+
+
+class PowerSgd(_Method):
+    """Vogels et al. 2019: gradients as products of two thin matrices."""
+
+    kind: Literal["powersgd"]
+    rank: Count = 4
+
+
+Method = Annotated[
+    Dense | Gradient | Update | OneBitAdam | PowerSgd, pydantic.Field(discriminator="kind")
+]
+
+
+class Grid(_Strict):
+    """A whole grid file.
+
+    Attributes:
+        question: what the grid is to answer, one sentence.
+        model: the shape.
+        train: hyper-parameters.
+        methods: what is compared; dense runs that a comparison needs are added by themselves.
+        give_up_pct: a run whose validation loss is so far behind dense's at the half or at three
+            quarters is ended; None: never.
+    """
+
+    question: str
+    model: Model = Model()
+    train: Train = Train()
+    methods: tuple[Method, ...]
+    give_up_pct: Positive | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Grid:
+        names = [method.name for method in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"methods[].name must be unique, got {twice} twice.")
+        for method in self.methods:
+            self.train_of(method)
+        return self
+
+    def train_of(self, method: _Method) -> Train:
+        """Hyper-parameters of one method: the grid's with its own changes."""
+        return Train.model_validate({**self.train.model_dump(), **method.train})
+
+    def with_dense(self) -> list[Any]:
+        """All methods, dense ones first, with the dense runs that are missing."""
+        have = {self.train_of(m) for m in self.methods if m.kind == "dense"}
+        dense: list[Any] = [m for m in self.methods if m.kind == "dense"]
+        for method in self.methods:
+            settings = self.train_of(method)
+            if settings not in have:
+                have.add(settings)
+                changes = " ".join(f"{k}={v:g}" for k, v in sorted(method.train.items()))
+                name = f"dense {changes}".strip()
+                dense.append(Dense(kind="dense", name=name, train=method.train))
+        return dense + [m for m in self.methods if m.kind != "dense"]
+
+
+def read_grid(path: Path) -> Grid:
+    """Read and check a grid file.
+
+    Raises:
+        ConfigError: it cannot be read or is not as `Grid` says; names every faulty field.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{path} must be a readable JSON file: {exc}.") from exc
+    try:
+        return Grid.model_validate(data)
+    except pydantic.ValidationError as exc:
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc']) or 'grid'}: {e['msg']}, got {e['input']!r}"
+            for e in exc.errors()
+        )
+        raise ConfigError(f"{path} must be a grid: {faults}.") from exc

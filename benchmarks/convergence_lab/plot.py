@@ -1,0 +1,71 @@
+"""The frontier: loss gap against received bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_gradprune.errors import MissingDependencyError
+
+_MARKERS = "osD^v<>Px*"
+_TARGETS = ((2.0, 0.2), (0.5, 0.5), (0.1, 1.0))
+"""What is asked for: at most so many bits, at most such a gap in percent."""
+
+
+def frontier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other beats in bits and gap at once, most bits first."""
+    ended = [row for row in rows if row["stopped_at"] is None and row["kind"] != "dense"]
+    best: list[dict[str, Any]] = []
+    for row in sorted(ended, key=lambda r: (r["bits_per_param"], r["gap_pct"])):
+        if not best or row["gap_pct"] < best[-1]["gap_pct"]:
+            best.append(row)
+    return best[::-1]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the picture.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "The picture needs matplotlib: pip install matplotlib; or give --no-plot."
+        ) from exc
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    picture, axis = pyplot.subplots(figsize=(9, 6))
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != "dense"))
+    for kind, marker in zip(kinds, itertools.cycle(_MARKERS), strict=False):
+        own = [row for row in rows if row["kind"] == kind and row["stopped_at"] is None]
+        if not own:
+            continue
+        axis.errorbar(
+            [row["bits_per_param"] for row in own],
+            [row["gap_pct"] for row in own],
+            yerr=[row["gap_std"] or 0.0 for row in own],
+            fmt=marker,
+            capsize=3,
+            label=kind,
+        )
+    best = frontier(rows)
+    axis.plot([r["bits_per_param"] for r in best], [r["gap_pct"] for r in best], "k-", lw=0.8)
+    for row in best:
+        at = (row["bits_per_param"], row["gap_pct"])
+        axis.annotate(row["method"], at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    for bits, gap in _TARGETS:
+        axis.plot([bits / 3, bits], [gap, gap], "g-", lw=3, alpha=0.4)
+    axis.axhline(0.0, color="grey", lw=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("received bits per parameter and step, after warm-up")
+    axis.set_ylabel("validation loss against dense, %; green: what is asked for")
+    axis.grid(alpha=0.3)
+    if kinds:
+        axis.legend()
+    picture.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(picture)

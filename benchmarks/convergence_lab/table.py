@@ -1,0 +1,99 @@
+"""Rows of the result: one per method, over its seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method, in order of first appearance.
+
+    Args:
+        runs: records with method, kind, train (its hyper-parameters), seed and the figures of
+            `trial.run_trial`; every method's hyper-parameters have a dense run of each seed.
+
+    Returns:
+        method, bits_per_param, val_loss, gap_pct (against dense at the same hyper-parameters, mean
+        over seeds of the paired gaps), gap_std (of those gaps; None with one seed), seeds,
+        gap_best_pct (against the best dense), gap_flushed_pct (after a last exact exchange),
+        stopped_at.
+    """
+    dense = {
+        (_settings(run), run["seed"]): run["val_loss"] for run in runs if run["kind"] == "dense"
+    }
+    by_settings: dict[str, list[float]] = {}
+    for (settings, _), loss in dense.items():
+        by_settings.setdefault(settings, []).append(loss)
+    best = min(statistics.fmean(losses) for losses in by_settings.values())
+    rows = []
+    for name in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == name]
+        pairs = [(run, dense[_settings(run), run["seed"]]) for run in own]
+        gaps = [100 * (run["val_loss"] / base - 1) for run, base in pairs]
+        loss = statistics.fmean(run["val_loss"] for run in own)
+        stops = [run["stopped_at"] for run in own if run["stopped_at"] is not None]
+        rows.append(
+            {
+                "method": name,
+                "kind": own[0]["kind"],
+                "bits_per_param": statistics.fmean(run["bits_per_param"] for run in own),
+                "val_loss": loss,
+                "gap_pct": statistics.fmean(gaps),
+                "gap_std": statistics.stdev(gaps) if len(gaps) > 1 else None,
+                "seeds": len(own),
+                "gap_best_pct": 100 * (loss / best - 1),
+                "gap_flushed_pct": statistics.fmean(
+                    100 * (run["val_loss_flushed"] / base - 1) for run, base in pairs
+                ),
+                "stopped_at": min(stops) if stops else None,
+            }
+        )
+    return rows
+
+
+def _settings(run: dict[str, Any]) -> str:
+    return str(sorted(run["train"].items()))
+
+
+HEADER = (
+    "method",
+    "bits",
+    "val. loss",
+    "gap %",
+    "spread",
+    "gap to best dense %",
+    "gap after last exchange %",
+    "seeds",
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row for people."""
+    spread = "" if row["gap_std"] is None else f"{row['gap_std']:.2f}"
+    seeds = f"{row['seeds']}"
+    if row["stopped_at"] is not None:
+        seeds += f", ended at step {row['stopped_at']}"
+    return [
+        row["method"],
+        f"{row['bits_per_param']:.3g}",
+        f"{row['val_loss']:.4f}",
+        f"{row['gap_pct']:+.2f}",
+        spread,
+        f"{row['gap_best_pct']:+.2f}",
+        f"{row['gap_flushed_pct']:+.2f}",
+        seeds,
+    ]
+
+
+def by_bits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Dense first, then fewest bits last."""
+    return sorted(rows, key=lambda row: (row["kind"] != "dense", -row["bits_per_param"]))
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """For the page."""
+    lines = [list(HEADER), ["---", *["---:"] * (len(HEADER) - 1)]]
+    lines += [cells(row) for row in by_bits(rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

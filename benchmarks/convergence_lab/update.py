@@ -1,0 +1,122 @@
+"""Islands: every worker steps its own AdamW, and what it has not sent stays in its weights.
+
+With S the shared weights, x_i and e_i the weights and the unsent progress of worker i::
+
+    e_i += c * (AdamW's move of x_i)      c: scale, if at "local"
+    S   += outer(mean_i sent_i)           sent_i: the part of e_i that was sent
+    x_i  = S + e_i - sent_i
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.convergence_lab.adamw import AdamW, clip_
+from benchmarks.convergence_lab.base import Setting, Simulation
+from benchmarks.convergence_lab.gpt import Gradients
+from benchmarks.convergence_lab.grid import Update
+from benchmarks.convergence_lab.wire import Swap, Wire, lab_layout
+
+_SPREAD_DECAY = 0.95
+"""Of the average of the measured spread, per exchange."""
+
+
+class UpdateSimulation(Simulation):
+    """See `grid.Update` for the candidates."""
+
+    def __init__(self, setting: Setting, method: Update) -> None:
+        super().__init__(setting)
+        self._method = method
+        workers, numel = setting.workers, setting.gpt.numel
+        self._wire = Wire(lab_layout(setting.gpt.shapes, method.prune_vectors), method)
+        self._gradients = Gradients(setting.gpt, workers)
+        self._local = self._gradients.weights
+        self._local.copy_(self.shared.expand_as(self._local))
+        self._adam = AdamW(workers, setting.decayed(), setting.train)
+        self._owed = torch.zeros(workers, numel)
+        self._velocity = torch.zeros(1, numel)
+        self._relayed = torch.zeros(workers, numel) if method.relay else None
+        self._spread = workers**0.5
+        self._score: torch.Tensor | None = None
+
+    def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
+        """See `Simulation.step`."""
+        method = self._method
+        loss = float(self._gradients(tokens).mean())
+        clip_(self._gradients.gradient, self.setting.train.clip)
+        before = self._local.clone()
+        self._adam.step(self._local, self._gradients.gradient, lr * method.local_lr)
+        factor = self._scale() if method.scale_at == "local" else 1.0
+        self._owed.add_(self._local.sub_(before), alpha=factor)
+        if step < self.setting.train.warmup_steps:
+            self._move(self._send_all())
+        elif (step + 1) % method.sync_every == 0:
+            self._move(self._send(step))
+        self._see()
+        return loss
+
+    def flushed(self) -> torch.Tensor:
+        """See `Simulation.flushed`."""
+        factor = self._scale() if self._method.scale_at == "shared" else 1.0
+        return self.shared[0] + factor * self._owed.mean(0)
+
+    def notes(self) -> dict[str, float]:
+        """The measured spread, and how large the unsent progress is."""
+        owed = float(self._owed.norm(dim=1).mean() / self.shared.norm())
+        return {"spread": self._spread, "owed_part": owed}
+
+    def _scale(self) -> float:
+        if self._method.scale == "sqrt":
+            return float(self.setting.workers**0.5)
+        return self._spread if self._method.scale == "measured" else float(self._method.scale)
+
+    def _send_all(self) -> Swap:
+        """Dense warm-up: everything, exactly."""
+        mean = self._owed.mean(0)
+        mean_norm = float(mean.norm())
+        spread = float(self._owed.square().sum(1).mean().sqrt()) / mean_norm if mean_norm else 1.0
+        total = mean * self.setting.workers
+        self._owed.zero_()
+        return Swap(total, 0.0, spread)
+
+    def _send(self, step: int) -> Swap:
+        owed_before = self._owed.clone() if self._relayed is not None else None
+        density = self.setting.density(self._method, step)
+        swap = self._wire.swap(self._owed, density, self._row_score(step))
+        self.received_bits += swap.received_bits
+        if self._relayed is not None and owed_before is not None:
+            share = 1.0 - 1.0 / self.setting.workers
+            sent = owed_before.sub_(self._owed)
+            self._relayed.add_(sent, alpha=self._method.relay * share)
+        return swap
+
+    def _move(self, swap: Swap) -> None:
+        """Move the shared weights by the mean of what was sent."""
+        method = self._method
+        self._spread = _SPREAD_DECAY * self._spread + (1 - _SPREAD_DECAY) * swap.spread
+        move = (swap.total / self.setting.workers)[None]
+        if method.scale_at == "shared":
+            move = move * self._scale()
+        if method.momentum:
+            self._velocity.mul_(method.momentum).add_(move)
+            ahead = self._velocity
+            move = move + method.momentum * ahead if method.nesterov else ahead
+        self.shared.add_(move, alpha=method.outer_lr)
+
+    def _see(self) -> None:
+        """Set every worker's weights to what it is meant to see."""
+        torch.add(self.shared, self._owed, alpha=self._method.own, out=self._local)
+        if self._relayed is not None:
+            self._local += self._relayed.mul_(self._method.relay_decay)
+
+    def _row_score(self, step: int) -> torch.Tensor | None:
+        """1 / root mean square of the row an element lies in, renewed every 50 steps."""
+        if self._method.score == "magnitude":
+            return None
+        if self._score is None or step % 50 == 0:
+            parts = []
+            for view in self.setting.gpt.views(self.shared):
+                size = view[0].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-3)
+                parts.append((1.0 / size).expand_as(view[0]).reshape(-1))
+            self._score = torch.cat(parts)
+        return self._score
