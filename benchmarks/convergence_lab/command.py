@@ -21,7 +21,6 @@ from benchmarks.convergence_lab.text import Text
 from benchmarks.convergence_lab.trial import run_trial
 from ds_gradprune.errors import ConfigError, GradPruneError
 
-
 RUNS = "convergence_runs.jsonl"
 """Finished runs of all grids whose --out lies in one folder: a dense run serves them all."""
 
@@ -116,7 +115,8 @@ def _one(
     train = grid.train_of(method)
     settings = train.model_dump()
     key = run_key(
-        method=method.model_dump(exclude={"name", "train"}),
+        # Without defaults: a new field leaves the keys of earlier runs as they are.
+        method=method.model_dump(exclude={"name", "train"}, exclude_defaults=True),
         model=grid.model.model_dump(),
         train=settings,
         steps=options.steps,
@@ -138,6 +138,7 @@ def _one(
         )
         run = {"key": key, "method": method.name, "seed": seed, "numel": gpt.numel, **figures}
         run |= {"kind": method.kind, "train": settings, "load": os.getloadavg()[0]}
+        run |= {"commit": page.environment()["commit"], "workers": options.workers}
         store.add(run)
     run = {**run, "method": method.name}
     if method.kind == "dense":

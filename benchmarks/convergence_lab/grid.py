@@ -134,6 +134,8 @@ class Update(Sent):
         local_lr: factor of the learning rate on the islands, in the dense warm-up too.
         relay: share of what a worker sent that it keeps seeing until the others' share arrives.
         relay_decay: by which that share shrinks per step.
+        warmup: what the dense warm-up exchanges: "update", so that every second moment is that of
+            a worker's own gradients from the start; or "gradient", dense's own steps.
     """
 
     kind: Literal["update"]
@@ -148,6 +150,7 @@ class Update(Sent):
     local_lr: Positive = 1.0
     relay: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 0.0
     relay_decay: Fraction = 0.99
+    warmup: Literal["update", "gradient"] = "update"
 
     @pydantic.model_validator(mode="after")
     def _measured_needs_equal_places(self) -> Update:

@@ -42,13 +42,20 @@ class UpdateSimulation(Simulation):
     def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
         """See `Simulation.step`."""
         method = self._method
+        is_warmup = step < self.setting.train.warmup_steps
         loss = float(self._gradients(tokens).mean())
+        as_dense = is_warmup and method.warmup == "gradient"
+        if as_dense:
+            self._gradients.gradient.copy_(self._gradients.gradient.mean(0, keepdim=True))
         clip_(self._gradients.gradient, self.setting.train.clip)
         before = self._local.clone()
         self._adam.step(self._local, self._gradients.gradient, lr * method.local_lr)
-        factor = self._scale() if method.scale_at == "local" else 1.0
+        factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         self._owed.add_(self._local.sub_(before), alpha=factor)
-        if step < self.setting.train.warmup_steps:
+        if as_dense:
+            self.shared += self._owed[:1]
+            self._owed.zero_()
+        elif is_warmup:
             self._move(self._send_all())
         elif (step + 1) % method.sync_every == 0:
             self._move(self._send(step))
