@@ -1,0 +1,358 @@
+"""The laboratory: model, optimizer, exchange and simulated methods, against independent ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.convergence_lab.adamw import AdamW, learning_rate
+from benchmarks.convergence_lab.base import DenseSimulation, Setting, Simulation
+from benchmarks.convergence_lab.gpt import Gpt, Gradients, validation_loss
+from benchmarks.convergence_lab.gradient import GradientSimulation
+from benchmarks.convergence_lab.grid import Gradient, Model, PowerSgd, Sent, Train, Update
+from benchmarks.convergence_lab.peers import OneBitAdamSimulation, PowerSgdSimulation
+from benchmarks.convergence_lab.text import Text
+from benchmarks.convergence_lab.update import UpdateSimulation
+from benchmarks.convergence_lab.values import GROUP_NUMEL, rounded, values_bytes
+from benchmarks.convergence_lab.wire import Swap, Wire, lab_layout
+from ds_gradprune.errors import DataError
+from ds_gradprune.exchange import AllGather
+from ds_gradprune.records import RankSignals
+from ds_gradprune.reducer import Reducer
+from tests.helpers.ranks import run_ranks
+
+SHAPE = Model(n_layer=1, n_head=2, n_embd=64, context=16)
+TRAIN = Train(batch=2, warmup_steps=2, lr_warmup_steps=1, lr=1e-3)
+SETTING = Setting(Gpt(SHAPE, 70), TRAIN, workers=3, steps=8, seed=1)
+SIGNALS = RankSignals(1.0, False, None, 0.0, 0.0, 0, 0)
+
+
+def tokens(step: int, workers: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 70, (workers, 2, 17), generator=generator)
+
+
+def owed(step: int, workers: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(workers, SETTING.gpt.numel, generator=generator)
+
+
+def train(simulation: Simulation, steps: int = 8) -> torch.Tensor:
+    for step in range(steps):
+        simulation.step(step, tokens(step), learning_rate(TRAIN, step, steps))
+    return simulation.shared[0]
+
+
+def update(**fields: Any) -> UpdateSimulation:
+    return UpdateSimulation(SETTING, Update(kind="update", name="u", **fields))
+
+
+def gradient(**fields: Any) -> GradientSimulation:
+    return GradientSimulation(SETTING, Gradient(kind="gradient", name="g", **fields))
+
+
+def test_workers_in_one_pass_equal_each_alone() -> None:
+    gpt = SETTING.gpt
+    together = Gradients(gpt, 3)
+    for worker in range(3):
+        together.weights[worker] = gpt.initial(worker)
+    losses = together(tokens(0))
+    for worker in range(3):
+        alone = Gradients(gpt, 1)
+        alone.weights[0] = gpt.initial(worker)
+        loss = alone(tokens(0)[worker : worker + 1])
+        torch.testing.assert_close(loss[0], losses[worker])
+        torch.testing.assert_close(alone.gradient[0], together.gradient[worker])
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    gpt = SETTING.gpt
+    one = Gradients(gpt, 1)
+    one.weights[0] = gpt.initial(0)
+    one(tokens(0)[:1])
+    direction = torch.randn(gpt.numel, generator=torch.Generator().manual_seed(0))
+    slope = float(one.gradient[0] @ direction)
+    step = 1e-3
+    ends = []
+    for sign in (1, -1):
+        views = gpt.views((gpt.initial(0) + sign * step * direction)[None])
+        ends.append(float(gpt.losses(views, tokens(0)[:1])))
+    # Central difference: the error is of second order in `step`, beside fp32's 1e-7 / step.
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.02, abs=2e-3)
+
+
+def test_the_model_cannot_see_what_it_predicts() -> None:
+    views = SETTING.gpt.views(SETTING.gpt.initial(0)[None])
+    first = tokens(0)[:1]
+    other = first.clone()
+    other[..., -2] = (other[..., -2] + 1) % 70  # the last input; earlier losses must not move
+    cut = [SETTING.gpt.losses(views, t[..., :-2]) for t in (first, other)]
+    assert torch.equal(*cut)
+    assert not torch.equal(SETTING.gpt.losses(views, first), SETTING.gpt.losses(views, other))
+
+
+def test_adamw_is_torchs() -> None:
+    decayed = torch.tensor([1.0] * 5 + [0.0] * 3)
+    weights = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    theirs = [torch.nn.Parameter(row.clone()) for row in (weights[1, :5], weights[1, 5:])]
+    groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:]}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    ours = AdamW(2, decayed, Train(beta2=0.95, weight_decay=0.1))
+    for step in range(5):
+        slope = torch.randn(2, 8, generator=torch.Generator().manual_seed(step))
+        theirs[0].grad, theirs[1].grad = slope[1, :5].clone(), slope[1, 5:].clone()
+        adamw.step()
+        ours.step(weights, slope, 0.01)
+    torch.testing.assert_close(weights[1], torch.cat([p.detach() for p in theirs]))
+
+
+@pytest.mark.parametrize("value_bits", [16, 32])
+def test_the_exchange_gives_the_bits_of_the_reducer_in_threads(value_bits: int) -> None:
+    sent = Sent(name="s", density=0.05, value_bits=value_bits)
+    layout = lab_layout(SETTING.gpt.shapes, prune_vectors=False)
+    wire = Wire(layout, sent)
+    residual = torch.zeros(3, layout.numel)
+    ours = []
+    for step in range(4):
+        residual += owed(step)
+        ours.append(wire.swap(residual, 0.05).total)
+
+    def work(transport: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+        reducer = Reducer(AllGather(transport), value_bits=value_bits)
+        sums = []
+        for step in range(4):
+            vector = owed(step)[transport.rank].clone()
+            reducer.reduce(vector, layout, 205, step=step, bucket=0, signals=SIGNALS)
+            sums.append(vector)
+        return sums, reducer.residuals.of(0, sums[0]).buffer
+
+    for rank, (sums, kept) in enumerate(run_ranks(3, work)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, sums, strict=True))
+        assert torch.equal(kept, residual[rank])
+
+
+@pytest.mark.parametrize("value_bits", [1, 2, 4, 16, 32])
+@pytest.mark.parametrize("pick", ["top_k", "rotate", "random"])
+def test_sent_and_kept_are_all_there_was(pick: Any, value_bits: Any) -> None:
+    sent = Sent(name="s", pick=pick, value_bits=value_bits)
+    wire = Wire(lab_layout(SETTING.gpt.shapes, prune_vectors=pick == "random"), sent)
+    rows = owed(0)
+    before = rows.sum(0)
+    swap = wire.swap(rows, 0.1)
+    # Three fp32 additions each way.
+    torch.testing.assert_close(swap.total + rows.sum(0), before, rtol=0, atol=1e-5)
+    assert 0 < swap.received_bits < 2 * SETTING.gpt.numel * 32
+
+
+def test_a_rotation_sends_every_element_once() -> None:
+    for pick in ("rotate", "random"):
+        sent = Sent(name="s", pick=pick, value_bits=32, prune_vectors=True)
+        wire = Wire(lab_layout(SETTING.gpt.shapes, prune_vectors=True), sent)
+        rows = torch.ones(2, SETTING.gpt.numel)
+        total = sum(wire.swap(rows, 0.25).total for _ in range(4))
+        assert torch.equal(total, torch.full((SETTING.gpt.numel,), 2.0))
+        assert not rows.any()
+
+
+def test_a_score_decides_what_is_sent() -> None:
+    wire = Wire(lab_layout(SETTING.gpt.shapes, True), Sent(name="s", value_bits=32))
+    score = torch.full((SETTING.gpt.numel,), 1e-6)
+    score[::100] = 1.0  # 41 of 4096: just what is kept
+    total = wire.swap(owed(0), 0.01, score).total
+    full = 4096 * (SETTING.gpt.shapes[0].numel() // 4096)
+    assert set(total[:full].nonzero().view(-1).tolist()) <= set(range(0, full, 100))
+
+
+def test_the_spread_tells_noise_from_agreement() -> None:
+    sent = Sent(name="s", pick="rotate", value_bits=32)
+    layout = lab_layout(SETTING.gpt.shapes, True)
+    assert Wire(layout, sent).swap(owed(0)[:1].repeat(4, 1), 0.5).spread == pytest.approx(1.0)
+    # 25,000 independent normal elements: the norms' relative error is below 1 %.
+    assert Wire(layout, sent).swap(owed(0, 4), 0.5).spread == pytest.approx(2.0, rel=0.03)
+
+
+@pytest.mark.parametrize(("bits", "worst"), [(4, 0.08), (2, 0.75), (1, 1.0)])
+def test_rounding_is_near_and_has_few_levels(bits: int, worst: float) -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    out = rounded(values, bits)
+    for begin in range(0, 1000, GROUP_NUMEL):
+        group, read = values[begin : begin + GROUP_NUMEL], out[begin : begin + GROUP_NUMEL]
+        assert len(read.unique()) <= 2**bits
+        # 4: half of a seventh, and bf16's 2**-8; 2 and 1: one level carries the largest too.
+        assert float((group - read).abs().max()) <= worst * float(group.abs().max())
+    assert bool((out * values >= 0).all())
+
+
+def test_sizes_of_values() -> None:
+    assert [values_bytes(256, bits) for bits in (1, 2, 4, 16, 32)] == [36, 72, 132, 512, 1024]
+    with pytest.raises(ValueError, match="bits must be 1, 2 or 4, got 3"):
+        rounded(torch.ones(3), 3)
+
+
+def test_everything_sent_is_dense_training() -> None:
+    dense = train(DenseSimulation(SETTING))
+    pruned = train(gradient(density=1.0, value_bits=32))
+    # The means are summed in another order: fp32 rounding, through Adam, for eight steps.
+    torch.testing.assert_close(pruned, dense, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale_at", ["local", "shared"])
+def test_islands_that_send_everything_move_by_the_mean(scale_at: Any) -> None:
+    simulation = update(density=1.0, value_bits=32, scale=2.0, scale_at=scale_at)
+    shared = train(simulation)
+    weights, moved = SETTING.gpt.initial(1), Gradients(SETTING.gpt, 3)
+    adam = AdamW(3, SETTING.decayed(), TRAIN)
+    for step in range(8):
+        moved.weights.copy_(weights.expand(3, -1))
+        moved(tokens(step))
+        slope = moved.gradient / (moved.gradient.norm(dim=1, keepdim=True)).clamp(min=1.0)
+        adam.step(moved.weights, slope, learning_rate(TRAIN, step, 8))
+        weights = weights + 2.0 * (moved.weights - weights).mean(0)
+    torch.testing.assert_close(shared, weights, rtol=0, atol=2e-5)
+    torch.testing.assert_close(simulation.flushed(), shared, rtol=0, atol=1e-6)
+
+
+def test_an_island_sees_what_it_has_not_sent() -> None:
+    simulation = update(density=0.02, sync_every=3)
+    train(simulation, steps=7)
+    expected = simulation.shared + simulation._owed
+    torch.testing.assert_close(simulation._local, expected, rtol=0, atol=1e-6)
+    flushed = simulation.shared[0] + simulation._owed.mean(0)
+    torch.testing.assert_close(simulation.flushed(), flushed)
+    assert simulation.notes()["owed_part"] > 0
+
+
+def test_outer_momentum_makes_a_steady_move_longer() -> None:
+    for nesterov in (True, False):
+        simulation = update(momentum=0.5, nesterov=nesterov, outer_lr=0.5)
+        begin = simulation.shared.clone()
+        steady = Swap(torch.full((SETTING.gpt.numel,), 3.0), 0.0, 1.0)
+        for _ in range(60):
+            simulation._move(steady)
+        moved = float((simulation.shared - begin).mean())
+        # A mean of 1 per exchange, 0.5 / (1 - 0.5) = 1 times as long, less what lags behind.
+        assert 58.0 < moved <= 60.0 + 1e-3
+
+
+def test_warmup_of_islands_can_be_denses_own() -> None:
+    simulation = update(warmup="gradient")
+    dense = DenseSimulation(SETTING)
+    for step in range(2):
+        simulation.step(step, tokens(step), 1e-3)
+        dense.step(step, tokens(step), 1e-3)
+    torch.testing.assert_close(simulation.shared, dense.shared, rtol=0, atol=1e-5)
+    assert simulation.received_bits == 0.0
+
+
+def test_received_bits_are_those_of_the_payloads() -> None:
+    simulation = update(density=0.05, value_bits=16, sync_every=2)
+    train(simulation)
+    layout = lab_layout(SETTING.gpt.shapes, prune_vectors=False)
+
+    def work(transport: Any) -> int:
+        exchange = AllGather(transport)
+        reducer = Reducer(exchange)
+        vector = owed(0)[transport.rank].clone()
+        reducer.reduce(vector, layout, 205, step=1, bucket=0, signals=SIGNALS)
+        return exchange.take_traffic().wire_bytes
+
+    exchanges = 3  # after steps 4, 6 and 8; the first two steps are warm-up
+    assert simulation.received_bits == exchanges * 8 * run_ranks(3, work)[0]
+
+
+@pytest.mark.parametrize("rule", ["plain", "tau", "frozen", "floor"])
+@pytest.mark.parametrize("extra", [{}, {"score": "over_sqrt_v"}, {"local_momentum": True}])
+def test_gradient_candidates_learn(rule: Any, extra: Any) -> None:
+    simulation = gradient(density=0.1, second_moment=rule, ramp_steps=2, **extra)
+    repeated = tokens(0)
+    before = validation_loss(SETTING.gpt, simulation.shared[0], repeated[0])
+    for step in range(12):
+        simulation.step(step, repeated, 3e-3)
+    assert validation_loss(SETTING.gpt, simulation.shared[0], repeated[0]) < before - 0.3
+
+
+def test_a_frozen_second_moment_stays() -> None:
+    simulation = gradient(second_moment="frozen", density=0.1)
+    train(simulation, steps=2)
+    kept = simulation.adam.v.clone()
+    train(simulation, steps=4)  # its first two steps are warm-up again
+    simulation.step(5, tokens(5), 1e-3)
+    moved = simulation.adam.v.clone()
+    simulation.step(6, tokens(6), 1e-3)
+    assert torch.equal(simulation.adam.v, moved)
+    assert not torch.equal(kept, moved)
+
+
+def test_onebit_adam_forgets_nothing() -> None:
+    """Momentum that was made equals momentum that was applied and what both sides still owe."""
+    simulation = OneBitAdamSimulation(SETTING)
+    train(simulation, steps=2)
+    beta1, start = TRAIN.beta1, simulation.adam.m.clone()
+    made = torch.zeros_like(start)
+    applied = torch.zeros_like(start)
+    before = start
+    for step in range(2, 6):
+        _, slope = simulation.gradients(tokens(step))
+        slope = slope * min(1.0, 1.0 / (float(slope.mean(0).norm()) + 1e-6))
+        made += beta1 * before + (1 - beta1) * slope.mean(0, keepdim=True)
+        simulation.step(step, tokens(step), 1e-3)
+        before = simulation.adam.m.clone()
+        applied += before
+        assert len(before.unique()) == 2
+    debt = simulation._errors.mean(0, keepdim=True) + simulation._server_error
+    torch.testing.assert_close(applied + debt, made, rtol=0, atol=1e-5)
+
+
+def test_powersgd_forgets_nothing_and_sends_two_thin_matrices() -> None:
+    simulation = PowerSgdSimulation(SETTING, PowerSgd(kind="powersgd", name="p", rank=2))
+    train(simulation, steps=2)
+    _, slope = simulation.gradients(tokens(2))
+    slope = slope.clone()
+    simulation.step(2, tokens(2), 0.0)
+    lost = SETTING.gpt.views(simulation._errors)
+    true = SETTING.gpt.views(slope)
+    for index, size in enumerate(SETTING.gpt.shapes):
+        sent = true[index] - lost[index]  # the same low-rank matrix on all workers
+        if len(size) == 2:
+            torch.testing.assert_close(sent[0], sent[1], rtol=0, atol=1e-5)
+            assert int((torch.linalg.svdvals(sent[0]) > 1e-4 * sent[0].norm()).sum()) <= 2
+        else:
+            assert not lost[index].any()
+    numbers = sum(2 * sum(s) if len(s) == 2 else s.numel() for s in SETTING.gpt.shapes)
+    assert simulation.received_bits == pytest.approx(2 * 2 / 3 * 32 * numbers)
+
+
+def test_density_schedules() -> None:
+    def at(step: int, **fields: Any) -> float:
+        return setting.density(Sent(name="s", density=0.1, **fields), step)
+
+    setting = dataclasses.replace(SETTING, steps=102)
+    assert at(50) == 0.1
+    assert at(2, density_end=0.001) == pytest.approx(0.1)
+    assert at(52, density_end=0.001) == pytest.approx(0.01)
+    assert at(91, density_late=0.5, late_part=0.1) == 0.1
+    assert at(92, density_late=0.5, late_part=0.1) == 0.5
+
+
+def test_text_is_cut_and_dealt_out(tmp_path: Any) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(50)) * 40)
+    text = Text(path, 16)
+    assert text.vocab_size == 50
+    batch = text.batch(0, 3, 2, 4)
+    assert batch.shape == (2, 4, 17)
+    assert torch.equal(batch, text.batch(0, 3, 2, 4))
+    assert not torch.equal(batch, text.batch(1, 3, 2, 4))
+    assert torch.equal((batch[..., 1:] - batch[..., :-1]) % 50, torch.ones_like(batch[..., 1:]))
+    whole = text.validation()
+    assert whole.shape == (12, 17)  # 199 predicted bytes of the last 200
+    assert int(whole[0, 0]) == 1800 % 50
+    assert text.validation(3).shape == (3, 17)
+    path.write_bytes(b"a" * 100)
+    with pytest.raises(DataError, match="at least 340 bytes for sequences of 16, got 100"):
+        Text(path, 16)
+    with pytest.raises(DataError, match=r"must be a readable file, got .*absent"):
+        Text(tmp_path / "absent", 16)
