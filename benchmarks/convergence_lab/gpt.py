@@ -6,6 +6,7 @@ Weights are rows of one matrix, (workers, numel); a linear layer is one batched 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,7 @@ class Gpt:
         Returns:
             (workers,).
         """
+        multiply = torch.bmm if self.shape.matmul == "fp32" else _bmm_bf16
         workers, batch, length = tokens.shape
         context, width, heads = length - 1, self.shape.n_embd, self.shape.n_head
         table, places, *rest = weights
@@ -83,18 +85,44 @@ class Gpt:
         stream = (stream + places[:, None, :context]).view(workers, batch * context, width)
         for at in range(0, len(rest) - 1, 6):
             gain, qkv, out, gain_2, up, down = rest[at : at + 6]
-            parts = torch.bmm(_norm(stream, gain), qkv)
+            parts = multiply(_norm(stream, gain), qkv)
             parts = parts.view(workers * batch, context, 3, heads, width // heads)
             query, key, value = parts.permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
             mixed = mixed.transpose(1, 2).reshape(workers, batch * context, width)
-            stream = stream + torch.bmm(mixed, out)
-            hidden = F.gelu(torch.bmm(_norm(stream, gain_2), up), approximate="tanh")
-            stream = stream + torch.bmm(hidden, down)
-        logits = torch.bmm(_norm(stream, rest[-1]), table.transpose(1, 2))
+            stream = stream + multiply(mixed, out)
+            hidden = F.gelu(multiply(_norm(stream, gain_2), up), approximate="tanh")
+            stream = stream + multiply(hidden, down)
+        logits = multiply(_norm(stream, rest[-1]), table.transpose(1, 2))
         targets = tokens[..., 1:].reshape(-1)
         nats = F.cross_entropy(logits.view(-1, self.vocab_size), targets, reduction="none")
         return nats.view(workers, -1).mean(1)
+
+
+class _BmmBfloat16(torch.autograd.Function):
+    """A batched product of bfloat16 factors, there and back; everything around it stays fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """(w, m, k) times (w, k, n), both rounded."""
+        left, right = left.bfloat16(), right.bfloat16()
+        ctx.save_for_backward(left, right)
+        return torch.bmm(left, right).float()
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slopes of both factors."""
+        left, right = ctx.saved_tensors
+        slope = slope.bfloat16()
+        return (
+            torch.bmm(slope, right.transpose(1, 2)).float(),
+            torch.bmm(left.transpose(1, 2), slope).float(),
+        )
+
+
+def _bmm_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = _BmmBfloat16.apply(left, right)
+    return product
 
 
 def _norm(stream: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

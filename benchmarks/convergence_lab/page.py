@@ -49,7 +49,8 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
         f"{result['workers']} simulated workers, {result['steps']} steps, of which "
         f"{train['warmup_steps']} dense; GPT of {result['numel']:,} parameters "
         f"({model['n_layer']} layers, width {model['n_embd']}, context {model['context']}, "
-        f"{result['text']['vocab_size']} distinct bytes), {train['batch']} sequences per worker "
+        f"{result['text']['vocab_size']} distinct bytes, products of {model['matmul']} factors), "
+        f"{train['batch']} sequences per worker "
         f"and step; AdamW, lr {train['lr']:g}, betas {train['beta1']:g} and {train['beta2']:g}, "
         f"weight decay {train['weight_decay']:g}, clipping at {train['clip']:g}. Where a method's "
         "name says so, it and its dense run differ from this.",

@@ -13,7 +13,7 @@ from benchmarks.convergence_lab.peers import OneBitAdamSimulation, PowerSgdSimul
 from benchmarks.convergence_lab.text import Text
 from benchmarks.convergence_lab.update import UpdateSimulation
 
-_CURVE_SEQUENCES = 256
+_CURVE_SEQUENCES = 128
 _CURVE_POINTS = 8
 
 
