@@ -158,6 +158,22 @@ def test_sent_and_kept_are_all_there_was(pick: Any, value_bits: Any) -> None:
     assert 0 < swap.received_bits < 2 * SETTING.gpt.numel * 32
 
 
+@pytest.mark.parametrize("pick", ["top_k", "rotate"])
+def test_owners_forget_nothing_and_save_traffic(pick: Any) -> None:
+    bits = []
+    for exchange in ("all_gather", "owner_reduce"):
+        sent = Sent(name="s", pick=pick, value_bits=4, exchange=exchange)
+        wire = Wire(lab_layout(SETTING.gpt.shapes, False), sent)
+        rows = owed(0, 8)
+        before = rows.sum(0)
+        swaps = [wire.swap(rows, 0.1) for _ in range(3)]
+        total = swaps[0].total + swaps[1].total + swaps[2].total
+        everything = total + rows.sum(0) + wire._owners_owe
+        torch.testing.assert_close(everything, before, rtol=0, atol=2e-5)
+        bits.append(swaps[0].received_bits)
+    assert bits[1] / bits[0] == pytest.approx(2 / 8)  # 2 (N - 1) / N for N - 1
+
+
 def test_a_rotation_sends_every_element_once() -> None:
     for pick in ("rotate", "random"):
         sent = Sent(name="s", pick=pick, value_bits=32, prune_vectors=True)

@@ -90,6 +90,9 @@ class Sent(_Method):
             no index is sent; "random": as "rotate", but elements strewn over the whole vector.
         value_bits: 16 and 32 are the codec's; 1, 2 and 4 see `values`.
         prune_vectors: 1-D tensors are pruned as the matrices are, instead of sent whole.
+        exchange: "all_gather": everyone gets everyone's payload; "owner_reduce": every element has
+            an owner that adds the workers' messages, prunes and rounds the mean once more, with a
+            residual of its own, and sends that to all: 2 (N - 1) / N payloads instead of N - 1.
     """
 
     density: Share = 0.01
@@ -99,6 +102,7 @@ class Sent(_Method):
     pick: Literal["top_k", "rotate", "random"] = "top_k"
     value_bits: Literal[1, 2, 4, 16, 32] = 4
     prune_vectors: bool = False
+    exchange: Literal["all_gather", "owner_reduce"] = "all_gather"
 
 
 class Gradient(Sent):

@@ -48,7 +48,7 @@ class Swap:
 
     Attributes:
         total: (numel,) sum over workers, added in their order.
-        received_bits: per worker, over an all-gather: the payloads of all others.
+        received_bits: per worker.
         spread: root mean square of the workers' messages over that of their mean; sqrt(workers) if
             they are unrelated, 1 if they agree. Means something where all sent the same places.
     """
@@ -80,6 +80,7 @@ class Wire:
         self._sent = sent
         self._dense = sparsify.dense_positions(layout)
         self._begin = 0
+        self._owners_owe = torch.zeros(layout.numel)
         if sent.pick != "top_k":
             self._order = self._rotation()
 
@@ -93,20 +94,37 @@ class Wire:
         """
         places = None if self._sent.pick == "top_k" else self._next(density)
         total = torch.zeros(owed.shape[1])
-        received, squares = 0.0, 0.0
+        payload_bytes, squares = 0.0, 0.0
         for row in owed:
-            if places is None:
-                message = self._top_k(row, density, score)
-            else:
-                message = self._pack(row, places, places_bytes=0)
-            row.index_add_(0, message.positions, message.values, alpha=-1.0)
+            message = self._take(row, places, density, score)
             total.index_add_(0, message.positions, message.values)
-            received += 8.0 * message.payload_bytes
+            payload_bytes += message.payload_bytes
             squares += float(message.values.norm()) ** 2
         workers = len(owed)
         mean_norm = float(total.norm()) / workers
         spread = (squares / workers) ** 0.5 / mean_norm if mean_norm > 0.0 else 1.0
-        return Swap(total, received * (workers - 1) / workers, spread)
+        if self._sent.exchange == "all_gather":
+            return Swap(total, 8.0 * payload_bytes * (workers - 1) / workers, spread)
+        self._owners_owe += total
+        message = self._take(self._owners_owe, places, density, score)
+        total = torch.zeros_like(total).index_add_(0, message.positions, message.values)
+        both_ways = payload_bytes / workers + message.payload_bytes
+        return Swap(total, 8.0 * both_ways * (workers - 1) / workers, spread)
+
+    def _take(
+        self,
+        row: torch.Tensor,
+        places: torch.Tensor | None,
+        density: float,
+        score: torch.Tensor | None,
+    ) -> Message:
+        """What is sent of one row, which no longer owes it."""
+        if places is None:
+            message = self._top_k(row, density, score)
+        else:
+            message = self._pack(row, places, places_bytes=0)
+        row.index_add_(0, message.positions, message.values, alpha=-1.0)
+        return message
 
     def _top_k(self, row: torch.Tensor, density: float, score: torch.Tensor | None) -> Message:
         k = max(1, round(density * CHUNK_NUMEL))
