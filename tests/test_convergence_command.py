@@ -116,7 +116,7 @@ def test_gaps_are_paired_by_seed_and_settings() -> None:
     assert b["gap_std"] is None
     assert slow["gap_best_pct"] == pytest.approx(100 * (8 / 3 - 1))
     assert cells(b)[-1] == "1, ended at step 30"
-    assert "| a | 0.5 | 3.0700 | +2.00 | 1.41 |" in markdown_table([dense, a])
+    assert "| a | 0.5* | 3.0700 | +2.00 | 1.41 |" in markdown_table([dense, a])
     assert by_bits([a, dense])[0] is dense
 
 

@@ -14,11 +14,13 @@ import torch
 from benchmarks.convergence_lab import page, plot
 from benchmarks.convergence_lab.base import Setting
 from benchmarks.convergence_lab.gpt import Gpt
-from benchmarks.convergence_lab.grid import Grid, read_grid
+from benchmarks.convergence_lab.grid import Grid, Sent, read_grid
 from benchmarks.convergence_lab.store import Store, run_key
 from benchmarks.convergence_lab.table import rows_of
 from benchmarks.convergence_lab.text import Text
 from benchmarks.convergence_lab.trial import run_trial
+from benchmarks.convergence_lab.wire import is_real
+from ds_gradprune.codec import base
 from ds_gradprune.errors import ConfigError, GradPruneError
 
 RUNS = "convergence_runs.jsonl"
@@ -114,7 +116,9 @@ def _one(
     """A run from the store, or made now and stored."""
     train = grid.train_of(method)
     settings = train.model_dump()
+    real = isinstance(method, Sent) and is_real(method)
     key = run_key(
+        **({"codec": base.VERSION} if real else {}),
         # Without defaults: a new field leaves the keys of earlier runs as they are.
         method=method.model_dump(exclude={"name", "train"}, exclude_defaults=True),
         model=grid.model.model_dump(),
@@ -138,6 +142,7 @@ def _one(
         )
         run = {"key": key, "method": method.name, "seed": seed, "numel": gpt.numel, **figures}
         run |= {"kind": method.kind, "train": settings, "load": os.getloadavg()[0]}
+        run |= {"simulated_values": isinstance(method, Sent) and not real}
         run |= {"commit": page.environment()["commit"], "workers": options.workers}
         store.add(run)
     run = {**run, "method": method.name}

@@ -57,8 +57,8 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
         "",
         "Bits: received per parameter and step after warm-up. Gap: validation loss against dense "
         "with the same hyper-parameters and the same seed, mean and standard deviation over seeds. "
-        "Values of 1, 2 and 4 bits are simulated in the laboratory; their bytes are counted as a "
-        "codec would write them, places at 12 bits.",
+        "*: values of few bits, or places that all workers know, are simulated: their bytes are "
+        "counted and not written. All other payloads are the codec's.",
         "",
         markdown_table(result["rows"]),
         "",

@@ -12,8 +12,9 @@ from benchmarks.convergence_lab.grid import PowerSgd
 class OneBitAdamSimulation(SharedGradient):
     """Tang et al., 1-bit Adam, ICML 2021, algorithm 1: worker and server compress with feedback.
 
-    A scale is the mean magnitude of the whole vector. A worker receives one bit per element of its
-    own part from every other (all-to-all), and one bit per element of every other part.
+    Every tensor has a scale of its own, 2-norm / sqrt(length), as in DeepSpeed's. A worker receives
+    one bit per element of its own part from every other (all-to-all), and one bit per element of
+    every other part; scales of both ways are fp32.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -31,19 +32,29 @@ class OneBitAdamSimulation(SharedGradient):
         norm = float(gradient.mean(0).norm())
         gradient.mul_(min(1.0, train.clip / (norm + 1e-6)))
         self._errors += train.beta1 * self.adam.m + (1 - train.beta1) * gradient
-        sent = _signs(self._errors)
+        sent = self._signs(self._errors)
         self._errors -= sent
         self._server_error += sent.mean(0, keepdim=True)
-        self.adam.m = _signs(self._server_error)
+        self.adam.m = self._signs(self._server_error)
         self._server_error -= self.adam.m
         self.adam.steps += 1
         self.adam.apply(self.shared, lr)
-        self.received_bits += ring_bits(1.0 * self.setting.gpt.numel + 32 * workers, workers)
+        tensors = len(self.setting.gpt.shapes)
+        # A part's scales come from its owner, so there are `workers` times as many.
+        numbers = self.setting.gpt.numel + 32 * workers * tensors
+        self.received_bits += ring_bits(float(numbers), workers)
         return loss
 
-
-def _signs(rows: torch.Tensor) -> torch.Tensor:
-    return torch.where(rows < 0, -1.0, 1.0) * rows.abs().mean(1, keepdim=True)
+    def _signs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Signs times scale; the sign of zero is +1."""
+        signs = torch.where(rows < 0, -1.0, 1.0)
+        for sign, view in zip(
+            self.setting.gpt.views(signs), self.setting.gpt.views(rows), strict=True
+        ):
+            flat = view.flatten(1)
+            scale = flat.norm(dim=1) / flat.shape[1] ** 0.5
+            sign.mul_(scale.view(-1, *[1] * (sign.dim() - 1)))
+        return signs
 
 
 class PowerSgdSimulation(SharedGradient):

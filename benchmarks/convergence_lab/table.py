@@ -18,7 +18,7 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         method, bits_per_param, val_loss, gap_pct (against dense at the same hyper-parameters, mean
         over seeds of the paired gaps), gap_std (of those gaps; None with one seed), seeds,
         gap_best_pct (against the best dense), gap_flushed_pct (after a last exact exchange),
-        stopped_at.
+        simulated_values (some of the bytes are counted, but not written), stopped_at.
     """
     dense = {
         (_settings(run), run["seed"]): run["val_loss"] for run in runs if run["kind"] == "dense"
@@ -47,6 +47,7 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "gap_flushed_pct": statistics.fmean(
                     100 * (run["val_loss_flushed"] / base - 1) for run, base in pairs
                 ),
+                "simulated_values": own[0].get("simulated_values", own[0]["kind"] == "update"),
                 "stopped_at": min(stops) if stops else None,
             }
         )
@@ -77,7 +78,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         seeds += f", ended at step {row['stopped_at']}"
     return [
         row["method"],
-        f"{row['bits_per_param']:.3g}",
+        f"{row['bits_per_param']:.3g}" + ("*" if row["simulated_values"] else ""),
         f"{row['val_loss']:.4f}",
         f"{row['gap_pct']:+.2f}",
         spread,

@@ -67,6 +67,17 @@ def lab_layout(shapes: list[torch.Size], prune_vectors: bool) -> BucketLayout:
     return BucketLayout(segments, layout.numel)
 
 
+def is_real(sent: Sent) -> bool:
+    """The codec writes what is sent; else values, or places known to all, are simulated."""
+    if sent.pick != "top_k":
+        return False
+    try:
+        codec.codec_for(1, sent.value_bits)
+    except ValueError:  # this codec has no values of that width
+        return False
+    return True
+
+
 class Wire:
     """One bucket of all workers.
 
@@ -132,7 +143,7 @@ class Wire:
         positions = sparsify.kept_positions(self._layout, k, block.indices)
         if score is not None:
             block = SparseBlock(self._layout, k, block.indices, row[positions], row[self._dense])
-        if self._sent.value_bits < 16:
+        if not is_real(self._sent):
             kept = len(positions)
             index_bytes = 0 if k == CHUNK_NUMEL else 3 * ((kept + 1) // 2)
             return self._pack(row, positions, places_bytes=index_bytes)
