@@ -252,6 +252,15 @@ def test_an_island_sees_what_it_has_not_sent() -> None:
     assert simulation.notes()["owed_part"] > 0
 
 
+def test_an_island_forgets_a_share_of_what_it_has_not_sent() -> None:
+    forgetful, other = update(keep=0.5, sync_every=100), update(sync_every=100)
+    for simulation in (forgetful, other):
+        train(simulation, steps=3)  # two of warm-up, one alone
+    torch.testing.assert_close(forgetful._owed, 0.5 * other._owed)
+    seen = forgetful.shared + forgetful._owed
+    torch.testing.assert_close(forgetful._local, seen, rtol=0, atol=1e-6)
+
+
 def test_outer_momentum_makes_a_steady_move_longer() -> None:
     for nesterov in (True, False):
         simulation = update(momentum=0.5, nesterov=nesterov, outer_lr=0.5)

@@ -138,6 +138,8 @@ class Update(Sent):
         outer_lr: factor of the outer step; with momentum mu a steady move becomes
             outer_lr / (1 - mu) times as large.
         own: how much of the unsent progress a worker sees in its weights.
+        keep: share of the unsent progress that is kept per step. Below 1 it forgets noise; what was
+            signal comes again, because a worker's gradient is that of the weights it sees.
         score: what is compared in a chunk: the magnitude, or the magnitude over the root mean
             square of its row of the weight matrix.
         local_lr: factor of the learning rate on the islands, in the dense warm-up too.
@@ -155,6 +157,7 @@ class Update(Sent):
     nesterov: bool = True
     outer_lr: Positive = 1.0
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
+    keep: Share = 1.0
     score: Literal["magnitude", "over_row"] = "magnitude"
     local_lr: Positive = 1.0
     relay: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 0.0

@@ -112,6 +112,8 @@ class UpdateSimulation(Simulation):
 
     def _see(self) -> None:
         """Set every worker's weights to what it is meant to see."""
+        if self._method.keep < 1.0:
+            self._owed *= self._method.keep
         torch.add(self.shared, self._owed, alpha=self._method.own, out=self._local)
         if self._relayed is not None:
             self._local += self._relayed.mul_(self._method.relay_decay)
