@@ -369,6 +369,9 @@ def test_density_schedules() -> None:
     assert at(50) == 0.1
     assert at(2, density_end=0.001) == pytest.approx(0.1)
     assert at(52, density_end=0.001) == pytest.approx(0.01)
+    assert at(2, ramp_steps=20, ramp_from=0.4) == pytest.approx(0.4)
+    assert at(12, ramp_steps=20, ramp_from=0.4) == pytest.approx(0.2)
+    assert at(22, ramp_steps=20, ramp_from=0.4) == 0.1
     assert at(91, density_late=0.5, late_part=0.1) == 0.1
     assert at(92, density_late=0.5, late_part=0.1) == 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ def record(method: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
 def test_a_grid_gets_the_dense_runs_it_needs() -> None:
     grid = Grid.model_validate(SMALL)
     assert [m.name for m in grid.with_dense()] == ["dense", "dense lr=0.001", "gradient", "update"]
-    named = {**SMALL, "methods": [*SMALL["methods"], {"kind": "dense", "name": "baseline"}]}
+    more = {"kind": "dense", "name": "baseline"}
+    named = copy.deepcopy({**SMALL, "methods": [*SMALL["methods"], more]})
+    named["methods"][0]["train"] = {"warmup_steps": 3}  # which a dense run does not have
     names = [m.name for m in Grid.model_validate(named).with_dense()]
     assert names == ["baseline", "dense lr=0.001", "gradient", "update"]
 

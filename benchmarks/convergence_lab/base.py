@@ -38,13 +38,20 @@ class Setting:
     def density(self, sent: Sent, step: int) -> float:
         """Density of a step after warm-up, by the method's schedule."""
         done = (step - self.train.warmup_steps) / max(1, self.steps - self.train.warmup_steps)
+        ramped = step - self.train.warmup_steps
+        if ramped < sent.ramp_steps:
+            done = ramped / sent.ramp_steps
+            return _between(sent.ramp_from, sent.density, done)
         if sent.density_late is not None and done >= 1.0 - sent.late_part:
             return sent.density_late
         if sent.density_end is not None:
-            return math.exp(
-                (1.0 - done) * math.log(sent.density) + done * math.log(sent.density_end)
-            )
+            return _between(sent.density, sent.density_end, done)
         return sent.density
+
+
+def _between(first: float, last: float, done: float) -> float:
+    """Geometric mean with weights 1 - done and done."""
+    return math.exp((1.0 - done) * math.log(first) + done * math.log(last))
 
 
 class Simulation(abc.ABC):

@@ -137,7 +137,7 @@ def _one(
             setting,
             method,
             text,
-            reference=curves.get(str(settings)),
+            reference=curves.get(str(train.of_dense())),
             give_up_pct=grid.give_up_pct,
         )
         run = {"key": key, "method": method.name, "seed": seed, "numel": gpt.numel, **figures}
@@ -147,7 +147,7 @@ def _one(
         store.add(run)
     run = {**run, "method": method.name}
     if method.kind == "dense":
-        curves[str(settings)] = run["curve"]
+        curves[str(train.of_dense())] = run["curve"]
     stop = "" if run["stopped_at"] is None else f", ended at step {run['stopped_at']}"
     print(
         f"{method.name}, seed {seed}: {run['bits_per_param']:.3g} bits, loss "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from benchmarks.convergence_lab.adamw import clip_
@@ -34,8 +32,6 @@ class GradientSimulation(SharedGradient):
         loss, gradient = self.gradients(tokens)
         self._owed += self._with_momentum(gradient)
         density = self.setting.density(self._method, step)
-        if step < warmup + self._method.ramp_steps:
-            density = math.exp(math.log(density) * (step - warmup) / self._method.ramp_steps)
         swap = self._wire.swap(self._owed, density, self._score())
         self.received_bits += swap.received_bits
         aggregate = (swap.total / self.setting.workers)[None]

@@ -65,6 +65,10 @@ class Train(_Strict):
     clip: Positive = 1.0
     warmup_steps: Count = 80
 
+    def of_dense(self) -> Train:
+        """What a dense run depends on: it has no warm-up, so all warm-ups share one."""
+        return self.model_copy(update={"warmup_steps": 0})
+
 
 class _Method(_Strict):
     name: str
@@ -85,6 +89,9 @@ class Sent(_Method):
         density_end: density reached at the last step, geometrically; None: constant.
         density_late: density of the last `late_part` of the run; None: as before.
         late_part: see `density_late`.
+        ramp_steps: steps after warm-up in which density falls from `ramp_from` to `density`,
+            geometrically.
+        ramp_from: see `ramp_steps`.
         pick: "top_k": the largest of every chunk of 4096, each worker its own; "rotate": the same
             run of consecutive elements on all workers, moving on from exchange to exchange, so that
             no index is sent; "random": as "rotate", but elements strewn over the whole vector.
@@ -99,6 +106,8 @@ class Sent(_Method):
     density_end: Share | None = None
     density_late: Share | None = None
     late_part: Share = 0.1
+    ramp_steps: Annotated[int, pydantic.Field(ge=0)] = 0
+    ramp_from: Share = 1.0
     pick: Literal["top_k", "rotate", "random"] = "top_k"
     value_bits: Literal[1, 2, 4, 16, 32] = 4
     prune_vectors: bool = False
@@ -114,14 +123,12 @@ class Gradient(Sent):
             "floor": 1 - beta2 is at most a tenth of the union density.
         score: what is compared in a chunk: the magnitude, or the magnitude over sqrt(v).
         local_momentum: workers send momentum; AdamW then has beta1 = 0.
-        ramp_steps: steps after warm-up in which density falls from 1 to `density`, geometrically.
     """
 
     kind: Literal["gradient"]
     second_moment: Literal["plain", "tau", "frozen", "floor"] = "plain"
     score: Literal["magnitude", "over_sqrt_v"] = "magnitude"
     local_momentum: bool = False
-    ramp_steps: Annotated[int, pydantic.Field(ge=0)] = 0
 
 
 class Update(Sent):
@@ -226,15 +233,16 @@ class Grid(_Strict):
 
     def with_dense(self) -> list[Any]:
         """All methods, dense ones first, with the dense runs that are missing."""
-        have = {self.train_of(m) for m in self.methods if m.kind == "dense"}
+        have = {self.train_of(m).of_dense() for m in self.methods if m.kind == "dense"}
         dense: list[Any] = [m for m in self.methods if m.kind == "dense"]
         for method in self.methods:
-            settings = self.train_of(method)
+            settings = self.train_of(method).of_dense()
             if settings not in have:
                 have.add(settings)
-                changes = " ".join(f"{k}={v:g}" for k, v in sorted(method.train.items()))
+                changed = {k: v for k, v in method.train.items() if k != "warmup_steps"}
+                changes = " ".join(f"{k}={v:g}" for k, v in sorted(changed.items()))
                 name = f"dense {changes}".strip()
-                dense.append(Dense(kind="dense", name=name, train=method.train))
+                dense.append(Dense(kind="dense", name=name, train=changed))
         return dense + [m for m in self.methods if m.kind != "dense"]
 
 

@@ -55,7 +55,8 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _settings(run: dict[str, Any]) -> str:
-    return str(sorted(run["train"].items()))
+    """What a run shares with its dense run: all hyper-parameters but the length of warm-up."""
+    return str(sorted(item for item in run["train"].items() if item[0] != "warmup_steps"))
 
 
 HEADER = (
