@@ -195,6 +195,25 @@ def test_a_grid_is_made_once_and_widened(
     assert page.read_text().endswith("## Remarks\nKept.\n")
 
 
+def test_a_stopped_grid_has_a_page(monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
+    made = command.run_trial
+
+    def stop_at_third(*args: Any, **words: Any) -> Any:
+        if args[1].kind == "gradient":
+            raise KeyboardInterrupt
+        return made(*args, **words)
+
+    monkeypatch.setattr(command, "run_trial", stop_at_third)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        call(monkeypatch, files, "--steps", "8", "--no-plot")
+    page: str = files[2].with_suffix(".md").read_text()
+    assert "Not finished: 2 runs are missing." in page
+    assert "| dense lr=0.001 |" in page
+    monkeypatch.setattr(command, "run_trial", made)
+    assert call(monkeypatch, files, "--steps", "8", "--no-plot") == 0
+    assert "Not finished" not in files[2].with_suffix(".md").read_text()
+
+
 def test_equal_runs_give_equal_figures(monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
     losses = []
     for _ in range(2):

@@ -62,12 +62,21 @@ def run_grid(options: argparse.Namespace) -> dict[str, Any]:
     for seed in range(options.seeds):
         curves: dict[str, list[list[float]]] = {}
         for method in grid.with_dense():
-            run = _one(options, grid, method, seed, text, store, curves)
-            runs.append(run)
-        rows = rows_of(runs)
+            runs.append(_one(options, grid, method, seed, text, store, curves))
+            result = _publish(options, grid, text, runs)  # what there is, should we be stopped
+    return result
+
+
+def _publish(
+    options: argparse.Namespace, grid: Grid, text: Text, runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write result, picture and page of the runs so far; the dense runs come first."""
+    rows = rows_of(runs)
     result = {
         "question": grid.question,
         "rows": rows,
+        "runs": len(runs),
+        "runs_wanted": options.seeds * len(grid.with_dense()),
         "steps": options.steps,
         "workers": options.workers,
         "model": grid.model.model_dump(),

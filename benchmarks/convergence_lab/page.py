@@ -36,9 +36,11 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
         remarks = found + rest if found else remarks
     where, model, train = result["environment"], result["model"], result["train"]
     words = [Path(word).name if word.startswith("/") else word for word in command]
+    missing = result["runs_wanted"] - result["runs"]
     lines = [
         f"# {result['question']}",
         "",
+        *([f"Not finished: {missing} runs are missing.", ""] if missing else []),
         f"`python {shlex.join(words)}`",
         "",
         f"Commit {where['commit']}, {where['date']}; {where['cpu']}, {where['cores']} cores, load "
