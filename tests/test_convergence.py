@@ -261,6 +261,15 @@ def test_an_island_forgets_a_share_of_what_it_has_not_sent() -> None:
     torch.testing.assert_close(forgetful._local, seen, rtol=0, atol=1e-6)
 
 
+def test_islands_can_keep_their_second_moments() -> None:
+    simulation = update(frozen=True)
+    train(simulation, steps=2)
+    kept = simulation._adam.v.clone()
+    simulation.step(2, tokens(2), 1e-3)
+    assert torch.equal(simulation._adam.v, kept)
+    assert kept.any()
+
+
 def test_outer_momentum_makes_a_steady_move_longer() -> None:
     for nesterov in (True, False):
         simulation = update(momentum=0.5, nesterov=nesterov, outer_lr=0.5)

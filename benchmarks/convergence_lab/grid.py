@@ -154,6 +154,7 @@ class Update(Sent):
         relay_decay: by which that share shrinks per step.
         warmup: what the dense warm-up exchanges: "update", so that every second moment is that of
             a worker's own gradients from the start; or "gradient", dense's own steps.
+        frozen: second moments stay as they are at the end of warm-up.
     """
 
     kind: Literal["update"]
@@ -170,6 +171,7 @@ class Update(Sent):
     relay: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 0.0
     relay_decay: Fraction = 0.99
     warmup: Literal["update", "gradient"] = "update"
+    frozen: bool = False
 
     @pydantic.model_validator(mode="after")
     def _measured_needs_equal_places(self) -> Update:

@@ -49,7 +49,8 @@ class UpdateSimulation(Simulation):
             self._gradients.gradient.copy_(self._gradients.gradient.mean(0, keepdim=True))
         clip_(self._gradients.gradient, self.setting.train.clip)
         before = self._local.clone()
-        self._adam.step(self._local, self._gradients.gradient, lr * method.local_lr)
+        move = self._adam.move if method.frozen and not is_warmup else self._adam.step
+        move(self._local, self._gradients.gradient, lr * method.local_lr)
         factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         self._owed.add_(self._local.sub_(before), alpha=factor)
         if as_dense:
