@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_gradprune.config import DensityConfig, GradientPruningConfig, LinkPoint, ThrottleConfig
+from ds_gradprune.config import (
+    DensityConfig,
+    GradientPruningConfig,
+    LinkPoint,
+    TargetPoint,
+    ThrottleConfig,
+)
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- config table: written by docs/config_table.py -->"
@@ -24,6 +30,7 @@ END = "<!-- end of config table -->"
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("", GradientPruningConfig),
     ("density.", DensityConfig),
+    ("performance_target_schedule[].", TargetPoint),
     ("throttle.", ThrottleConfig),
     ("throttle.schedule[].", LinkPoint),
 )

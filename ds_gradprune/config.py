@@ -24,7 +24,6 @@ BLOCK = "gradient_pruning"
 _SPARSE_TODAY = '"all_gather" or "auto"'
 _BITS_TODAY = "2, 4, 16 or 32"
 _NOT_YET: dict[str, dict[str, str]] = {
-    "controller": {'"predictive"': '"stepwise"'},
     "exchange": {'"owner_reduce"': _SPARSE_TODAY, '"two_level"': _SPARSE_TODAY},
     "two_level": {"true": '"auto" or false'},
     "value_bits": {"1": _BITS_TODAY, "8": _BITS_TODAY},
@@ -118,6 +117,13 @@ class LinkPoint(_Block):
     )
 
 
+class TargetPoint(_Block):
+    """One point of a schedule for the performance target; holds from `step` on."""
+
+    step: int = Field(default=0, ge=0, description="optimizer step from which this point holds")
+    target: Finite = Field(..., description="P(t) below it: prune less")
+
+
 class ThrottleConfig(_Block):
     """Emulates a slow link on one machine, for laptops and tests."""
 
@@ -153,6 +159,11 @@ class GradientPruningConfig(_Block):
         default=128, ge=4, description="M, the number of losses in the window of P(t)"
     )
     performance_target: Finite = Field(default=0.0, description="P(t) below it: prune less")
+    performance_target_schedule: Annotated[list[TargetPoint], Field(min_length=1)] | None = Field(
+        default=None,
+        description="targets of later steps, points in order of step; before the first one, and "
+        "with null, `performance_target` holds",
+    )
     performance_form: Literal["edge", "literal"] = Field(
         default="edge", description="formula of P(t)"
     )
@@ -161,7 +172,11 @@ class GradientPruningConfig(_Block):
         description="a step may take so many seconds; null: communication and codec together may "
         "cost at most 10 % of the measured compute time",
     )
-    controller: Literal["stepwise"] = Field(default="stepwise", description="control law")
+    controller: Literal["predictive", "stepwise"] = Field(
+        default="predictive",
+        description="control law: predictive goes to the right density at once, stepwise by fixed "
+        "factors",
+    )
     density: DensityConfig = Field(
         default_factory=DensityConfig, description="kept / all elements, see below"
     )
@@ -254,6 +269,9 @@ def _cross_field_faults(
     if "density" not in faulty:
         faults += _density_faults(config.density)
     faults += _mode_faults(config, faulty)
+    if config.performance_target_schedule is not None:
+        path = f"{BLOCK}.performance_target_schedule"
+        faults += _order_faults(path, [point.step for point in config.performance_target_schedule])
     if config.throttle is not None:
         faults += _schedule_faults([point.step for point in config.throttle.schedule])
     if total_steps is not None and config.enabled and not faulty & {"enabled", "window_size"}:
@@ -303,9 +321,13 @@ def _schedule_faults(steps: list[int]) -> list[str]:
         faults.append(
             f"{path}[0].step must be 0, got {steps[0]}. Say how fast the link is at the start."
         )
+    return faults + _order_faults(path, steps)
+
+
+def _order_faults(path: str, steps: list[int]) -> list[str]:
     if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-        faults.append(f"{path} must have rising steps, got {steps}.")
-    return faults
+        return [f"{path} must have rising steps, got {steps}."]
+    return []
 
 
 def _window_faults(window_size: int, total_steps: int, num_losses: int) -> list[str]:
@@ -348,6 +370,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
         "density": DensityConfig,
         "throttle": ThrottleConfig,
         "schedule": LinkPoint,
+        "performance_target_schedule": TargetPoint,
     }
     names = [part for part in location if isinstance(part, str)]
     return inner[names[-1]] if names else GradientPruningConfig

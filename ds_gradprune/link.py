@@ -10,11 +10,11 @@ what lies outside that range deviates. At equal sizes the range is a point; afte
 is wide until three samples of the new size are there.
 
 **Change or stall?** A two-sided CUSUM on the log of the deviation, clipped to +-1, with drift 0.15
-and alarm 1.2: one bad step is never enough. But single steps stall by 2 to 4 times, sometimes two
-in a row. So the alarm also wants three deviating samples in a row, or two that are beyond a stall
-(slower) or beyond noise (faster: nothing makes a step fast by chance). Where most of an exchange is
-wire time, 2 times is seen in three steps, 5 times and more in two. On alarm the window is cleared
-and re-estimated from the samples that raised it.
+and alarm 1.2 (faster: 0.9): one bad step is never enough. But single steps stall by 2 to 4 times,
+sometimes two in a row. So the alarm also wants three deviating samples in a row, or two that are
+beyond a stall (slower) or beyond noise (faster: nothing makes a step fast by chance). Where most of
+an exchange is wire time, 2 times is seen in three steps, 5 times and more in two. On alarm the
+window is cleared and re-estimated from the samples that raised it.
 
 **Overhead.** The line through the medians at two sizes at least twice apart, both seen lately on
 this network. Until there are two it counts as 0, which predicts a larger exchange too dear, never
@@ -45,8 +45,9 @@ Samples = tuple[tuple[int, float], ...]
 WINDOW_STEPS = 12
 """Samples behind the estimate: a median of 12 stands five outliers."""
 
-_CLIP, _DRIFT, _ALARM = 1.0, 0.15, 1.2
-"""CUSUM on natural logs: 2 times counts 0.69."""
+_CLIP, _DRIFT = 1.0, 0.15
+_ALARM_SLOWER, _ALARM_FASTER = 1.2, 0.9
+"""CUSUM on natural logs: 2 times counts 0.69. Stalls make steps slow, nothing makes them fast."""
 
 _NOTABLE = 0.3
 """A log deviation that counts towards a row: 1.35 times, three sigma of 10 % noise."""
@@ -54,7 +55,7 @@ _NOTABLE = 0.3
 _BEYOND_STALL = math.log(4.1)
 """Two samples in a row this slow are no stalls."""
 
-_BEYOND_NOISE = math.log(2.0)
+_BEYOND_NOISE = math.log(1.5)
 """Two samples in a row this fast are no noise."""
 
 _SIMILAR = 1.1
@@ -193,10 +194,18 @@ def observe(
     Returns:
         The new state and the estimate from it.
     """
+    state, changed = watch(state, comm_time_s, wire_bytes)
+    return state, _estimate(state, changed)
+
+
+def watch(
+    state: LinkState, comm_time_s: float | None, wire_bytes: int
+) -> tuple[LinkState, Change | None]:
+    """`observe` without the estimate: the new state, and whether the alarm was raised."""
     if comm_time_s is None or not (math.isfinite(comm_time_s) and comm_time_s > 0.0):
-        return state, _estimate(state, None)
+        return state, None
     if wire_bytes <= 0:
-        return state, _estimate(state, None)
+        return state, None
     state = _judge(state, comm_time_s, wire_bytes)
     changed = _alarm(state)
     if changed is not None:
@@ -207,7 +216,7 @@ def observe(
         )
     elif state.row == 0:
         state = _fit(state, wire_bytes)
-    return state, _estimate(state, changed)
+    return state, changed
 
 
 def _judge(state: LinkState, time_s: float, wire_bytes: int) -> LinkState:
@@ -281,9 +290,9 @@ def _similar(samples: Samples, wire_bytes: int) -> Samples:
 
 def _alarm(state: LinkState) -> Change | None:
     row, least = state.row, state.row_least
-    if state.slower > _ALARM and (row >= 3 or (row == 2 and least > _BEYOND_STALL)):
+    if state.slower > _ALARM_SLOWER and (row >= 3 or (row == 2 and least > _BEYOND_STALL)):
         return "slower"
-    if state.faster > _ALARM and (row <= -3 or (row == -2 and least > _BEYOND_NOISE)):
+    if state.faster > _ALARM_FASTER and (row <= -3 or (row == -2 and least > _BEYOND_NOISE)):
         return "faster"
     return None
 

@@ -17,6 +17,19 @@ that the surrounding text defines: the loss now, the loss a window ago, the movi
 window, the minimum in it, and the deviation between the last two. It is dimensionless, and does not
 change when the loss is scaled or shifted.
 
+**Noise.** On a plateau with losses of standard deviation s, independent from step to step, the
+numerator has variance 2 s^2 / w (literal: 2 s^2) and the denominator is about s times the expected
+largest of M standard normal numbers, e(M): so P has the standard deviation
+
+    sqrt(2 / w) / e(M)        0.24, 0.15, 0.10, 0.06 at M = 32, 64, 128, 256 (edge)
+
+whatever s is. `noise` computes it; a law that wants few false alarms sets its tolerance in
+multiples of it, so one tolerance serves every M. Losses that are correlated over steps have more.
+
+**A change of density inside the window** mixes two regimes: P then compares losses before with
+losses after. That is right for finding a loss of quality, and wrong for judging whether a change
+helped. For that `recent` takes the newest losses alone, as a smaller window with its own noise.
+
 A clean linear descent gives 2M/(M-1) (literal) or 2(M+1-w)/(M-1) (edge): near 2 and 1.5 for a large
 M. A plateau gives 0, plus or minus noise, whatever the loss's own noise; a rise is negative.
 """
@@ -34,6 +47,8 @@ Form = Literal["edge", "literal"]
 
 PERFORMANCE_LIMIT = 10.0
 """P is clamped to plus or minus this: beyond it the number says nothing more."""
+
+_EULER = 0.5772156649015329
 
 _FLAT = 1e-6
 """A spread (mean - min) below this share of max(1, |mean|) is rounding, not descent."""
@@ -119,6 +134,47 @@ def observe(
         return state, None
     edge_numel = window_size // 4 if form == "edge" else 1
     return state, _performance(losses[-(window_size + 1) :], edge_numel)
+
+
+def recent(state: PerformanceState, numel: int, *, form: Form) -> float | None:
+    """P of the newest losses alone, as if M were `numel` - 1.
+
+    Args:
+        state: the window.
+        numel: how many losses, >= 5.
+        form: which formula.
+
+    Returns:
+        P as `observe` gives it; None while fewer losses are known.
+
+    Raises:
+        ValueError: `numel` is below 5.
+    """
+    if numel < 5:
+        raise ValueError(f"numel must be at least 5, got {numel!r}.")
+    if len(state.losses) < numel:
+        return None
+    edge_numel = (numel - 1) // 4 if form == "edge" else 1
+    return _performance(state.losses[-numel:], edge_numel)
+
+
+def noise(window_size: int, form: Form) -> float:
+    """Standard deviation of P on a plateau with independent normal losses.
+
+    Args:
+        window_size: M, >= 4.
+        form: which formula.
+
+    Returns:
+        sqrt(2 / w) / e(M), with e(M) by the extreme-value expansion of the largest of M normals.
+
+    References:
+        H. A. David, H. N. Nagaraja: Order Statistics. Wiley 2003, section 10.5.
+    """
+    edge_numel = window_size // 4 if form == "edge" else 1
+    root = math.sqrt(2.0 * math.log(window_size))
+    largest = root - (math.log(math.log(window_size)) + math.log(4.0 * math.pi)) / (2.0 * root)
+    return math.sqrt(2.0 / edge_numel) / (largest + _EULER / root)
 
 
 def _performance(losses: tuple[float, ...], edge_numel: int) -> float:

@@ -115,10 +115,12 @@ class StepSignals:
             times are unknown (the first step, or the first after a resume).
         compute_time_s: maximum over ranks; None when unknown.
         codec_time_s: maximum over ranks.
-        comm_time_s: minimum over ranks: the last to arrive waits for nobody, so this is the wire.
+        comm_time_s: exposed communication: from the arrival of the last rank to the end, so without
+            waiting for stragglers; the slowest host governs. See `signals`.
         step_time_s: maximum over ranks of compute + codec + comm; None when unknown.
         wire_bytes: bytes one rank sent in the timed step, maximum over ranks.
-        dense_bytes: bytes one rank would have sent in the timed step without pruning.
+        dense_bytes: bytes one rank would have sent in the timed step without pruning; 0: unknown.
+        skew_time_s: how long the first to arrive waited for the last; None when unknown.
     """
 
     step: int
@@ -131,6 +133,7 @@ class StepSignals:
     step_time_s: float | None
     wire_bytes: int
     dense_bytes: int
+    skew_time_s: float | None = None
 
 
 class Cause(str, enum.Enum):
@@ -141,6 +144,8 @@ class Cause(str, enum.Enum):
     PERFORMANCE_MISSED = "performance_missed"
     OVER_BUDGET = "over_budget"
     NETWORK_CHANGED = "network_changed"
+    BUDGET_ROOM = "budget_room"
+    DENSE_CHEAPER = "dense_cheaper"
     HOLD = "hold"
     IDLE = "idle"
 
@@ -158,6 +163,8 @@ class Decision:
         performance: P(t); None while the window is not full.
         budget_s: the step time budget that was applied, seconds; None while unknown.
         network_changed: the change detector fired on the signals of this decision.
+        predicted_step_s: what the model expects of this step, seconds; None: nothing was predicted.
+        rate_bytes_per_s: the link's rate as the model sees it; None while unknown.
     """
 
     step: int
@@ -167,6 +174,8 @@ class Decision:
     performance: float | None
     budget_s: float | None
     network_changed: bool
+    predicted_step_s: float | None = None
+    rate_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

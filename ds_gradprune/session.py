@@ -15,7 +15,6 @@ from the same numbers and no rank asks another.
 from __future__ import annotations
 
 import dataclasses
-import math
 import struct
 import time
 import zlib
@@ -39,6 +38,7 @@ from ds_gradprune.records import (
     Totals,
 )
 from ds_gradprune.reducer import Reducer
+from ds_gradprune.signals import aggregate
 from ds_gradprune.sparsify import layout_of
 from ds_gradprune.stats import ring_all_reduce_bytes
 from ds_gradprune.transport.base import Transport
@@ -180,7 +180,12 @@ class PruningSession:
             )
         used = self.decision
         timed = self._measure(used.density)
-        signals = _aggregate(self._headers, self._timed)
+        signals = aggregate(
+            self._headers[0].step,
+            [header.signals for header in self._headers],
+            None if self._timed is None else self._timed.density,
+            0 if self._timed is None else self._timed.dense_bytes,
+        )
         self._state, self.decision = controller.update(
             self._law_config, self._state, self._before_next(signals)
         )
@@ -245,7 +250,7 @@ class PruningSession:
         self.check_state(state)
         self.step = int(state["step"])
         self._agreement = int(state["agreement"])
-        self._state = controller.ControllerState.from_json(state["controller"])
+        self._state = controller.restore(self.config, state["controller"])
         decision = dict(state["decision"])
         self.decision = Decision(**(decision | {"cause": Cause(decision["cause"])}))
         self._timed = None if state["timed"] is None else Timed(**state["timed"])
@@ -324,32 +329,6 @@ class PruningSession:
 
     def _add_layout(self, shapes: tuple[torch.Size, ...]) -> None:
         self._layouts.append((shapes, layout_of(shapes, self.config.min_numel)))
-
-
-def _aggregate(headers: list[Header], timed: Timed | None) -> StepSignals:
-    """All ranks' signals as one record; every rank computes the same from the same headers."""
-    ranks = [header.signals for header in headers]
-    losses = [signals.loss for signals in ranks if signals.loss is not None]
-    finite = all(math.isfinite(loss) for loss in losses)
-    complete = len(losses) == len(ranks) and finite
-    compute = [s.compute_time_s for s in ranks if s.compute_time_s is not None]
-    known = timed is not None and len(compute) == len(ranks)
-    return StepSignals(
-        step=headers[0].step,
-        loss=sum(losses) / len(losses) if complete else None,
-        nonfinite=not finite or any(signals.nonfinite for signals in ranks),
-        timed_density=timed.density if known and timed is not None else None,
-        compute_time_s=max(compute) if known else None,
-        codec_time_s=max(signals.codec_time_s for signals in ranks),
-        comm_time_s=min(signals.comm_time_s for signals in ranks),
-        step_time_s=max(
-            c + s.codec_time_s + s.comm_time_s for c, s in zip(compute, ranks, strict=True)
-        )
-        if known
-        else None,
-        wire_bytes=max(signals.wire_bytes for signals in ranks),
-        dense_bytes=0 if timed is None else timed.dense_bytes,
-    )
 
 
 def _report(used: Decision, timed: Timed, signals: StepSignals, decision: Decision) -> StepReport:

@@ -33,7 +33,7 @@ def point(**fields: Any) -> dict[str, Any]:
 
 def test_empty_block_gives_the_documented_defaults() -> None:
     config = load({})
-    assert (config.enabled, config.prune, config.controller) == (True, "gradient", "stepwise")
+    assert (config.enabled, config.prune, config.controller) == (True, "gradient", "predictive")
     assert (config.warmup_steps, config.ramp_steps, config.window_size) == (200, 100, 128)
     assert (config.density.initial, config.density.min, config.density.max) == (0.05, 0.001, 0.25)
     assert config.step_time_budget_s is None
@@ -172,7 +172,6 @@ def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) 
 @pytest.mark.parametrize(
     ("name", "value", "today"),
     [
-        ("controller", "predictive", '"stepwise"'),
         ("exchange", "owner_reduce", '"all_gather" or "auto"'),
         ("exchange", "two_level", '"all_gather" or "auto"'),
         ("two_level", True, '"auto" or false'),

@@ -1,11 +1,11 @@
-"""States, signals and configurations for the tests of the control law."""
+"""States, signals and configurations for the tests of the law "stepwise"."""
 
 from __future__ import annotations
 
 import math
 
 from ds_gradprune.config import DensityConfig, GradientPruningConfig
-from ds_gradprune.controller import ControllerState
+from ds_gradprune.controller.stepwise import StepwiseState
 from ds_gradprune.link import LinkState, observe
 from ds_gradprune.performance import PerformanceState
 from ds_gradprune.records import CHUNK_NUMEL, StepSignals
@@ -21,6 +21,7 @@ RISING = (2.0, 2.1, 2.2, 2.3, 2.4)  # P after one more loss of 2.5: missed
 
 def make_config(**fields):
     base = {
+        "controller": "stepwise",
         "warmup_steps": 0,
         "ramp_steps": 0,
         "window_size": WINDOW,
@@ -31,7 +32,7 @@ def make_config(**fields):
 
 
 def make_state(k=K, *, losses=FALLING, step_times_s=(0.2, 0.2), **fields):
-    return ControllerState(
+    return StepwiseState(
         density=k / CHUNK_NUMEL,
         performance=PerformanceState(losses),
         step_times_s=step_times_s,

@@ -1,9 +1,6 @@
-"""The control law: one step's signals in, the density of the next step out.
+"""The law "stepwise": the order of decisions taken literally, one factor at a time.
 
-Pure: no clock, no torch.distributed, no logging, no global state. All ranks call it with the same
-signals and so reach the same decision without talking. Knows nothing of tensors.
-
-The law "stepwise", in its order:
+In its order:
 
 1. step <= warmup_steps: dense.
 2. For ramp_steps steps the density falls geometrically from density.max to density.initial.
@@ -18,11 +15,12 @@ Steps 1 and 2 go by the step number alone. In a step with a non-finite gradient 
 changes nothing. Times lag: the signals of a step carry the times of the step before, so only times
 measured at the density that is in force count, and three of them before rule 4 prunes.
 
-Known weaknesses. Rule 3: on any plateau, so at the end of training, P is 0 plus or minus noise for
-every density; a target of 0 is missed in about half of the steps and the density climbs to
-density.max. Set the target below the noise (-0.2 at window_size 128, form "edge") or lower
-density.max. Rule 4: two stalls among three steps look like a missed budget, and what they cost does
-not come back before the network changes or P misses.
+Known weaknesses, which "predictive" answers. Rule 3: on any plateau, so at the end of training, P
+is 0 plus or minus noise for every density; a target of 0 is missed in about half of the steps and
+the density climbs to density.max. Set the target below the noise (-0.2 at window_size 128, form
+"edge") or lower density.max. Rule 4: two stalls among three steps look like a missed budget, and
+what they cost does not come back before the network changes or P misses. And it never goes dense
+where pruning does not pay.
 """
 
 from __future__ import annotations
@@ -30,10 +28,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from ds_gradprune import link, performance
 from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.controller.base import (
+    COMPUTE_WINDOW_STEPS,
+    automatic_budget_s,
+    keep_last,
+    kept_per_chunk,
+    median,
+    schedule,
+    target_at,
+)
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.records import CHUNK_NUMEL, Cause, Decision, StepSignals
 
@@ -43,15 +50,12 @@ STEP_FACTOR = 0.7
 CONFIRM_STEPS = 3
 """Step times at one density before it is called over budget; their median stands one outlier."""
 
-BUDGET_FACTOR = 1.1
-"""Without a budget of the user's, a step may take this many times its computation."""
-
-COMPUTE_WINDOW_STEPS = 16
-"""Compute times behind the automatic budget."""
+LAW = "stepwise"
+"""Its name in the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
-class ControllerState:
+class StepwiseState:
     """Everything the law remembers. The position in warm-up and ramp is the step number itself.
 
     Attributes:
@@ -76,6 +80,7 @@ class ControllerState:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; `from_json` restores an equal state."""
         return {
+            "law": LAW,
             "density": self.density,
             "performance": self.performance.to_json(),
             "link": self.link.to_json(),
@@ -86,7 +91,7 @@ class ControllerState:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ControllerState:
+    def from_json(cls, data: Mapping[str, Any]) -> StepwiseState:
         """The state that `to_json` wrote.
 
         Raises:
@@ -120,24 +125,7 @@ class _Choice(NamedTuple):
     pressed: bool = False
 
 
-def kept_per_chunk(density: float) -> int:
-    """Elements kept of each chunk: k = max(1, ceil(density * CHUNK_NUMEL)).
-
-    Args:
-        density: kept / all, in (0, 1].
-
-    Returns:
-        k, 1 .. CHUNK_NUMEL. k == CHUNK_NUMEL is the dense path.
-
-    Raises:
-        ValueError: the density is out of range.
-    """
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must be in (0, 1], got {density!r}.")
-    return max(1, math.ceil(density * CHUNK_NUMEL))
-
-
-def start(config: GradientPruningConfig) -> tuple[ControllerState, Decision]:
+def start(config: GradientPruningConfig) -> tuple[StepwiseState, Decision]:
     """The state before any step, and the decision for step 1.
 
     Args:
@@ -146,7 +134,7 @@ def start(config: GradientPruningConfig) -> tuple[ControllerState, Decision]:
     Returns:
         State and decision.
     """
-    choice = _schedule(config, 1)
+    choice = schedule(config, 1)
     assert choice is not None  # step 1 is always before the law begins
     density = choice.k / CHUNK_NUMEL
     decision = Decision(
@@ -158,12 +146,12 @@ def start(config: GradientPruningConfig) -> tuple[ControllerState, Decision]:
         budget_s=config.step_time_budget_s,
         network_changed=False,
     )
-    return ControllerState(density=density), decision
+    return StepwiseState(density=density), decision
 
 
 def update(
-    config: GradientPruningConfig, state: ControllerState, signals: StepSignals
-) -> tuple[ControllerState, Decision]:
+    config: GradientPruningConfig, state: StepwiseState, signals: StepSignals
+) -> tuple[StepwiseState, Decision]:
     """Take in one step's signals and decide for the step after it.
 
     Args:
@@ -176,7 +164,8 @@ def update(
     """
     state, known = _take_in(config, state, signals)
     step = signals.step + 1
-    choice = _schedule(config, step) or _law(config, state, signals, known)
+    scheduled = schedule(config, step)
+    choice = _Choice(*scheduled) if scheduled else _law(config, state, signals, known)
     reason = choice.reason
     if known.estimate.changed is not None:
         reason += f"; the network became {known.estimate.changed}{_rate(known.estimate)}"
@@ -191,7 +180,7 @@ def update(
         network_changed=known.estimate.changed is not None,
     )
     # Spelled out: dataclasses.replace would cost as much as the law itself.
-    state = ControllerState(
+    state = StepwiseState(
         density=density,
         performance=state.performance,
         link=state.link,
@@ -212,8 +201,8 @@ class _Known(NamedTuple):
 
 
 def _take_in(
-    config: GradientPruningConfig, state: ControllerState, signals: StepSignals
-) -> tuple[ControllerState, _Known]:
+    config: GradientPruningConfig, state: StepwiseState, signals: StepSignals
+) -> tuple[StepwiseState, _Known]:
     """Move the windows on by one step, in warm-up and ramp as well."""
     losses, p = performance.observe(
         state.performance,
@@ -225,17 +214,14 @@ def _take_in(
     links, estimate = link.observe(
         state.link, signals.comm_time_s if is_timed else None, signals.wire_bytes
     )
-    computes_s = state.compute_times_s
-    if is_timed and _is_time(signals.compute_time_s):
-        computes_s = (*computes_s, signals.compute_time_s)[-COMPUTE_WINDOW_STEPS:]
-    budget_s = config.step_time_budget_s
-    if budget_s is None and computes_s:
-        budget_s = BUDGET_FACTOR * _median(computes_s)
+    compute_s = signals.compute_time_s if is_timed else None
+    computes_s = keep_last(state.compute_times_s, compute_s, COMPUTE_WINDOW_STEPS)
+    budget_s = automatic_budget_s(config, computes_s)
     # Times from before a change are those of another network.
     steps_s = () if estimate.changed is not None else state.step_times_s
-    if signals.timed_density == state.density and _is_time(signals.step_time_s):
-        steps_s = (*steps_s, signals.step_time_s)[-CONFIRM_STEPS:]
-    state = ControllerState(
+    if signals.timed_density == state.density:
+        steps_s = keep_last(steps_s, signals.step_time_s, CONFIRM_STEPS)
+    state = StepwiseState(
         density=state.density,
         performance=losses,
         link=links,
@@ -247,32 +233,8 @@ def _take_in(
     return state, _Known(p, budget_s, estimate)
 
 
-def _schedule(config: GradientPruningConfig, step: int) -> _Choice | None:
-    """Warm-up and ramp; None once the law decides.
-
-    With ramp_steps 0 the first step after warm-up still belongs here: nothing has been measured
-    at a pruned density yet.
-    """
-    if step <= config.warmup_steps:
-        return _Choice(
-            CHUNK_NUMEL, Cause.WARMUP, f"warm-up step {step} of {config.warmup_steps}: dense"
-        )
-    position = step - config.warmup_steps
-    if position > max(1, config.ramp_steps):
-        return None
-    first, last = config.density.max, config.density.initial
-    density = last
-    if position < config.ramp_steps:
-        density = first * (last / first) ** ((position - 1) / (config.ramp_steps - 1))
-    k = max(kept_per_chunk(last), min(kept_per_chunk(first), kept_per_chunk(density)))
-    reason = f"ramp step {position} of {config.ramp_steps}: density {k / CHUNK_NUMEL:.4f}"
-    if config.ramp_steps == 0:
-        reason = f"start of pruning: density {k / CHUNK_NUMEL:.4f}"
-    return _Choice(k, Cause.RAMP, reason)
-
-
 def _law(
-    config: GradientPruningConfig, state: ControllerState, signals: StepSignals, known: _Known
+    config: GradientPruningConfig, state: StepwiseState, signals: StepSignals, known: _Known
 ) -> _Choice:
     """Rules 3 to 5."""
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
@@ -287,7 +249,7 @@ def _law(
 
     if signals.nonfinite:
         return hold("a gradient or the loss is not finite")
-    p, target = known.performance, config.performance_target
+    p, target = known.performance, target_at(config, signals.step)
     if p is not None and p < target:
         k_next = _less_pruned(k, k_max)
         reason = f"P {p:.2f} misses its target {target:g}: {_move(k, k_next, 'density.max')}"
@@ -301,7 +263,7 @@ def _law(
     if not state.step_times_s:
         return hold(f"{learning}, no step time at this density yet")
 
-    step_s, samples = _median(state.step_times_s), len(state.step_times_s)
+    step_s, samples = median(state.step_times_s), len(state.step_times_s)
     if step_s > budget_s:
         over = f"step {step_s:.3f} s over its budget of {budget_s:.3f} s"
         if samples < CONFIRM_STEPS and not pressed:
@@ -327,7 +289,7 @@ def _law(
 
 
 def _predict_step_s(
-    state: ControllerState,
+    state: StepwiseState,
     signals: StepSignals,
     estimate: link.LinkEstimate,
     k: int,
@@ -365,13 +327,3 @@ def _rate(estimate: link.LinkEstimate) -> str:
     if estimate.seconds_per_byte is None:
         return ""
     return f", now {1e-6 / estimate.seconds_per_byte:.3g} MB/s"
-
-
-def _is_time(time_s: float | None) -> TypeGuard[float]:
-    return time_s is not None and math.isfinite(time_s) and time_s > 0.0
-
-
-def _median(values: tuple[float, ...]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])

@@ -1,4 +1,4 @@
-"""Properties of the control law over whole runs, and a closed loop over a simulated link."""
+"""Properties of the law "stepwise" over whole runs, and a closed loop over a simulated link."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_gradprune.config import DensityConfig
-from ds_gradprune.controller import ControllerState, kept_per_chunk, start, update
+from ds_gradprune.controller.base import kept_per_chunk
+from ds_gradprune.controller.stepwise import StepwiseState, start, update
 from ds_gradprune.records import CHUNK_NUMEL, Cause
 from tests.helpers.control import (
     DENSITY,
@@ -91,7 +92,7 @@ def test_pure_and_goes_on_alike_after_json(config, history, cut) -> None:
     snapshot = before.to_json()
     assert update(config, before, signals) == (state, decision)
     assert before.to_json() == snapshot
-    restored = ControllerState.from_json(json.loads(json.dumps(state.to_json())))
+    restored = StepwiseState.from_json(json.loads(json.dumps(state.to_json())))
     assert restored == state
     for _, signals, expected_state, expected_decision in once[cut + 1 :]:
         restored, decision = update(config, restored, signals)

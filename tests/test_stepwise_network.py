@@ -1,11 +1,11 @@
-"""What the control law does about a change of the network, case by case."""
+"""What the law "stepwise" does about a change of the network, case by case."""
 
 import dataclasses
 
 import pytest
 
 from ds_gradprune.config import DensityConfig
-from ds_gradprune.controller import update
+from ds_gradprune.controller.stepwise import update
 from ds_gradprune.link import LinkState, observe
 from ds_gradprune.records import CHUNK_NUMEL, Cause
 from tests.helpers.control import (

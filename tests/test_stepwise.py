@@ -1,17 +1,13 @@
-"""The control law, case by case: schedule, decision table, which times count, bounds, state."""
+"""The law "stepwise", case by case: schedule, decision table, which times count, bounds, state."""
 
 import math
 
 import pytest
 
 from ds_gradprune.config import DensityConfig
-from ds_gradprune.controller import (
-    COMPUTE_WINDOW_STEPS,
-    ControllerState,
-    kept_per_chunk,
-    start,
-    update,
-)
+from ds_gradprune.controller import kept_per_chunk, start, update
+from ds_gradprune.controller.base import COMPUTE_WINDOW_STEPS
+from ds_gradprune.controller.stepwise import StepwiseState
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.records import CHUNK_NUMEL, Cause
 from tests.helpers.control import (
@@ -371,11 +367,11 @@ def test_kept_per_chunk() -> None:
         [],
         {"density": 2.0},
         {"density": "x"},
-        ControllerState(density=0.5).to_json() | {"compute_times_s": 3},
-        ControllerState(density=0.5).to_json() | {"link": {}},
-        ControllerState(density=0.5).to_json() | {"performance": None},
+        StepwiseState(density=0.5).to_json() | {"compute_times_s": 3},
+        StepwiseState(density=0.5).to_json() | {"link": {}},
+        StepwiseState(density=0.5).to_json() | {"performance": None},
     ],
 )
 def test_damaged_state_is_refused(data) -> None:
     with pytest.raises(CheckpointError, match="must be"):
-        ControllerState.from_json(data)
+        StepwiseState.from_json(data)

@@ -1,0 +1,106 @@
+"""What both laws share: the schedule before the law, the integer ladder, the automatic budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeGuard
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.records import CHUNK_NUMEL, Cause
+
+BUDGET_FACTOR = 1.1
+"""Without a budget of the user's, a step may take this many times its computation."""
+
+COMPUTE_WINDOW_STEPS = 16
+"""Compute times behind the automatic budget."""
+
+
+class Choice(NamedTuple):
+    """What a rule wants: kept elements per chunk, and why."""
+
+    k: int
+    cause: Cause
+    reason: str
+
+
+def kept_per_chunk(density: float) -> int:
+    """Elements kept of each chunk: k = max(1, ceil(density * CHUNK_NUMEL)).
+
+    Args:
+        density: kept / all, in (0, 1].
+
+    Returns:
+        k, 1 .. CHUNK_NUMEL. k == CHUNK_NUMEL is the dense path.
+
+    Raises:
+        ValueError: the density is out of range.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must be in (0, 1], got {density!r}.")
+    return max(1, math.ceil(density * CHUNK_NUMEL))
+
+
+def schedule(config: GradientPruningConfig, step: int) -> Choice | None:
+    """Warm-up and ramp; None once the law decides.
+
+    With ramp_steps 0 the first step after warm-up still belongs here: nothing has been measured
+    at a pruned density yet.
+    """
+    if step <= config.warmup_steps:
+        return Choice(
+            CHUNK_NUMEL, Cause.WARMUP, f"warm-up step {step} of {config.warmup_steps}: dense"
+        )
+    position = step - config.warmup_steps
+    if position > max(1, config.ramp_steps):
+        return None
+    first, last = config.density.max, config.density.initial
+    density = last
+    if position < config.ramp_steps:
+        density = first * (last / first) ** ((position - 1) / (config.ramp_steps - 1))
+    k = max(kept_per_chunk(last), min(kept_per_chunk(first), kept_per_chunk(density)))
+    reason = f"ramp step {position} of {config.ramp_steps}: density {k / CHUNK_NUMEL:.4f}"
+    if config.ramp_steps == 0:
+        reason = f"start of pruning: density {k / CHUNK_NUMEL:.4f}"
+    return Choice(k, Cause.RAMP, reason)
+
+
+def target_at(config: GradientPruningConfig, step: int) -> float:
+    """The performance target of one step: the last point of its schedule that has begun.
+
+    Args:
+        config: the validated block.
+        step: optimizer step, counted from 1.
+
+    Returns:
+        What P(t) must reach.
+    """
+    points = config.performance_target_schedule or ()
+    begun = (point.target for point in reversed(points) if point.step <= step)
+    return next(begun, config.performance_target)
+
+
+def keep_last(values: tuple[float, ...], value: float | None, most: int) -> tuple[float, ...]:
+    """The values and one more, if it is a time, cut to the newest."""
+    return (*values, value)[-most:] if is_time(value) else values
+
+
+def automatic_budget_s(
+    config: GradientPruningConfig, compute_times_s: tuple[float, ...]
+) -> float | None:
+    """The user's budget, or BUDGET_FACTOR times the median computation; None while unknown."""
+    if config.step_time_budget_s is not None or not compute_times_s:
+        return config.step_time_budget_s
+    return BUDGET_FACTOR * median(compute_times_s)
+
+
+def is_time(time_s: float | None) -> TypeGuard[float]:
+    """Finite and above 0."""
+    return time_s is not None and math.isfinite(time_s) and time_s > 0.0
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the two."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])

@@ -1,0 +1,114 @@
+"""What a density would cost, and the highest one that the budget affords. Pure.
+
+The model of one step: computation + codec + overhead + seconds_per_byte * bytes(k), where bytes(k)
+is a straight line: a payload is a header, the dense segments, and so many bits per kept element. A
+dense step has no codec and its own bytes; that its collective moves a byte in another time than the
+gather does is a factor, measured.
+
+The allowance for communication is what the budget leaves. As exchanges and computation scatter, the
+plan leaves `MARGIN` standard deviations of the two together, so the steps that miss are the ones
+that no density could have known of. It is used up: a lower density would be slower learning bought
+for nothing.
+
+Densities come from a ladder: whole k with five significant bits, 1 to 31, then steps of 3 to 6 %.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ds_gradprune.records import CHUNK_NUMEL
+
+MARGIN = 2.0
+"""Standard deviations of a step's time between the plan and the budget."""
+
+_SPREAD_MOST = 0.15
+"""Scatter of the computation counts up to this share of the allowance."""
+
+_LADDER_BITS = 5
+
+
+class Prices(NamedTuple):
+    """What things cost now.
+
+    Attributes:
+        compute_s: forward, backward, optimizer of the slowest rank, median.
+        spread_s: standard deviation of it; 0.0 where the budget is relative to it.
+        codec_s: of a pruned step.
+        overhead_s: of an exchange, whatever its size.
+        seconds_per_byte: of a pruned exchange, on top of it.
+        noise: standard deviation of the logarithm of an exchange's time.
+        fixed_bytes: of a pruned exchange, whatever k.
+        bytes_per_k: on top, for every kept element per chunk.
+        dense_bytes: of a dense exchange.
+        dense_factor: seconds per byte of a dense exchange over those of a pruned one.
+    """
+
+    compute_s: float
+    spread_s: float
+    codec_s: float
+    overhead_s: float
+    seconds_per_byte: float
+    noise: float
+    fixed_bytes: float
+    bytes_per_k: float
+    dense_bytes: float
+    dense_factor: float
+
+    def comm_s(self, k: int) -> float:
+        """Of an exchange with k kept elements per chunk; CHUNK_NUMEL: dense."""
+        if k == CHUNK_NUMEL:
+            return self.overhead_s + self.seconds_per_byte * self.dense_factor * self.dense_bytes
+        return self.overhead_s + self.seconds_per_byte * (self.fixed_bytes + self.bytes_per_k * k)
+
+    def step_s(self, k: int) -> float:
+        """Of a typical step."""
+        return self.compute_s + (0.0 if k == CHUNK_NUMEL else self.codec_s) + self.comm_s(k)
+
+    def fits(self, k: int, budget_s: float, margin: float = MARGIN) -> bool:
+        """A step with k stays within the budget, `margin` standard deviations included."""
+        comm_s = self.comm_s(k)
+        step_s = self.compute_s + (0.0 if k == CHUNK_NUMEL else self.codec_s) + comm_s
+        if step_s > budget_s:
+            return False
+        spread_s = min(self.spread_s, _SPREAD_MOST * (budget_s - self.compute_s))
+        return step_s + margin * math.hypot(self.noise * comm_s, spread_s) <= budget_s
+
+    def affordable_k(self, budget_s: float, k_min: int, k_max: int) -> int:
+        """The highest k that fits, on the ladder; k_min if none does."""
+        allowance_s = budget_s - self.compute_s - self.codec_s
+        spread_s = min(self.spread_s, _SPREAD_MOST * max(0.0, budget_s - self.compute_s))
+        # comm + MARGIN * hypot(noise * comm, spread) = allowance, solved for comm.
+        a = 1.0 - (MARGIN * self.noise) ** 2
+        square = allowance_s**2 - a * (allowance_s**2 - (MARGIN * spread_s) ** 2)
+        comm_s = (allowance_s - math.sqrt(max(0.0, square))) / a
+        wire_bytes = (comm_s - self.overhead_s) / self.seconds_per_byte
+        k = (wire_bytes - self.fixed_bytes) / self.bytes_per_k
+        return max(k_min, min(k_max, ladder(int(max(1.0, min(k, CHUNK_NUMEL - 1.0))))))
+
+
+def ladder(k: int) -> int:
+    """The highest k' <= k that has five significant bits."""
+    shift = max(0, k.bit_length() - _LADDER_BITS)
+    return (k >> shift) << shift
+
+
+def line_through(sizes: tuple[tuple[int, int], ...]) -> tuple[float, float]:
+    """Bytes of an exchange as a line in k.
+
+    Args:
+        sizes: (k, bytes) of the newest pruned exchange, then of one with another k. With one alone
+            all bytes count as growing with k.
+
+    Returns:
+        Fixed bytes, >= 0, and bytes per k, > 0.
+    """
+    k, wire_bytes = sizes[0]
+    most = wire_bytes / k
+    if len(sizes) == 1:
+        return 0.0, most
+    other_k, other_bytes = sizes[1]
+    # A payload cannot cost less than nothing, nor grow faster than in proportion.
+    slope = max(1e-3 * most, min((wire_bytes - other_bytes) / (k - other_k), most))
+    return wire_bytes - slope * k, slope
