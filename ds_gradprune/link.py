@@ -31,11 +31,10 @@ tests/test_link.py repeats.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ds_gradprune.errors import CheckpointError
 
@@ -81,8 +80,7 @@ _MAX_OVERHEAD_SHARE = 0.5
 noise of the rest grows by its inverse at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class SizeMedian:
+class SizeMedian(NamedTuple):
     """What exchanges of about one size took.
 
     Attributes:
@@ -98,8 +96,7 @@ class SizeMedian:
     seen: int
 
 
-@dataclass(frozen=True, slots=True)
-class LinkState:
+class LinkState(NamedTuple):
     """Everything the model remembers.
 
     Attributes:
@@ -126,7 +123,7 @@ class LinkState:
         """Plain JSON types; `from_json` restores an equal state."""
         return {
             "samples": [list(sample) for sample in self.samples],
-            "sizes": [list(dataclasses.astuple(size)) for size in self.sizes],
+            "sizes": [list(size) for size in self.sizes],
             "overhead_s": self.overhead_s,
             "seen": self.seen,
             "slower": self.slower,
@@ -322,7 +319,7 @@ def _fit(state: LinkState, wire_bytes: int) -> LinkState:
     if large.wire_bytes >= _MIN_SPREAD * small.wire_bytes:
         slope = (large.time_s - small.time_s) / (large.wire_bytes - small.wire_bytes)
         overhead_s = min(max(0.0, small.time_s - slope * small.wire_bytes), small.time_s)
-    return dataclasses.replace(state, sizes=tuple(sizes), overhead_s=overhead_s)
+    return state._replace(sizes=tuple(sizes), overhead_s=overhead_s)
 
 
 def _estimate(state: LinkState, changed: Change | None) -> LinkEstimate:

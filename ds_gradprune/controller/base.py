@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
@@ -24,6 +25,7 @@ class Choice(NamedTuple):
     reason: str
 
 
+@functools.lru_cache(maxsize=1024)
 def kept_per_chunk(density: float) -> int:
     """Elements kept of each chunk: k = max(1, ceil(density * CHUNK_NUMEL)).
 

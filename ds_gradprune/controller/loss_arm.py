@@ -3,15 +3,16 @@
 P(t) is noise around 0 on any plateau, so at the end of every training. Therefore:
 
 - P misses its target only where it lies below it by more than its noise (`performance.noise`, which
-  scales with the window): 3.3 standard deviations once, or 2.6 in two evaluations in a row, one
+  scales with the window): 4 standard deviations once, or 3 in two evaluations in a row, one
   every M / 8 losses.
 - A miss doubles the density. That is worth its time only if it helps, so the hold is bounded: after
   M / 2 losses at the new density they are judged alone. P holds among them: back to the budget. P
   misses still: double again, three times at most. Then the density is not what is wrong: back to
   the budget, and rest for 4 M losses, in which only twice the deviation counts.
 
-A loss that jumps (above the median by 6 robust standard deviations) and a step with a gradient that
-is not finite set a guard of 8 steps, in which nothing but a change of the network prunes more.
+A loss that leaps (above the median of 64 by 6 robust standard deviations) enters the window as that
+bound: one bad batch is no trend, and many of them still are. It and a step with a gradient that is
+not finite set a guard of 8 steps, in which nothing but a change of the network prunes more.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 from ds_gradprune import performance
 from ds_gradprune.performance import Form, PerformanceState
 
-STRONG, WEAK, HELD = 3.3, 2.6, 2.0
-"""Standard deviations of P below the target: missed at once, missed if twice, still held."""
+STRONG, WEAK, HELD = 4.0, 3.0, 1.0
+"""Standard deviations of P below the target: missed at once, missed if twice, held again."""
 
 MOST_RAISES = 3
 """Each doubles the density."""
@@ -91,12 +92,34 @@ class Verdict(NamedTuple):
     text: str
 
 
+def clipped(losses: tuple[float, ...], loss: float) -> tuple[float, bool]:
+    """A loss as it enters the window, and whether it leapt.
+
+    Args:
+        losses: those before it.
+        loss: the newest one.
+
+    Returns:
+        The loss, or the bound that it leapt over, and which it is. Nan is returned as it is.
+    """
+    before = losses[-_SPIKE_NUMEL:]
+    if len(before) < _SPIKE_LEAST or not loss > max(before):
+        return loss, False
+    middle = sorted(before)[len(before) // 2]
+    spread = sorted([abs(x - middle) for x in before])[len(before) // 2]
+    bound = middle + _SPIKE * _NORMAL * max(spread, 1e-6 * abs(middle))
+    # A loss that rises steadily in small steps leaves its median behind, and is no spike.
+    bound = max(bound, max(before))
+    return (bound, True) if loss > bound else (loss, False)
+
+
 def judge(
     arm: ArmState,
     window: PerformanceState,
     p: float | None,
     *,
-    loss: float | None,
+    is_known: bool,
+    is_spike: bool,
     is_nonfinite: bool,
     target: float,
     window_size: int,
@@ -108,7 +131,8 @@ def judge(
         arm: what is known so far.
         window: the losses, the newest included.
         p: P(t) over the whole window; None while unknown.
-        loss: the newest loss; None: it is unknown and did not enter the window.
+        is_known: the newest loss is known and entered the window.
+        is_spike: it leapt, see `clipped`.
         is_nonfinite: some gradient or loss of the step is not finite.
         target: what P must reach.
         window_size: M.
@@ -121,9 +145,9 @@ def judge(
     if is_nonfinite:
         return arm._replace(guard=GUARD_STEPS), Verdict(None, text)
     guard = max(0, arm.guard - 1)
-    if loss is None:
+    if not is_known:
         return arm if guard == arm.guard else arm._replace(guard=guard), Verdict(None, text)
-    if _is_spike(window.losses, loss):
+    if is_spike:
         guard = GUARD_STEPS
     arm = ArmState(
         wait=max(0, arm.wait - 1),
@@ -167,7 +191,7 @@ def _follow_up(
     assert p is not None  # so many losses are there
     noise = performance.noise(numel - 1, form)
     if p >= target - HELD * noise:
-        arm = arm._replace(raises=0, since=0, is_below=False, wait=max(1, window_size // 8))
+        arm = arm._replace(raises=0, since=0, is_below=False, wait=_half(window_size))
         return arm, Verdict("held", f"P {p:.2f} over the last {numel} losses holds again")
     if arm.raises < MOST_RAISES:
         text = f"P {p:.2f} over the last {numel} losses still misses its target {target:g}"
@@ -183,16 +207,6 @@ def _raised(arm: ArmState, window_size: int) -> ArmState:
 
 def _half(window_size: int) -> int:
     return max(5, window_size // 2)
-
-
-def _is_spike(losses: tuple[float, ...], loss: float) -> bool:
-    """Far above the losses before it; most losses are not even above the highest of those."""
-    before = losses[-_SPIKE_NUMEL - 1 : -1]
-    if len(before) < _SPIKE_LEAST or loss <= max(before):
-        return False
-    middle = sorted(before)[len(before) // 2]
-    spread = sorted([abs(x - middle) for x in before])[len(before) // 2]
-    return loss > middle + _SPIKE * _NORMAL * max(spread, 1e-6 * abs(middle))
 
 
 def _known(p: float | None, target: float, numel: int, window_size: int) -> str:

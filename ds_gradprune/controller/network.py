@@ -166,16 +166,20 @@ def prices_of(
         # The lower half alone: stragglers, which no density helps, sit in the upper one.
         spread_s = (ordered[len(ordered) // 2] - ordered[quarter]) / _QUARTILE
     fixed_bytes, bytes_per_k = line_through(state.sizes)
-    cost = reading.seconds_per_byte
+    cost, factor = reading.seconds_per_byte, state.dense_factor
+    if state.is_dense:
+        cost /= factor
+    elif state.dense_cost is not None:  # measured on the network as it is: better than a factor
+        factor = state.dense_cost / cost
     return Prices(
         compute_s=median(computes_s),
         spread_s=spread_s,
         codec_s=median(state.codec_times_s) if state.codec_times_s else 0.0,
         overhead_s=reading.overhead_s,
-        seconds_per_byte=cost / state.dense_factor if state.is_dense else cost,
+        seconds_per_byte=cost,
         noise=reading.noise,
         fixed_bytes=fixed_bytes,
         bytes_per_k=bytes_per_k,
         dense_bytes=float(state.dense_bytes),
-        dense_factor=state.dense_factor,
+        dense_factor=factor,
     )

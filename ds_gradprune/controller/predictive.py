@@ -50,6 +50,9 @@ UP_SHARE_CHANGED, UP_SHARE_REFINED = 1.1, 1.08
 """The same after a change of the network, and once after a move, when a whole window of exchanges
 has made the estimate better."""
 
+SOON_STEPS, UP_SHARE_SOON = 3, 1.5
+"""Exchanges after a move that suffice to rise again, if so much more fits: it was too timid."""
+
 REFINE_STEPS = 2 * meter.WINDOW_STEPS
 """After so many steps at a density there is nothing to refine."""
 
@@ -109,9 +112,12 @@ def update(
     net = observe(state.network, signals)
     compute_s = signals.compute_time_s if signals.timed_density is not None else None
     computes_s = keep_last(state.compute_times_s, compute_s, COMPUTE_STEPS)
+    loss, is_spike = None if signals.nonfinite else signals.loss, False
+    if loss is not None:
+        loss, is_spike = loss_arm.clipped(state.performance.losses, loss)
     losses, p = performance.observe(
         state.performance,
-        None if signals.nonfinite else signals.loss,
+        loss,
         window_size=config.window_size,
         form=config.performance_form,
     )
@@ -122,7 +128,7 @@ def update(
     if scheduled is not None:
         chosen = _Chosen(*scheduled)
     else:
-        arm, verdict = _ask_arm(config, state, signals, losses, p)
+        arm, verdict = _ask_arm(config, state, signals, losses, p, is_spike=is_spike)
         plan = _plan(config, state, net, prices, budget_s, is_guarded=arm.guard > 0)
         if signals.nonfinite and net.changed is None:
             plan = _Plan(_inside(config, state.plan_k))
@@ -152,13 +158,16 @@ def _ask_arm(
     signals: StepSignals,
     losses: performance.PerformanceState,
     p: float | None,
+    *,
+    is_spike: bool,
 ) -> tuple[loss_arm.ArmState, loss_arm.Verdict]:
     """What the losses ask for."""
     return loss_arm.judge(
         state.arm,
         losses,
         p,
-        loss=None if losses is state.performance else signals.loss,
+        is_known=losses is not state.performance,
+        is_spike=is_spike,
         is_nonfinite=signals.nonfinite,
         target=target_at(config, signals.step),
         window_size=config.window_size,
@@ -203,12 +212,15 @@ def _plan(
     share = UP_SHARE
     if net.changed == "faster":
         share = UP_SHARE_CHANGED
+    elif SOON_STEPS <= here < UP_STEPS > state.steps_here:
+        may_rise, share = True, UP_SHARE_SOON
     elif meter.WINDOW_STEPS <= here and state.steps_here < REFINE_STEPS:
         share = UP_SHARE_REFINED
     if k == CHUNK_NUMEL:
         return _from_dense(k, best, prices, budget_s, may_fall)
-    if prices.dense_bytes and (may_rise or net.changed is not None):
-        dense_s, best_s = prices.step_s(CHUNK_NUMEL), prices.step_s(best)
+    dense_s = prices.step_s(CHUNK_NUMEL)
+    if prices.dense_bytes and dense_s < max(now_s, budget_s) and (may_rise or net.changed):
+        best_s = prices.step_s(best)
         if prices.fits(CHUNK_NUMEL, budget_s):
             text = f"a dense step of {dense_s:.3f} s fits the budget of {budget_s:.3f} s"
             return _Plan(CHUNK_NUMEL, Cause.DENSE_CHEAPER, text)

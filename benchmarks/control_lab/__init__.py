@@ -1,0 +1,1 @@
+"""Control laws on simulated links and losses: traces, plant, laws, score, page."""

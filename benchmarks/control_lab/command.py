@@ -1,0 +1,137 @@
+"""The command line of benchmarks/control.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.control_lab import page, traces
+from benchmarks.control_lab.campaign import HOSTS, follow, run_all
+from benchmarks.control_lab.laws import NAMES
+from benchmarks.control_lab.traces import BEGIN_STEPS
+from benchmarks.peers.crew import ROOT
+from benchmarks.peers.page import commit, machine
+from benchmarks.peers.plots import load_pyplot
+from ds_gradprune.errors import ConfigError, GradPruneError
+
+DRAWN = ("predictive", "stepwise", "seed_0.7", "model_cusum")
+LEAST_STEPS = 3 * BEGIN_STEPS
+
+
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = flags.add_argument
+    add("--seeds", type=int, default=20, help="runs of each trace and number of hosts")
+    add("--steps", type=int, default=2000, help="of each run (default: 2000)")
+    add("--laws", default=",".join(NAMES), help=f"default: {','.join(NAMES)}")
+    add("--replay", type=Path, help="also a link recorded by benchmarks/control_bed.py --out")
+    add("--out", type=Path, help="JSON file; a page (.md) and a picture are put beside it")
+    add("--no-plots", action="store_true", help="draw nothing; needs no matplotlib")
+    return flags
+
+
+def check(flags: argparse.Namespace) -> list[str]:
+    """The names of the laws.
+
+    Raises:
+        ConfigError: a flag is out of range; lists every fault.
+    """
+    faults = []
+    names = [name.strip() for name in flags.laws.split(",") if name.strip()]
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        faults.append(f"--laws must be of {', '.join(NAMES)}, got {flags.laws!r}.")
+    if flags.seeds < 1:
+        faults.append(f"--seeds must be at least 1, got {flags.seeds}.")
+    if flags.steps < LEAST_STEPS:
+        faults.append(f"--steps must be at least {LEAST_STEPS}, got {flags.steps}.")
+    if faults:
+        raise ConfigError(faults)
+    return names
+
+
+def run(flags: argparse.Namespace) -> dict[str, Any]:
+    """Simulate, print the table, write the files.
+
+    Returns:
+        The document of the last line.
+
+    Raises:
+        GradPruneError: a flag is wrong, or matplotlib is missing where it is needed.
+    """
+    names = check(flags)
+    if flags.out is not None and not flags.no_plots:
+        load_pyplot()  # missing: say so now, not at the end
+    if flags.replay is not None:
+        traces.add_recorded(flags.replay)
+    began_s, at_start = time.monotonic(), machine()
+    laws = run_all(names, flags.seeds, flags.steps, _say)
+    print(page.text_table(page.rows_of(laws, page.COLUMNS, "law")))
+    for name in names[:1]:
+        print()
+        print(page.text_table(page.rows_of(laws[name]["links"], page.LINK_COLUMNS, name)))
+        print()
+        print(page.text_table(page.rows_of(laws[name]["losses"], page.LOSS_COLUMNS, name)))
+    print(page.NOTE)
+    if flags.out is not None:
+        setting = {
+            "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
+            "commit": commit(ROOT),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": at_start,
+            "duration_s": round(time.monotonic() - began_s),
+        }
+        write_files(flags, names, setting, laws)
+    shown = [key for key, _, _ in page.COLUMNS]
+    return {"laws": {name: {key: laws[name][key] for key in shown} for name in names}}
+
+
+def write_files(
+    flags: argparse.Namespace, names: list[str], setting: dict[str, Any], laws: dict[str, Any]
+) -> None:
+    """JSON, page and picture."""
+    out: Path = flags.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"setting": setting, "laws": laws}) + "\n", encoding="utf-8")
+    pictures = []
+    if not flags.no_plots:
+        drawn = [name for name in DRAWN if name in names] or names[:1]
+        courses = follow(drawn, "steps", HOSTS[0], 0, flags.steps)
+        pictures.append(out.with_suffix(".png"))
+        page.draw(courses, pictures[0])
+    at_start = setting["machine"]
+    facts = [
+        f"command: `{setting['command']}`, {setting['duration_s']} s",
+        f"commit {setting['commit']}, {setting['date']}",
+        f"{at_start['cpu']}, one thread; Linux {at_start['kernel']}, "
+        f"Python {platform.python_version()}; load average at the start: "
+        + ", ".join(f"{x:.1f}" for x in at_start["load_average"]),
+        f"{flags.seeds} seeds of each trace with {HOSTS[0]} and with {HOSTS[1]} hosts, "
+        f"{flags.steps} steps each; figures over all of them",
+    ]
+    page.write_page(out, facts, laws, pictures)
+
+
+def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
+    """Run the script; returns its exit code."""
+    flags = parser(description).parse_args(arguments)
+    try:
+        document = run(flags)
+    except GradPruneError as exc:
+        print(f"error: {exc}", file=sys.stderr, flush=True)
+        return 2
+    print(json.dumps(document), flush=True)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
