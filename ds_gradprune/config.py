@@ -100,7 +100,9 @@ class DensityConfig(_Block):
         default=0.001, description="the controller never goes below it; lower = fewer bytes"
     )
     max: Density = Field(
-        default=0.25, description="the controller never goes above it; the ramp begins here"
+        default=0.25,
+        description="the controller never goes above it, but to dense where that fits the budget "
+        "or is faster; the ramp begins here; min = max pins the density",
     )
 
 

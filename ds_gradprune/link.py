@@ -57,6 +57,9 @@ _BEYOND_STALL = math.log(4.1)
 _BEYOND_NOISE = math.log(1.5)
 """Two samples in a row this fast are no noise."""
 
+_LEAST_S, _MOST_S = 1e-9, 1e9
+"""No clock has measured less, no exchange lasts longer."""
+
 _SIMILAR = 1.1
 """Sizes within this factor are one size."""
 
@@ -185,7 +188,8 @@ def observe(
 
     Args:
         state: what is known so far.
-        comm_time_s: what the exchange took, seconds. None, 0 or not finite: ignored.
+        comm_time_s: what the exchange took, seconds. None, or nothing that a clock can have
+            measured: ignored.
         wire_bytes: bytes one rank sent in it. 0: ignored.
 
     Returns:
@@ -199,7 +203,7 @@ def watch(
     state: LinkState, comm_time_s: float | None, wire_bytes: int
 ) -> tuple[LinkState, Change | None]:
     """`observe` without the estimate: the new state, and whether the alarm was raised."""
-    if comm_time_s is None or not (math.isfinite(comm_time_s) and comm_time_s > 0.0):
+    if comm_time_s is None or not _LEAST_S <= comm_time_s <= _MOST_S:  # nan is not, either
         return state, None
     if wire_bytes <= 0:
         return state, None

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.control_lab import losses as loss_traces
@@ -178,7 +179,7 @@ def _courses(
     """The oracle's first, then those of all laws."""
     chance = draw(trace, hosts, seed)
     return [
-        run_law(name, make_law(name, trace, hosts), trace, losses, (hosts, seed), chance)
+        run_law(name, partial(make_law, name, trace, hosts), trace, losses, (hosts, seed), chance)
         for name in ("oracle", *names)
     ]
 

@@ -19,7 +19,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.control_lab.laws import Law, best_density
@@ -59,39 +59,44 @@ class Course:
 
 def run_law(
     name: str,
-    law: Law,
+    make: Callable[[], Law],
     trace: Trace,
     losses: tuple[str, list[float]],
     place: tuple[int, int],
     chance: Chance,
 ) -> Course:
-    """Let a law steer a run.
+    """Let a law steer a run, and then time it alone on the signals that it saw.
 
     Args:
         name: of the law.
-        law: at its start.
+        make: the law at its start.
         trace: the link.
         losses: their name, and one per step.
         place: hosts and seed.
         chance: what happens whoever steers.
     """
     hosts, seed = place
-    plant = Plant(trace, losses[1], hosts, chance)
-    densities, step_s, misses, evaluations, spent_ns = [], [], [], 0, 0
+    plant, law = Plant(trace, losses[1], hosts, chance), make()
+    densities, step_s, misses, evaluations, seen = [], [], [], 0, []
     for step in range(len(trace.rates)):
         density = law.density
         signals, took_s = plant.run_step(step, density)
         densities.append(density)
         step_s.append(took_s)
-        begin_ns = time.thread_time_ns()
+        seen.append(signals)
         law.update(signals)
-        spent_ns += time.thread_time_ns() - begin_ns
         evaluations += law.evaluated
         if law.missed:
             misses.append(step)
+    again = make()
+    begin_s = time.thread_time()
+    for signals in seen:
+        again.update(signals)
+    update_s = time.thread_time() - begin_s
+    assert again.density == law.density
     looks = None if law.missed is None else evaluations
     return Course(
-        name, trace.name, losses[0], hosts, seed, densities, step_s, misses, looks, spent_ns / 1e9
+        name, trace.name, losses[0], hosts, seed, densities, step_s, misses, looks, update_s
     )
 
 

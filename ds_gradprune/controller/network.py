@@ -172,7 +172,7 @@ def prices_of(
     elif state.dense_cost is not None:  # measured on the network as it is: better than a factor
         factor = state.dense_cost / cost
     return Prices(
-        compute_s=median(computes_s),
+        compute_s=ordered[len(ordered) // 2],
         spread_s=spread_s,
         codec_s=median(state.codec_times_s) if state.codec_times_s else 0.0,
         overhead_s=reading.overhead_s,

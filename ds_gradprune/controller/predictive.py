@@ -8,7 +8,8 @@
         |   plan: the highest density that the budget affords (`plan`), moved only
         |     down  when the model, with 0.8 standard deviations, is over budget
         |     up    when at least a quarter more fits
-        |     dense when dense fits the budget, or is faster than what pruning offers
+        |     dense when dense fits the budget, or is faster than what pruning offers, unless
+        |           density.min = density.max pins the density
         |   at once after a change of the network, otherwise after a handful of steps
         |
         |-- P(t) missed: the plan times 2, 4, 8 for a bounded time (`loss_arm`)
@@ -219,7 +220,8 @@ def _plan(
     if k == CHUNK_NUMEL:
         return _from_dense(k, best, prices, budget_s, may_fall)
     dense_s = prices.step_s(CHUNK_NUMEL)
-    if prices.dense_bytes and dense_s < max(now_s, budget_s) and (may_rise or net.changed):
+    is_worth_a_look = k_min < k_max and dense_s < max(now_s, budget_s)  # min = max pins it
+    if prices.dense_bytes and is_worth_a_look and (may_rise or net.changed):
         best_s = prices.step_s(best)
         if prices.fits(CHUNK_NUMEL, budget_s):
             text = f"a dense step of {dense_s:.3f} s fits the budget of {budget_s:.3f} s"

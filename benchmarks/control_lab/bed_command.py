@@ -1,0 +1,246 @@
+"""The command line of benchmarks/control_bed.py."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.control_lab.bed import Route, Trip, drive, summarize
+from benchmarks.control_lab.page import markdown_table, text_table
+from benchmarks.netbed import parse_rate
+from benchmarks.peers.command import LEARNING_RATES, open_place
+from benchmarks.peers.crew import ROOT, crew
+from benchmarks.peers.job import Recipe
+from benchmarks.peers.methods import parse_methods
+from benchmarks.peers.page import commit, machine
+from benchmarks.peers.plots import load_pyplot
+from ds_gradprune.errors import ConfigError, GradPruneError
+from ds_gradprune.textgen.model import SIZES
+from ds_gradprune.textgen.prepare import prepare
+
+OURS = "ours"
+HEADS = {
+    "wall_s": "all s",
+    "wall_s_to_loss": "s to the loss",
+    "val_loss": "val. loss",
+    "in_budget": "in budget",
+    "density_min": "least density",
+    "density_max": "most",
+    "changes": "changes",
+}
+
+
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = flags.add_argument
+    add("--hosts", type=int, default=2, help="2 to 8, one rank each (default: 2)")
+    add("--rates", default="1gbit,200mbit,50mbit,500mbit", help="of every link, in this order")
+    add("--by", choices=("steps", "time"), default="steps", help="what each rate lasts")
+    add("--each-s", type=float, default=60.0, help="--by time: seconds of training at each rate")
+    add("--static", default="0.2,0.05,0.01,0.002", help="static densities to compare with")
+    add("--model", default="nano", choices=sorted(SIZES), help="default: nano")
+    add("--steps", type=int, default=600, help="of each run (default: 600)")
+    add("--repeats", type=int, default=1, help="rounds, each with its own seed (default: 1)")
+    add("--text", type=Path, help="UTF-8 file or folder (default: the embedded text)")
+    add("--out", type=Path, help="JSON file; a page (.md) and a picture are put beside it")
+    add("--bed", choices=("netns", "none"), default="netns", help="none: loopback, unshaped")
+    add("--batch", type=int, default=4, help="sequences per rank and step (default: 4)")
+    add("--lr", type=float, help=f"for all methods (default, by model: {LEARNING_RATES})")
+    add("--beta2", type=float, default=0.99, help="of AdamW, for all methods (default: 0.99)")
+    add("--dense-steps", type=int, default=40, help="before pruning begins (default: 40)")
+    add("--eval-every", type=int, default=20, help="steps between validations (default: 20)")
+    add("--budget-s", type=float, help="step time budget of ours (default: its own default)")
+    add("--no-plots", action="store_true", help="draw nothing; needs no matplotlib")
+    return flags
+
+
+def make_route(flags: argparse.Namespace) -> Route:
+    """Which rate holds when.
+
+    Raises:
+        ConfigError: a flag is out of range; lists every fault.
+    """
+    faults = []
+    for name, least in (
+        ("hosts", 2),
+        ("steps", 8),
+        ("repeats", 1),
+        ("batch", 1),
+        ("eval_every", 1),
+    ):
+        if getattr(flags, name) < least:
+            shown = name.replace("_", "-")
+            faults.append(f"--{shown} must be at least {least}, got {getattr(flags, name)}.")
+    if not faults and flags.steps % flags.eval_every:
+        faults.append(f"--steps must be a multiple of --eval-every, got {flags.steps}.")
+    if not 2 <= flags.dense_steps <= flags.steps - 2:
+        faults.append(f"--dense-steps must be 2 to {flags.steps - 2}, got {flags.dense_steps}.")
+    if not flags.each_s > 0.0:
+        faults.append(f"--each-s must be above 0, got {flags.each_s:g}.")
+    if faults:
+        raise ConfigError(faults)
+    rates: tuple[str | None, ...] = (None,)
+    if flags.bed == "netns":
+        names = [rate.strip() for rate in flags.rates.split(",")]
+        rates = tuple(None if parse_rate(name) is None else name for name in names)
+    return Route(rates, flags.steps, flags.by, flags.each_s)
+
+
+def run(flags: argparse.Namespace) -> dict[str, Any]:
+    """Make all runs, print the table, write the files.
+
+    Returns:
+        The document of the last line.
+
+    Raises:
+        GradPruneError: the bed, the flags or a run failed.
+    """
+    route = make_route(flags)
+    static = [f"topk_{text.strip()}" for text in flags.static.split(",")]
+    methods = parse_methods(",".join([OURS, *static]))
+    if flags.out is not None and not flags.no_plots:
+        load_pyplot()  # missing: say so now, not after an hour
+    recipe = Recipe(
+        model=flags.model,
+        micro_batch=flags.batch,
+        lr=flags.lr or LEARNING_RATES[flags.model],
+        beta2=flags.beta2,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        lr_warmup_steps=max(1, flags.steps // 15),
+        dense_steps=flags.dense_steps,
+        steps=flags.steps,
+        zero_stage=0,
+        budget_s=flags.budget_s,
+    )
+    at_start, trips = machine(), []
+    with open_place(flags) as place, tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        prepare(data, flags.text, flags.model)
+        for seed in range(flags.repeats):
+            turn = seed % len(methods)
+            for method in [*methods[turn:], *methods[:turn]]:
+                _say(f"round {seed + 1} of {flags.repeats}: {method.name}")
+                with crew(place, method.name, recipe, data, seed) as ranks:
+                    trips.append(drive(method.name, seed, route, ranks, flags.eval_every))
+    document = summarize(trips, OURS, flags.budget_s)
+    rows = rows_of(document["methods"])
+    print(text_table(rows))
+    if flags.out is not None:
+        setting = {
+            "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
+            "commit": commit(ROOT),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": at_start,
+            "route": dataclasses.asdict(route),
+            "recipe": dataclasses.asdict(recipe),
+        }
+        write_files(flags, setting, document, trips)
+    return document
+
+
+def rows_of(methods: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A head and one row for each method."""
+    rows = [["method", *HEADS.values()]]
+    for name, figures in methods.items():
+        cells = ["-" if figures[key] is None else f"{figures[key]:.4g}" for key in HEADS]
+        if figures["wall_s_to_loss"] is None:
+            cells[list(HEADS).index("wall_s_to_loss")] = "never"
+        rows.append([name, *cells])
+    return rows
+
+
+def write_files(
+    flags: argparse.Namespace,
+    setting: dict[str, Any],
+    document: dict[str, Any],
+    trips: Sequence[Trip],
+) -> None:
+    """JSON with every step, ours first; the page; the picture of ours on the changing link."""
+    out: Path = flags.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(trips, key=lambda trip: trip.method != OURS)
+    runs = [trip.to_json() for trip in ordered]
+    out.write_text(json.dumps({"setting": setting, **document, "runs": runs}) + "\n")
+    pictures = []
+    if not flags.no_plots:
+        pictures.append(out.with_suffix(".png"))
+        draw(ordered[0], pictures[0])
+    at_start, recipe = setting["machine"], setting["recipe"]
+    speedup = "not known" if document["speedup"] is None else f"{document['speedup']:.2f}"
+    facts = [
+        f"command: `{setting['command']}`",
+        f"commit {setting['commit']}, {setting['date']}",
+        f"{at_start['cpu']}, {at_start['cores']} cores for {flags.hosts} hosts; Linux "
+        f"{at_start['kernel']}, Python {at_start['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in at_start["versions"].items()),
+        f"load average at the start: {', '.join(f'{x:.1f}' for x in at_start['load_average'])}",
+        f"{flags.model}, {flags.steps} steps, {recipe['dense_steps']} of them dense; rates "
+        f"{flags.rates} by {flags.by}; {flags.repeats} rounds, medians",
+        f"the best static density's time to the loss over ours: {speedup}",
+    ]
+    parts = [
+        "# Ours and static densities on a link that changes",
+        "\n".join(f"- {fact}" for fact in facts),
+        markdown_table(rows_of(document["methods"])),
+        *(f"![{path.stem}]({path.name})" for path in pictures),
+    ]
+    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def draw(trip: Trip, path: Path) -> None:
+    """Rate, density and step time over the steps."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(3, 1, sharex=True, figsize=(9, 6))
+    numbers = [step.step for step in trip.steps]
+    rates = [parse_rate(rate) for rate in trip.rates]
+    shown = [float("nan") if rate is None else rate / 1e6 for rate in rates]
+    densities = [1.0 if step.density is None else step.density for step in trip.steps]
+    for axis, values, label in (
+        (axes[0], shown, "link, Mbit/s"),
+        (axes[1], densities, "density"),
+        (axes[2], [step.wall_s for step in trip.steps], "step, s"),
+    ):
+        axis.plot(numbers, values, lw=1.0)
+        axis.set_ylabel(label)
+    axes[0].set_yscale("log")
+    axes[1].set_yscale("log")
+    axes[2].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
+    """Run the script; returns its exit code."""
+    flags = parser(description).parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        document = run(flags)
+    except GradPruneError as exc:
+        print(f"error: {exc}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr, flush=True)
+        return 130
+    print(json.dumps(document), flush=True)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,192 @@
+"""The simulator of control laws: traces, plant, laws, scores, and the whole script."""
+
+import json
+import math
+import statistics
+from functools import partial
+
+import pytest
+
+from benchmarks.control_lab import losses, traces
+from benchmarks.control_lab.campaign import run_all
+from benchmarks.control_lab.command import main
+from benchmarks.control_lab.laws import NAMES, Oracle, best_density, make_law
+from benchmarks.control_lab.plant import BUDGET_S, COMPUTE_S, Plant, draw, wire_bytes
+from benchmarks.control_lab.score import Course, changes, in_budget, percentile_95, run_law, settles
+from benchmarks.control_lab.traces import MBIT, Trace
+from ds_gradprune.records import CHUNK_NUMEL
+
+STEPS = 400
+
+
+def course_of(name, trace, *, hosts=4, seed=0, kind="healthy"):
+    made = losses.make_losses(kind, seed, len(trace.rates))
+    chance = draw(trace, hosts, seed)
+    make = partial(make_law, name, trace, hosts)
+    return run_law(name, make, trace, (kind, made), (hosts, seed), chance)
+
+
+@pytest.mark.parametrize("kind", list(traces.KINDS))
+def test_trace_is_of_its_seed_alone(kind) -> None:
+    one, again = traces.make_trace(kind, 3, STEPS), traces.make_trace(kind, 3, STEPS)
+    assert one == again
+    assert one != traces.make_trace(kind, 4, STEPS)
+    assert len(one.rates) == STEPS
+    assert all(rate > 0.0 for rate in one.rates)
+    assert len(set(one.rates[: traces.BEGIN_STEPS])) == 1
+
+
+def test_changes_are_those_by_2_to_20() -> None:
+    trace = Trace("x", (8.0, 8.0, 4.0, 4.0, 6.0, 120.0, 4000.0), settles=True)
+    assert trace.changes() == [(2, 0.5), (5, 20.0)]
+    assert Trace("x", trace.rates).changes() == []
+    found = [
+        factor
+        for seed in range(5)
+        for _, factor in traces.make_trace("steps", seed, 2000).changes()
+    ]
+    assert min(found) < 0.2
+    assert max(found) > 5.0
+
+
+def test_losses_have_their_shapes() -> None:
+    made = {kind: losses.make_losses(kind, 1, 1000) for kind in losses.KINDS}
+    assert statistics.fmean(made["healthy"][:200]) > statistics.fmean(made["healthy"][-200:])
+    rise = statistics.fmean(made["rise"][-50:]) - statistics.fmean(made["rise"][:500])
+    # 500 steps at 8 sigma per 128: 1.56, less half of the last 50.
+    assert rise == pytest.approx(475 * 8 * 0.05 / 128, abs=0.03)
+    assert max(made["spike"]) > 3.5
+    assert sum(math.isnan(loss) for loss in made["nan"]) >= 15
+
+
+def test_times_ride_one_step_late_and_waiting_is_not_wire() -> None:
+    trace = Trace("x", (100 * MBIT,) * 3, noise=0.0, outliers=0.0, stragglers=1.0)
+    plant = Plant(trace, [1.0, 2.0, 3.0], 4, draw(trace, 4, 0))
+    first, took_s = plant.run_step(0, 41 / CHUNK_NUMEL)
+    assert first.timed_density is None
+    second, _ = plant.run_step(1, 0.1)
+    assert second.loss == 2.0
+    assert second.timed_density == 41 / CHUNK_NUMEL
+    assert second.step_time_s == pytest.approx(took_s, rel=1e-9)
+    assert second.wire_bytes == wire_bytes(41, 4)
+    wire_s = 0.010 + wire_bytes(41, 4) * 8.0 / (100 * MBIT)
+    assert second.comm_time_s == pytest.approx(wire_s, rel=1e-9)
+    assert second.skew_time_s is not None
+    assert second.skew_time_s > 0.2 * COMPUTE_S
+
+
+@pytest.mark.parametrize("rate", [50 * MBIT, 500 * MBIT, 90_000 * MBIT])
+@pytest.mark.parametrize("hosts", [4, 8])
+def test_oracle_fills_the_budget_and_no_more(rate, hosts) -> None:
+    trace = Trace("x", (rate,) * 2, noise=0.0, outliers=0.0)
+    plant = Plant(trace, [1.0, 1.0], hosts, draw(trace, hosts, 0))
+    k = round(Oracle(trace, hosts).density * CHUNK_NUMEL)
+    spread_s = 0.03 * COMPUTE_S  # the computation's own noise
+    assert plant.step_s(0, k) <= BUDGET_S + spread_s
+    if k < CHUNK_NUMEL // 4:
+        assert plant.step_s(0, k + 1) >= BUDGET_S - spread_s
+    assert best_density(rate, hosts, 0.1) <= best_density(rate, hosts, 0.0)
+
+
+def test_settle_counts_from_the_first_step_at_the_new_rate() -> None:
+    trace = Trace("x", (10.0,) * 50 + (2.0,) * 50, settles=True)
+    oracle = Course("oracle", "x", "y", 4, 0, [0.5] * 100, [0.8] * 100, [], None, 0.0)
+    late = [0.8] * 50 + [1.2] * 4 + [0.8] * 46
+    course = Course("law", "x", "y", 4, 0, [0.5] * 100, late, [], None, 0.0)
+    # Late for four steps; from the third on, three of five are within.
+    assert settles(course, oracle, trace) == [(0.2, 2, 4)]
+    timid = Course("law", "x", "y", 4, 0, [0.5] * 53 + [0.2] * 47, [0.8] * 100, [], None, 0.0)
+    assert settles(timid, oracle, trace) == [(0.2, 0, 0)]
+    never = Course("law", "x", "y", 4, 0, [0.5] * 100, [1.2] * 100, [], None, 0.0)
+    assert settles(never, oracle, trace) == [(0.2, 50, 20)]
+
+
+def test_steps_that_the_oracle_misses_do_not_count() -> None:
+    steps = 110
+    oracle = Course("oracle", "x", "y", 4, 0, [0.5] * steps, [0.8] * 105 + [1.2] * 5, [], None, 0.0)
+    course = Course("law", "x", "y", 4, 0, [0.5] * steps, [0.8] * 104 + [1.2] * 6, [], None, 0.0)
+    assert in_budget(course, oracle) == (4, 5)
+
+
+def test_percentiles_and_changes() -> None:
+    assert percentile_95([]) is None
+    assert percentile_95(range(1, 101)) == 95
+    densities = [0.1] * 250 + [0.2] * 10 + [0.1] * 40
+    course = Course("law", "x", "y", 4, 0, densities, [0.8] * 300, [], None, 0.0)
+    assert changes(course) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_law_stays_in_bounds_on_every_link(name) -> None:
+    for kind in ("steps", "outages", "fast"):
+        course = course_of(name, traces.make_trace(kind, 0, STEPS))
+        allowed = (1 / CHUNK_NUMEL, 0.25)
+        assert all(allowed[0] <= d <= allowed[1] or d == 1.0 for d in course.densities)
+
+
+def test_ours_beats_the_literal_rule_where_the_rate_jumps() -> None:
+    trace = traces.make_trace("steps", 1, 1000)
+    oracle = course_of("oracle", trace)
+    met = {
+        name: in_budget(course_of(name, trace), oracle)[0] for name in ("predictive", "seed_0.9")
+    }
+    assert met["predictive"] > met["seed_0.9"]
+    settled = [steps for _, steps, _ in settles(course_of("predictive", trace), oracle, trace)]
+    assert settled
+    assert max(settled) <= 6
+
+
+def test_figures_have_the_promised_keys() -> None:
+    laws = run_all(["predictive", "kimad"], 1, 300, lambda text: None)
+    assert set(laws["predictive"]["links"]) == set(traces.KINDS)
+    assert set(laws["predictive"]["losses"]) == set(losses.KINDS)
+    assert laws["kimad"]["false_miss"] is None
+    assert laws["predictive"]["losses"]["rise"]["unanswered"] == 0
+    assert laws["predictive"]["in_budget"] > laws["kimad"]["in_budget"]
+
+
+def test_script_prints_json_last_and_writes_its_page(tmp_path, capsys) -> None:
+    out = tmp_path / "control.json"
+    flags = ["--seeds", "1", "--steps", "300", "--laws", "predictive", "--no-plots"]
+    assert main([*flags, "--out", str(out)]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    promised = {
+        "settle_down_p95",
+        "settle_up_p95",
+        "in_budget",
+        "density_vs_oracle",
+        "stationary_changes",
+        "false_miss",
+        "update_us",
+    }
+    assert promised <= set(document["laws"]["predictive"])
+    page = out.with_suffix(".md").read_text()
+    assert "| predictive |" in page
+    assert json.loads(out.read_text())["laws"]["predictive"]["in_budget"] > 0.5
+
+
+def test_recorded_link_becomes_a_kind(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(traces, "KINDS", dict(traces.KINDS))
+    steps = [{"comm_s": 0.1 * (1 + i % 2), "payload_bytes": 1_000_000} for i in range(6)]
+    path = tmp_path / "bed.json"
+    path.write_text(json.dumps({"runs": [{"steps": steps}]}))
+    traces.add_recorded(path)
+    trace = traces.make_trace("bed", 0, 300)
+    assert trace.rates[100:104] == (8e7, 4e7, 8e7, 4e7)
+    assert len(trace.rates) == 300
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"runs": []}', '{"runs": [{"steps": []}]}'])
+def test_file_that_holds_no_record_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "bed.json"
+    path.write_text(text)
+    with pytest.raises(traces.ConfigError, match="--replay must"):
+        traces.add_recorded(path)
+
+
+def test_wrong_flags_are_told_all_at_once(capsys) -> None:
+    assert main(["--seeds", "0", "--steps", "10", "--laws", "magic"]) == 2
+    told = capsys.readouterr().err
+    assert "--seeds must be at least 1, got 0." in told
+    assert "--steps must be at least 300, got 10." in told
+    assert "--laws must be of predictive," in told
