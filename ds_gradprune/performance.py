@@ -21,7 +21,7 @@ change when the loss is scaled or shifted.
 numerator has variance 2 s^2 / w (literal: 2 s^2) and the denominator is about s times the expected
 largest of M standard normal numbers, e(M): so P has the standard deviation
 
-    sqrt(2 / w) / e(M)        0.24, 0.15, 0.10, 0.06 at M = 32, 64, 128, 256 (edge)
+    sqrt(2 / w) / e(M)        0.23, 0.15, 0.09, 0.06 at M = 32, 64, 128, 256 (edge)
 
 whatever s is. `noise` computes it; a law that wants few false alarms sets its tolerance in
 multiples of it, so one tolerance serves every M. Losses that are correlated over steps have more.

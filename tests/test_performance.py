@@ -3,13 +3,14 @@
 import json
 import math
 import random
+import statistics
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ds_gradprune.errors import CheckpointError
-from ds_gradprune.performance import PerformanceState, observe, restart
+from ds_gradprune.performance import PerformanceState, noise, observe, recent, restart
 
 FORMS = ("edge", "literal")
 
@@ -225,3 +226,39 @@ def test_state_survives_json_exactly(losses) -> None:
 def test_damaged_state_is_refused(data) -> None:
     with pytest.raises(CheckpointError, match=r"performance\.losses must be"):
         PerformanceState.from_json(data)
+
+
+# ---- noise, and the newest losses alone ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["edge", "literal"])
+@pytest.mark.parametrize("window_size", [8, 32, 64, 128, 256])
+def test_noise_is_what_a_plateau_shows(form, window_size) -> None:
+    rng = random.Random(window_size)
+    values = []
+    for _ in range(400):
+        losses = tuple(2.0 + 0.05 * rng.gauss(0.0, 1.0) for _ in range(window_size + 1))
+        value = recent(PerformanceState(losses), window_size + 1, form=form)
+        assert value is not None
+        values.append(value)
+    # 400 values: their standard deviation errs by 1 / sqrt(800) = 3.5 %; the expansion for the
+    # largest of M normals is good to 4 % from M = 32 on, to 15 % at 8, where the denominator
+    # scatters as well.
+    allowed = 0.35 if window_size == 8 else 0.15
+    assert statistics.pstdev(values) == pytest.approx(noise(window_size, form), rel=allowed)
+
+
+def test_noise_of_the_edge_form_falls_with_the_window() -> None:
+    found = [round(noise(m, "edge"), 2) for m in (32, 64, 128, 256)]
+    assert found == [0.23, 0.15, 0.09, 0.06]
+
+
+def test_recent_is_the_form_on_a_smaller_window() -> None:
+    losses = tuple(5.0 - 0.1 * i for i in range(40))
+    state = PerformanceState(losses)
+    small = PerformanceState(losses[-17:])
+    _, expected = observe(small, None, window_size=16, form="edge")
+    assert recent(state, 17, form="edge") == expected
+    assert recent(state, 41, form="edge") is None
+    with pytest.raises(ValueError, match="numel must be at least 5, got 4"):
+        recent(state, 4, form="edge")

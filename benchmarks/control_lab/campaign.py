@@ -58,7 +58,8 @@ class Tally:
         self.steps += steps
         if trace.name == "stationary":
             self.stationary.append(changes(course))
-        self.update_us.append(1e6 * course.update_s / len(course.step_s))
+        if course.update_s is not None:
+            self.update_us.append(1e6 * course.update_s / len(course.step_s))
 
     def merge(self, others: Sequence[Tally]) -> Tally:
         """This one and others together."""
