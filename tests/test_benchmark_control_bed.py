@@ -7,12 +7,13 @@ import pytest
 
 from benchmarks.control_lab.bed import Route, Trip, common_loss, drive, summarize, wall_to_loss
 from benchmarks.control_lab.bed_command import draw, make_route, parser, rows_of
+from benchmarks.peers.command import make_recipe
 from benchmarks.peers.crew import Step, Stretch
 from ds_gradprune.errors import ConfigError
 
 
-def step(number, *, wall_s=1.0, comm_s=0.1, density=0.05, is_dense=False):
-    return Step(number, 2.0, wall_s, 0.8, 0.0, comm_s, 1000, density, is_dense)
+def step(number, *, wall_s=1.0, comm_s=0.1, density=0.05):
+    return Step(number, 2.0, wall_s, 0.8, 0.0, comm_s, 1000, density, "usual")
 
 
 class Ranks:
@@ -147,3 +148,9 @@ def test_picture_is_drawn(tmp_path) -> None:
     path = tmp_path / "trip.png"
     draw(trip, path)
     assert path.stat().st_size > 1000
+
+
+def test_recipe_is_the_one_of_the_peers() -> None:
+    recipe = make_recipe(parser().parse_args(["--steps", "90", "--budget-s", "0.2"]), 9)
+    assert (recipe.steps, recipe.dense_steps, recipe.budget_s) == (90, 9, 0.2)
+    assert recipe.zero_stage == 0

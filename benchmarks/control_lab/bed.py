@@ -146,7 +146,7 @@ def figures(trip: Trip, loss: float, budget_s: float | None) -> dict[str, Any]:
         loss: that it is timed to.
         budget_s: the user's; None: communication and codec at most 10 % of the median computation.
     """
-    pruned = [step for step in trip.steps if not step.is_dense]
+    pruned = [step for step in trip.steps if step.kind == "usual"]
     compute_s = statistics.median(step.compute_s for step in trip.steps)
     met = []
     for step in pruned:

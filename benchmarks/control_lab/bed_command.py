@@ -16,9 +16,8 @@ from typing import Any, NoReturn
 from benchmarks.control_lab.bed import Route, Trip, drive, summarize
 from benchmarks.control_lab.page import markdown_table, text_table
 from benchmarks.netbed import parse_rate
-from benchmarks.peers.command import LEARNING_RATES, open_place
+from benchmarks.peers.command import LEARNING_RATES, make_recipe, open_place
 from benchmarks.peers.crew import ROOT, crew
-from benchmarks.peers.job import Recipe
 from benchmarks.peers.methods import parse_methods
 from benchmarks.peers.page import commit, machine
 from benchmarks.peers.plots import load_pyplot
@@ -58,10 +57,12 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--batch", type=int, default=4, help="sequences per rank and step (default: 4)")
     add("--lr", type=float, help=f"for all methods (default, by model: {LEARNING_RATES})")
     add("--beta2", type=float, default=0.99, help="of AdamW, for all methods (default: 0.99)")
+    add("--eval-sequences", type=int, help="of a validation (default: textgen's own number)")
     add("--dense-steps", type=int, default=40, help="before pruning begins (default: 40)")
     add("--eval-every", type=int, default=20, help="steps between validations (default: 20)")
     add("--budget-s", type=float, help="step time budget of ours (default: its own default)")
     add("--no-plots", action="store_true", help="draw nothing; needs no matplotlib")
+    flags.set_defaults(zero_stage=0)
     return flags
 
 
@@ -111,19 +112,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     methods = parse_methods(",".join([OURS, *static]))
     if flags.out is not None and not flags.no_plots:
         load_pyplot()  # missing: say so now, not after an hour
-    recipe = Recipe(
-        model=flags.model,
-        micro_batch=flags.batch,
-        lr=flags.lr or LEARNING_RATES[flags.model],
-        beta2=flags.beta2,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        lr_warmup_steps=max(1, flags.steps // 15),
-        dense_steps=flags.dense_steps,
-        steps=flags.steps,
-        zero_stage=0,
-        budget_s=flags.budget_s,
-    )
+    recipe = make_recipe(flags, flags.dense_steps)
     at_start, trips = machine(), []
     with open_place(flags) as place, tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
