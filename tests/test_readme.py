@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import config_table
+from docs import config_table, control_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +26,11 @@ def commands() -> list[str]:
 def test_config_table_is_the_one_of_the_models() -> None:
     fresh = config_table.readme_with_table(README)
     assert fresh == README, "run: python docs/config_table.py --write"
+
+
+def test_control_table_is_the_one_of_the_results() -> None:
+    fresh = control_table.readme_with_table(README)
+    assert fresh == README, "run: python docs/control_table.py --write"
 
 
 def test_config_table_has_a_row_for_every_key() -> None:

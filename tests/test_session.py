@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from typing import Any
 
 import pytest
@@ -62,6 +63,34 @@ def test_every_rank_makes_the_same_decisions_and_sums() -> None:
     assert decisions[0] == decisions[1] == decisions[2]
     for step in zip(*traces, strict=True):
         assert all(torch.equal(vector, step[0][0]) for vector, _ in step)
+
+
+@pytest.mark.parametrize("controller", ["predictive", "stepwise"])
+def test_missing_and_damaged_signals_split_no_ranks(controller: str) -> None:
+    def holey(transport: Transport) -> list[Any]:
+        session, rank, made = (
+            make(transport, BLOCK | {"controller": controller}),
+            transport.rank,
+            [],
+        )
+        for step in range(1, 60):
+            if (step + rank) % 7:  # now and then one rank does not see its step begin
+                session.begin_step()
+            loss: float | None = loss_at(step, rank)
+            if step % 11 == rank:
+                loss = None
+            if step % 17 == rank:
+                loss = math.nan
+            session.begin_reduction(loss, nonfinite=step % 13 == rank)
+            vector = torch.randn(NUMEL, generator=torch.Generator().manual_seed(10 * step + rank))
+            session.reduce_bucket(vector, SHAPES)
+            session.end_reduction()
+            made.append(session.end_step().decision)
+        return [*made, session.state_dict()["agreement"], session.state_dict()["controller"]]
+
+    ranks = run_ranks(3, holey)
+    assert ranks[0] == ranks[1] == ranks[2]
+    assert len({decision.density for decision in ranks[0][:-2]}) > 3
 
 
 def test_a_decision_holds_for_the_very_next_step() -> None:
