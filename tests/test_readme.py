@@ -28,6 +28,7 @@ def test_config_table_is_the_one_of_the_models() -> None:
     assert fresh == README, "run: python docs/config_table.py --write"
 
 
+@pytest.mark.skipif(not control_table.RESULTS.exists(), reason="no results of control.py here")
 def test_control_table_is_the_one_of_the_results() -> None:
     fresh = control_table.readme_with_table(README)
     assert fresh == README, "run: python docs/control_table.py --write"
