@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import types
 from collections.abc import Mapping, Set
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from ds_gradprune.errors import ConfigError
+from ds_gradprune.fieldtypes import accepted_types, has_auto, wording
 
 BLOCK = "gradient_pruning"
 """Name of our top-level key in ds_config.json."""
@@ -45,7 +45,7 @@ class _Block(BaseModel):
         """As in DeepSpeed's blocks, "auto" stands for the default, unless it is a value itself."""
         if not isinstance(data, Mapping):
             return data
-        own = {name for name, field in cls.model_fields.items() if _has_auto(field.annotation)}
+        own = {name for name, field in cls.model_fields.items() if has_auto(field.annotation)}
         return {key: value for key, value in data.items() if value != "auto" or key in own}
 
     @pydantic.field_validator("*", mode="before")
@@ -56,40 +56,11 @@ class _Block(BaseModel):
         planned = _NOT_YET.get(name, {})
         if isinstance(value, (str, int)) and _json(value) in planned:
             raise ValueError(f"not supported yet|{planned[_json(value)]}")
-        accepted = _types(cls.model_fields[name].annotation)
+        accepted = accepted_types(cls.model_fields[name].annotation)
         converted = isinstance(value, (bool, str)) or bool in accepted
         if accepted and converted and type(value) not in accepted:
-            raise ValueError(f"wrong type|{_wording(accepted)}")
+            raise ValueError(f"wrong type|{wording(accepted)}")
         return value
-
-
-def _parts(annotation: Any) -> list[Any]:
-    """The members of a union, each without its `Annotated`."""
-    if get_origin(annotation) is Annotated:
-        return _parts(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [part for member in get_args(annotation) for part in _parts(member)]
-    return [annotation]
-
-
-def _has_auto(annotation: Any) -> bool:
-    """Is "auto" one of the field's own values?"""
-    return any("auto" in get_args(p) for p in _parts(annotation) if get_origin(p) is Literal)
-
-
-def _types(annotation: Any) -> set[type]:
-    """Python types a field accepts; empty where a list of literals says it all."""
-    parts = _parts(annotation)
-    if any(get_origin(part) is Literal for part in parts):
-        return set()
-    return {get_origin(part) or part for part in parts}
-
-
-def _wording(accepted: Set[type]) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-    names |= {list: "a list", types.NoneType: "null"}
-    order = sorted(accepted, key=lambda kind: kind is types.NoneType)
-    return " or ".join(names.get(kind, "a JSON object") for kind in order)
 
 
 class DensityConfig(_Block):

@@ -334,7 +334,7 @@ def test_all_faults_come_in_one_message_with_their_full_path() -> None:
     block = {
         "warmup_step": 3,
         "window_size": "big",
-        "controller": "predictive",
+        "controller": "magic",
         "density": {"initial": 0.9},
         "throttle": {"schedule": [{"rate_mbit": -1}]},
     }
@@ -382,3 +382,15 @@ def test_any_json_is_either_loaded_or_explained(block: dict[str, Any]) -> None:
     else:
         unexplained = []
     assert unexplained == []
+
+
+def test_schedule_of_the_target() -> None:
+    points = [{"step": 10, "target": 0.2}, {"step": 50, "target": 0}]
+    config = load_block({"gradient_pruning": {"performance_target_schedule": points}})
+    assert config.performance_target_schedule is not None
+    assert [(p.step, p.target) for p in config.performance_target_schedule] == [(10, 0.2), (50, 0)]
+    points.reverse()
+    with pytest.raises(ConfigError, match=r"schedule must have rising steps, got \[50, 10\]"):
+        load_block({"gradient_pruning": {"performance_target_schedule": points}})
+    with pytest.raises(ConfigError, match="schedule must have at least 1 entry"):
+        load_block({"gradient_pruning": {"performance_target_schedule": []}})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ds_gradprune"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "fieldtypes"),
     ("config", "records", "stats", "topk", "step_rule"),
     ("rows", "signals"),
     ("link", "meter", "performance", "sparsify", "residual", "shared", "codec", "transport"),
