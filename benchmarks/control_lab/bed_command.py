@@ -5,23 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks.control_lab.bed import Route, Trip, drive, summarize
 from benchmarks.control_lab.page import markdown_table, text_table
 from benchmarks.netbed import parse_rate
-from benchmarks.peers.command import LEARNING_RATES, make_recipe, open_place
+from benchmarks.peers.command import LEARNING_RATES, answer, make_recipe, open_place, say
 from benchmarks.peers.crew import ROOT, crew
 from benchmarks.peers.methods import parse_methods
 from benchmarks.peers.page import commit, machine
 from benchmarks.peers.plots import load_pyplot
-from ds_gradprune.errors import ConfigError, GradPruneError
+from ds_gradprune.errors import ConfigError
 from ds_gradprune.textgen.model import SIZES
 from ds_gradprune.textgen.prepare import prepare
 
@@ -120,7 +119,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         for seed in range(flags.repeats):
             turn = seed % len(methods)
             for method in [*methods[turn:], *methods[:turn]]:
-                _say(f"round {seed + 1} of {flags.repeats}: {method.name}")
+                say(f"round {seed + 1} of {flags.repeats}: {method.name}")
                 with crew(place, method.name, recipe, data, seed) as ranks:
                     trips.append(drive(method.name, seed, route, ranks, flags.eval_every))
     document = summarize(trips, OURS, flags.budget_s)
@@ -214,22 +213,4 @@ def draw(trip: Trip, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
     """Run the script; returns its exit code."""
     flags = parser(description).parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        document = run(flags)
-    except GradPruneError as exc:
-        print(f"error: {exc}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr, flush=True)
-        return 130
-    print(json.dumps(document), flush=True)
-    return 0
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    return answer(lambda: run(flags))

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,7 +152,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     with open_place(flags) as place, tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare(data, flags.text, flags.model)
-        for visit in execute(plan, place, data, _say, list(record.visits)):
+        for visit in execute(plan, place, data, say, list(record.visits)):
             record.add(visit)
     runs = [run for visit in record.visits for run in visit]
     tokens_per_step = flags.hosts * flags.batch * SIZES[flags.model].context
@@ -263,21 +263,32 @@ def schedules(plan: Plan) -> list[str]:
 def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
     """Run the script; returns its exit code."""
     flags = parser(description).parse_args(arguments)
+    hint = "" if flags.out is None else " Continue with the same flags and --resume."
+    return answer(lambda: run(flags), hint)
+
+
+def answer(work: Callable[[], dict[str, Any]], hint: str = "") -> int:
+    """Print the document that `work` makes as the last line; returns the script's exit code.
+
+    Args:
+        work: ends with GradPruneError where the user has to act; SIGTERM interrupts it like Ctrl-C.
+        hint: is said after an interruption.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        document = run(flags)
+        document = work()
     except GradPruneError as exc:
         print(f"error: {exc}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        hint = "" if flags.out is None else " Continue with the same flags and --resume."
         print(f"Interrupted.{hint}", file=sys.stderr, flush=True)
         return 130
     print(json.dumps(document), flush=True)
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell what goes on, with the time of day, on standard error."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 

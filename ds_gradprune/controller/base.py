@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.records import CHUNK_NUMEL, Cause
+from ds_gradprune.records import CHUNK_NUMEL, Cause, Decision
 
 BUDGET_FACTOR = 1.1
 """Without a budget of the user's, a step may take this many times its computation."""
@@ -41,6 +41,21 @@ def kept_per_chunk(density: float) -> int:
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {density!r}.")
     return max(1, math.ceil(density * CHUNK_NUMEL))
+
+
+def first_decision(config: GradientPruningConfig) -> Decision:
+    """The decision for step 1: the schedule alone, since nothing has been measured."""
+    choice = schedule(config, 1)
+    assert choice is not None  # step 1 is always before the law begins
+    return Decision(
+        step=1,
+        density=choice.k / CHUNK_NUMEL,
+        cause=choice.cause,
+        reason=choice.reason,
+        performance=None,
+        budget_s=config.step_time_budget_s,
+        network_changed=False,
+    )
 
 
 def schedule(config: GradientPruningConfig, step: int) -> Choice | None:

@@ -34,6 +34,7 @@ from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller import loss_arm
 from ds_gradprune.controller.base import (
     automatic_budget_s,
+    first_decision,
     keep_last,
     kept_per_chunk,
     schedule,
@@ -82,19 +83,9 @@ def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
     Returns:
         State and decision.
     """
-    choice = schedule(config, 1)
-    assert choice is not None  # step 1 is always before the law begins
-    density = choice.k / CHUNK_NUMEL
-    state = PredictiveState(density=density, plan_k=kept_per_chunk(config.density.initial))
-    return state, Decision(
-        step=1,
-        density=density,
-        cause=choice.cause,
-        reason=choice.reason,
-        performance=None,
-        budget_s=config.step_time_budget_s,
-        network_changed=False,
-    )
+    decision = first_decision(config)
+    plan_k = kept_per_chunk(config.density.initial)
+    return PredictiveState(density=decision.density, plan_k=plan_k), decision
 
 
 def update(

@@ -35,6 +35,7 @@ from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller.base import (
     COMPUTE_WINDOW_STEPS,
     automatic_budget_s,
+    first_decision,
     keep_last,
     kept_per_chunk,
     median,
@@ -134,19 +135,8 @@ def start(config: GradientPruningConfig) -> tuple[StepwiseState, Decision]:
     Returns:
         State and decision.
     """
-    choice = schedule(config, 1)
-    assert choice is not None  # step 1 is always before the law begins
-    density = choice.k / CHUNK_NUMEL
-    decision = Decision(
-        step=1,
-        density=density,
-        cause=choice.cause,
-        reason=choice.reason,
-        performance=None,
-        budget_s=config.step_time_budget_s,
-        network_changed=False,
-    )
-    return StepwiseState(density=density), decision
+    decision = first_decision(config)
+    return StepwiseState(density=decision.density), decision
 
 
 def update(
