@@ -142,8 +142,8 @@ class GradientPruningConfig(_Block):
     )
     step_time_budget_s: Positive | None = Field(
         default=None,
-        description="a step may take so many seconds; null: communication and codec together may "
-        "cost at most 10 % of the measured compute time",
+        description="a step may take so many seconds; null: 1.1 times what a step would "
+        "take at density.min, computation and codec as measured",
     )
     controller: Literal["predictive", "stepwise"] = Field(
         default="predictive",

@@ -6,7 +6,7 @@ import pytest
 
 from ds_gradprune.config import DensityConfig
 from ds_gradprune.controller import kept_per_chunk, start, update
-from ds_gradprune.controller.base import COMPUTE_WINDOW_STEPS
+from ds_gradprune.controller.base import LOCAL_WINDOW_STEPS
 from ds_gradprune.controller.stepwise import StepwiseState
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.records import CHUNK_NUMEL, Cause
@@ -74,8 +74,8 @@ def test_windows_fill_during_warmup() -> None:
         )
         assert decision.cause is Cause.WARMUP
         assert (decision.performance is None) == (step <= WINDOW)
-        assert decision.budget_s == pytest.approx(1.1 * 0.15, rel=1e-12)
-    assert len(state.compute_times_s) == COMPUTE_WINDOW_STEPS
+        assert decision.budget_s == pytest.approx(1.1 * (0.15 + 0.01), rel=1e-12)
+    assert len(state.local_times_s) == LOCAL_WINDOW_STEPS
 
 
 def test_without_warmup_and_ramp_the_first_step_is_at_the_initial_density() -> None:
@@ -173,14 +173,14 @@ def test_unknown_budget_holds() -> None:
     assert decision.reason.endswith("the step time budget is not known yet: hold at 0.0500")
 
 
-def test_automatic_budget_is_the_median_compute_time_and_a_tenth() -> None:
+def test_automatic_budget_is_the_median_time_of_own_work_and_a_tenth() -> None:
     config = make_config(step_time_budget_s=None)
-    times_s = tuple(0.1 + 0.01 * i for i in range(COMPUTE_WINDOW_STEPS))
-    state = make_state(compute_times_s=times_s)
-    after, decision = update(config, state, make_signals(compute_time_s=5.0))
-    # 16 times: 0.11 .. 0.25 and 5.0, the middle ones 0.18 and 0.19.
+    times_s = tuple(0.1 + 0.01 * i for i in range(LOCAL_WINDOW_STEPS))
+    state = make_state(local_times_s=times_s)
+    after, decision = update(config, state, make_signals(compute_time_s=5.0, codec_time_s=0.5))
+    # 16 times: 0.11 .. 0.25 and 5.5, the middle ones 0.18 and 0.19.
     assert decision.budget_s == pytest.approx(1.1 * 0.185, rel=1e-12)
-    assert after.compute_times_s == (*times_s[1:], 5.0)
+    assert after.local_times_s == (*times_s[1:], 5.5)
 
 
 # ---- which step times count ----------------------------------------------------------------------
@@ -236,17 +236,17 @@ def test_no_times_no_change() -> None:
     after, decision = update(make_config(), state, signals)
     assert decision.cause is Cause.HOLD
     assert "no step time at this density yet" in decision.reason
-    assert after.compute_times_s == ()
+    assert after.local_times_s == ()
     assert after.link == state.link
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, 0.0, -1.0])
 def test_unusable_times_do_not_enter_the_windows(bad) -> None:
-    state = make_state(compute_times_s=(0.1,))
+    state = make_state(local_times_s=(0.1,))
     signals = make_signals(compute_time_s=bad, step_time_s=bad)
     after, decision = update(make_config(), state, signals)
     assert after.step_times_s == state.step_times_s
-    assert after.compute_times_s == (0.1,)
+    assert after.local_times_s == (0.1,)
     assert decision.cause is Cause.HOLD
 
 
@@ -367,7 +367,7 @@ def test_kept_per_chunk() -> None:
         [],
         {"density": 2.0},
         {"density": "x"},
-        StepwiseState(density=0.5).to_json() | {"compute_times_s": 3},
+        StepwiseState(density=0.5).to_json() | {"local_times_s": 3},
         StepwiseState(density=0.5).to_json() | {"link": {}},
         StepwiseState(density=0.5).to_json() | {"performance": None},
     ],

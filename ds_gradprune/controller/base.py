@@ -11,10 +11,10 @@ from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.records import CHUNK_NUMEL, Cause, Decision
 
 BUDGET_FACTOR = 1.1
-"""Without a budget of the user's, a step may take this many times its computation."""
+"""Without a budget of the user's, a step may take this many times what pruning cannot save."""
 
-COMPUTE_WINDOW_STEPS = 16
-"""Compute times behind the automatic budget."""
+LOCAL_WINDOW_STEPS = 16
+"""Times of a rank's own work behind the stepwise law's automatic budget."""
 
 
 class Choice(NamedTuple):
@@ -102,13 +102,19 @@ def keep_last(values: tuple[float, ...], value: float | None, most: int) -> tupl
     return (*values, value)[-most:] if is_time(value) else values
 
 
-def automatic_budget_s(
-    config: GradientPruningConfig, compute_times_s: tuple[float, ...]
-) -> float | None:
-    """The user's budget, or BUDGET_FACTOR times the median computation; None while unknown."""
-    if config.step_time_budget_s is not None or not compute_times_s:
+def budget_or_automatic_s(config: GradientPruningConfig, least_s: float | None) -> float | None:
+    """The user's budget, or BUDGET_FACTOR times what a step takes at the least.
+
+    Args:
+        config: the validated block.
+        least_s: seconds of a step that no density saves; None: not known yet.
+
+    Returns:
+        Seconds; None while unknown.
+    """
+    if config.step_time_budget_s is not None or least_s is None:
         return config.step_time_budget_s
-    return BUDGET_FACTOR * median(compute_times_s)
+    return BUDGET_FACTOR * least_s
 
 
 def is_time(time_s: float | None) -> TypeGuard[float]:

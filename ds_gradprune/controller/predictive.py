@@ -33,10 +33,11 @@ from ds_gradprune import meter, performance
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller import loss_arm
 from ds_gradprune.controller.base import (
-    automatic_budget_s,
+    budget_or_automatic_s,
     first_decision,
     keep_last,
     kept_per_chunk,
+    median,
     schedule,
     target_at,
 )
@@ -113,8 +114,8 @@ def update(
         window_size=config.window_size,
         form=config.performance_form,
     )
-    budget_s = automatic_budget_s(config, computes_s)
     prices = prices_of(config, net, computes_s)
+    budget_s = budget_or_automatic_s(config, _least_s(config, net, prices, computes_s))
     step, arm, plan_k, steps_here = signals.step + 1, state.arm, state.plan_k, state.steps_here
     scheduled = schedule(config, step)
     if scheduled is not None:
@@ -165,6 +166,16 @@ def _ask_arm(
         window_size=config.window_size,
         form=config.performance_form,
     )
+
+
+def _least_s(
+    config: GradientPruningConfig, net: Net, prices: Prices | None, computes_s: tuple[float, ...]
+) -> float | None:
+    """A step at density.min: what no pruning saves. Local work alone while the link is unknown."""
+    if prices is not None:
+        return prices.step_s(kept_per_chunk(config.density.min))
+    codecs_s = net.state.codec_times_s
+    return median(computes_s) + (median(codecs_s) if codecs_s else 0.0) if computes_s else None
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -229,7 +240,10 @@ def _plan(
             cause, why = Cause.NETWORK_CHANGED, f"the network became {net.changed}{_rate(prices)}"
         return _Plan(best, cause, f"{why}: step {now_s:.3f} s of {budget_s:.3f} s")
     if now_s > budget_s:
-        return _Plan(k, text=f"step {now_s:.3f} s, over its budget of {budget_s:.3f} s")
+        least_s = prices.step_s(k_min)
+        over = f"step {now_s:.3f} s, over its budget of {budget_s:.3f} s"
+        cannot = f", which cannot be met: {least_s:.3f} s at density.min"
+        return _Plan(k, text=over + (cannot if least_s > budget_s else ""))
     return _Plan(k, text=f"step {now_s:.3f} s within {budget_s:.3f} s")
 
 

@@ -33,9 +33,10 @@ from typing import Any, NamedTuple
 from ds_gradprune import link, performance
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller.base import (
-    COMPUTE_WINDOW_STEPS,
-    automatic_budget_s,
+    LOCAL_WINDOW_STEPS,
+    budget_or_automatic_s,
     first_decision,
+    is_time,
     keep_last,
     kept_per_chunk,
     median,
@@ -63,7 +64,7 @@ class StepwiseState:
         density: of the step that is next or under way.
         performance: the window of losses.
         link: the link model.
-        compute_times_s: the last COMPUTE_WINDOW_STEPS compute times, oldest first.
+        local_times_s: the last LOCAL_WINDOW_STEPS times of computation and codec, oldest first.
         step_times_s: the last CONFIRM_STEPS step times at `density`, on the network as it is now,
             oldest first.
         adjusting: the network became faster, and the density may still rise for it.
@@ -73,7 +74,7 @@ class StepwiseState:
     density: float
     performance: performance.PerformanceState = field(default_factory=performance.PerformanceState)
     link: link.LinkState = field(default_factory=link.LinkState)
-    compute_times_s: tuple[float, ...] = ()
+    local_times_s: tuple[float, ...] = ()
     step_times_s: tuple[float, ...] = ()
     adjusting: bool = False
     pressed: bool = False
@@ -85,7 +86,7 @@ class StepwiseState:
             "density": self.density,
             "performance": self.performance.to_json(),
             "link": self.link.to_json(),
-            "compute_times_s": list(self.compute_times_s),
+            "local_times_s": list(self.local_times_s),
             "step_times_s": list(self.step_times_s),
             "adjusting": self.adjusting,
             "pressed": self.pressed,
@@ -105,7 +106,7 @@ class StepwiseState:
                 density=density,
                 performance=performance.PerformanceState.from_json(data["performance"]),
                 link=link.LinkState.from_json(data["link"]),
-                compute_times_s=tuple(float(time_s) for time_s in data["compute_times_s"]),
+                local_times_s=tuple(float(time_s) for time_s in data["local_times_s"]),
                 step_times_s=tuple(float(time_s) for time_s in data["step_times_s"]),
                 adjusting=bool(data["adjusting"]),
                 pressed=bool(data["pressed"]),
@@ -174,7 +175,7 @@ def update(
         density=density,
         performance=state.performance,
         link=state.link,
-        compute_times_s=state.compute_times_s,
+        local_times_s=state.local_times_s,
         step_times_s=state.step_times_s if density == state.density else (),
         adjusting=choice.adjusting,
         pressed=choice.pressed,
@@ -204,9 +205,13 @@ def _take_in(
     links, estimate = link.observe(
         state.link, signals.comm_time_s if is_timed else None, signals.wire_bytes
     )
-    compute_s = signals.compute_time_s if is_timed else None
-    computes_s = keep_last(state.compute_times_s, compute_s, COMPUTE_WINDOW_STEPS)
-    budget_s = automatic_budget_s(config, computes_s)
+    local_s = signals.compute_time_s
+    if not is_timed or not is_time(local_s):
+        local_s = None
+    elif is_time(signals.codec_time_s):
+        local_s += signals.codec_time_s
+    locals_s = keep_last(state.local_times_s, local_s, LOCAL_WINDOW_STEPS)
+    budget_s = budget_or_automatic_s(config, median(locals_s) if locals_s else None)
     # Times from before a change are those of another network.
     steps_s = () if estimate.changed is not None else state.step_times_s
     if signals.timed_density == state.density:
@@ -215,7 +220,7 @@ def _take_in(
         density=state.density,
         performance=losses,
         link=links,
-        compute_times_s=computes_s,
+        local_times_s=locals_s,
         step_times_s=steps_s,
         adjusting=state.adjusting,
         pressed=state.pressed,
