@@ -193,7 +193,7 @@ def test_summary_without_dense_or_topk_has_no_break_even() -> None:
 def test_methods_are_read_from_their_names() -> None:
     names = (
         "dense_fp32,dense_bf16,ddp_fp32,fp16_hook,bf16_hook,powersgd_4,topk_0.01,onebit_adam,"
-        "zeroone_adam,ours"
+        "zeroone_adam,islands_0.02,ours,ours_update"
     )
     methods = {method.name: method for method in parse_methods(names)}
     assert methods["powersgd_4"].rank == 4
@@ -204,7 +204,14 @@ def test_methods_are_read_from_their_names() -> None:
         "topk_0.01",
         "onebit_adam",
         "zeroone_adam",
+        "islands_0.02",
         "ours",
+        "ours_update",
+    }
+    assert (methods["islands_0.02"].density, methods["islands_0.02"].adaptive) == (0.02, False)
+    assert {name for name, one in methods.items() if one.prune == "update"} == {
+        "islands_0.02",
+        "ours_update",
     }
     assert methods["zeroone_adam"].interval == 1
     assert parse_method("zeroone_adam_4").interval == 4
@@ -220,8 +227,8 @@ def test_every_default_method_is_known() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("dense", "topk_0", "topk_1.5", "powersgd_1.5", "powersgd_0", "zeroone_adam_0"),
-        *("onebit_adam_2", ""),
+        *("dense", "topk_0", "topk_1.5", "islands_1", "powersgd_1.5", "powersgd_0"),
+        *("zeroone_adam_0", "onebit_adam_2", ""),
     ],
 )
 def test_unknown_methods_are_refused_with_the_known_ones(name) -> None:
@@ -238,6 +245,8 @@ def test_a_static_density_leaves_the_controller_no_room() -> None:
     block = ds_config(parse_method("topk_0.01"), RECIPE)["gradient_pruning"]
     assert block["density"] == {"initial": 0.01, "min": 0.01, "max": 0.01}
     assert block["warmup_steps"] == 10
+    islands = ds_config(parse_method("islands_0.01"), RECIPE)["gradient_pruning"]
+    assert islands == block | {"prune": "update", "value_bits": 4}
     assert ds_config(parse_method("dense_bf16"), RECIPE)["communication_data_type"] == "bf16"
     assert ds_config(parse_method("dense_fp32"), RECIPE)["gradient_pruning"] == {"enabled": False}
 
@@ -384,6 +393,7 @@ def ethernet(out: Path, *words: str) -> tuple[dict, dict]:
     "peers",
     [
         pytest.param(["dense_fp32", "dense_bf16", "topk_0.05", "ours"], id="deepspeed"),
+        pytest.param(["dense_fp32", "islands_0.05", "ours_update"], id="islands"),
         pytest.param(["dense_fp32", "ddp_fp32", "fp16_hook", "bf16_hook", "powersgd_1"], id="ddp"),
         pytest.param(["dense_fp32", "onebit_adam", "zeroone_adam_4"], id="simulated"),
     ],

@@ -32,6 +32,9 @@ from benchmarks.peers.onebit_adam import Kind, OneBitAdam, Rules, ZeroOneAdam
 CALIBRATION_STEPS = 4
 """Local steps behind the medians; as many before them, uncounted, the first time."""
 
+UPDATE_VALUE_BITS = 4
+"""As in ds_configs/islands_100mbit.json."""
+
 ONE_BUCKET_MB = 4096
 """Larger than any model that is trained here."""
 
@@ -98,7 +101,7 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed, alone or with pruned gradients."""
+    """DeepSpeed, alone or with pruned gradients or updates."""
 
     def __init__(self, method: Method, model: torch.nn.Module, recipe: Recipe) -> None:
         import deepspeed
@@ -173,6 +176,8 @@ def ds_config(method: Method, recipe: Recipe) -> dict[str, Any]:
             "ramp_steps": recipe.dense_steps if method.adaptive else 0,
             "window_size": max(8, min(128, recipe.steps // 4)),
         }
+        if method.prune == "update":
+            block |= {"prune": "update", "value_bits": UPDATE_VALUE_BITS}
         if method.adaptive:
             block["step_time_budget_s"] = recipe.budget_s
         else:

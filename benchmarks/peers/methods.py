@@ -24,19 +24,21 @@ DEFAULT = (
     "topk_0.01",
     "onebit_adam",
     "zeroone_adam",
+    "islands_0.01",
     "ours",
+    "ours_update",
 )
 
 KNOWN = (
     f"{DENSE}, dense_bf16, ddp_fp32, fp16_hook, bf16_hook, powersgd_RANK (1, 4, 16, ...), "
     "topk_DENSITY (0.05, ...), onebit_adam, zeroone_adam, "
-    "zeroone_adam_INTERVAL (1, 2, 4, ...), ours"
+    "zeroone_adam_INTERVAL (1, 2, 4, ...), islands_DENSITY (0.01, ...), ours, ours_update"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to exchange gradients.
+    """One way to exchange gradients, or updates.
 
     Attributes:
         name: as on the command line.
@@ -48,6 +50,7 @@ class Method:
             density is adaptive.
         interval: of 0/1 Adam, most steps from one exchange to the next; 1 unless asked for.
         adaptive: our controller chooses the density, so the loss depends on the link.
+        prune: what our reducer prunes; "update": every rank is an island.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Method:
     density: float | None = None
     interval: int | None = None
     adaptive: bool = False
+    prune: Literal["gradient", "update"] = "gradient"
 
     @property
     def prunes(self) -> bool:
@@ -83,6 +87,7 @@ _FIXED = {
     "onebit_adam": Method("onebit_adam", "simulated"),
     "zeroone_adam": Method("zeroone_adam", "simulated", interval=1),
     "ours": Method("ours", "deepspeed", adaptive=True),
+    "ours_update": Method("ours_update", "deepspeed", adaptive=True, prune="update"),
 }
 
 
@@ -94,11 +99,13 @@ def parse_method(name: str) -> Method:
     """
     if name in _FIXED:
         return _FIXED[name]
-    match = re.fullmatch(r"(powersgd|topk|zeroone_adam)_(\d+(?:\.\d+)?)", name)
+    match = re.fullmatch(r"(powersgd|topk|islands|zeroone_adam)_(\d+(?:\.\d+)?)", name)
     if match is not None:
         kind, number = match[1], float(match[2])
         if kind == "topk" and 0.0 < number < 1.0:
             return Method(name, "deepspeed", density=number)
+        if kind == "islands" and 0.0 < number < 1.0:
+            return Method(name, "deepspeed", density=number, prune="update")
         if kind == "powersgd" and number >= 1 and number == int(number):
             return Method(name, "ddp", rank=int(number))
         if kind == "zeroone_adam" and number >= 1 and number == int(number):

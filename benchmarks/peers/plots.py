@@ -113,7 +113,7 @@ def _step_times(pyplot: Any, rows: Sequence[Row]) -> Any:
 
 def _densities(pyplot: Any, figures: Figures) -> Any:
     """What did the controller do over time?"""
-    runs = [run for run in figures.runs if run.method == "ours" and run.round == 0]
+    runs = [run for run in figures.runs if parse_method(run.method).adaptive and run.round == 0]
     if not runs:
         return None
     picture, axis = pyplot.subplots(figsize=(6.5, 4.5))
@@ -121,8 +121,10 @@ def _densities(pyplot: Any, figures: Figures) -> Any:
         steps = [*run.opening.steps, *run.rest.steps]
         ends_s = list(itertools.accumulate(step.wall_s for step in steps))
         mbit = rate_mbit(run.rate)
-        label = "unshaped" if mbit is None else f"{mbit:g} Mbit/s"
-        axis.step(ends_s, [step.density or 1.0 for step in steps], where="pre", label=label)
+        label = f"{run.method}, " + ("unshaped" if mbit is None else f"{mbit:g} Mbit/s")
+        dash = "-" if parse_method(run.method).prune == "gradient" else "--"
+        densities = [step.density or 1.0 for step in steps]
+        axis.step(ends_s, densities, dash, where="pre", label=label)
     axis.set_yscale("log")
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("density (1: dense)")
