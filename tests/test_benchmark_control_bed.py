@@ -105,10 +105,11 @@ def test_speedup_is_over_the_best_static_density() -> None:
 def test_budget_counts_pruned_steps_only() -> None:
     within = trip_of("ours", [2.0], comm_s=0.08)
     over = trip_of("topk_0.2", [2.0], comm_s=0.09)
-    methods = summarize([within, over], "ours", None)["methods"]
+    methods = summarize([within, over], "ours", 0.885)["methods"]
     assert methods["ours"]["in_budget"] == 1.0
     assert methods["topk_0.2"]["in_budget"] == 0.0
     assert summarize([within, over], "ours", 0.9)["methods"]["topk_0.2"]["in_budget"] == 1.0
+    assert summarize([within, over], "ours", None)["methods"]["ours"]["in_budget"] is None
 
 
 def test_loss_that_one_round_does_not_reach_is_not_reached() -> None:
