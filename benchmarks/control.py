@@ -8,6 +8,10 @@ that the ranks' headers would carry. Nothing is timed but the laws themselves.
 
     python benchmarks/control.py --seeds 20 --steps 2000
 
+With `--replay FILE`, a run that benchmarks/control_bed.py recorded: its link becomes one more for
+all laws, and the run itself is made once more by the simulator, beside what was recorded (`replay`
+in the document).
+
 The last line of stdout is one JSON document: under `laws`, for each law, `settle_down_p95`,
 `settle_up_p95`, `late_down_p95` (steps), `in_budget`, `density_vs_oracle`, `density_vs_fill`,
 `stationary_changes`, `false_miss` (null: the law does not look at the loss) and `update_us`.

@@ -3,17 +3,20 @@
 import json
 import math
 import statistics
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 
-from benchmarks.control_lab import losses, traces
+from benchmarks.control_lab import losses, replay, traces
 from benchmarks.control_lab.campaign import run_all
 from benchmarks.control_lab.command import main
 from benchmarks.control_lab.laws import NAMES, Oracle, best_density, make_law
 from benchmarks.control_lab.plant import BUDGET_S, COMPUTE_S, Plant, draw, wire_bytes
 from benchmarks.control_lab.score import Course, changes, in_budget, percentile_95, run_law, settles
 from benchmarks.control_lab.traces import MBIT, Trace
+from benchmarks.peers.job import Recipe
+from ds_gradprune.errors import ConfigError
 from ds_gradprune.records import CHUNK_NUMEL
 
 STEPS = 400
@@ -165,23 +168,97 @@ def test_script_prints_json_last_and_writes_its_page(tmp_path, capsys) -> None:
     assert json.loads(out.read_text())["laws"]["predictive"]["in_budget"] > 0.5
 
 
+RECIPE = Recipe("nano", 4, 3e-3, 0.99, 0.1, 1.0, 4, 10, 400, 0, 0.13, None)
+RATES = ["200mbit", "20mbit", None]
+
+
+def bed_record(path, *, bytes_per_density=3_000_000.0, comm_factor=1.0, count=130):
+    """A file as benchmarks/control_bed.py writes it: each rate for `count` steps, 0.1 s of work.
+
+    The density that is recorded does not matter to the law that replays it: 0.02 or 0.1.
+    """
+    steps = []
+    for number in range(1, count * len(RATES) + 1):
+        rate = RATES[(number - 1) // count]
+        density = 1.0 if number <= RECIPE.dense_steps else (0.02, 0.1)[number % 2]
+        sent = 4_000_000 if density == 1.0 else round(bytes_per_density * density)
+        bps = 1e9 if rate is None else 1e6 * int(rate.removesuffix("mbit"))
+        steps.append(
+            {
+                "density": density,
+                "payload_bytes": sent,
+                "compute_s": 0.1,
+                "codec_s": 0.0 if density == 1.0 else 0.005 + 0.01 * density,
+                "comm_s": comm_factor * (0.002 + replay.FRAMES * 8 * sent / bps),
+                "loss": 5.0 - 0.005 * number,
+                "rate": rate,
+            }
+        )
+    document = {"setting": {"recipe": asdict(RECIPE)}, "runs": [{"method": "ours", "steps": steps}]}
+    path.write_text(json.dumps(document))
+    return replay.read(path)
+
+
 def test_recorded_link_becomes_a_kind(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(traces, "KINDS", dict(traces.KINDS))
-    steps = [{"comm_s": 0.1 * (1 + i % 2), "payload_bytes": 1_000_000} for i in range(6)]
-    path = tmp_path / "bed.json"
-    path.write_text(json.dumps({"runs": [{"steps": steps}]}))
-    traces.add_recorded(path)
+    traces.add_recorded("bed", [8e7, 4e7])
     trace = traces.make_trace("bed", 0, 300)
     assert trace.rates[100:104] == (8e7, 4e7, 8e7, 4e7)
     assert len(trace.rates) == 300
+    recording = bed_record(tmp_path / "bed.json")
+    assert len(replay.measured_rates(recording)) == 390
+
+
+def test_replay_models_what_it_read(tmp_path) -> None:
+    model = replay.Model(bed_record(tmp_path / "bed.json"))
+    assert model.overhead_s == pytest.approx(0.002, rel=1e-6)
+    assert model.codec_s(0.05) == pytest.approx(0.0055, rel=1e-6)
+    assert model.payload_bytes(0.05) == pytest.approx(150_000, rel=1e-6)
+    assert model.payload_bytes(0.2) == pytest.approx(600_000, rel=1e-6)  # beyond what was seen
+    assert model.payload_bytes(1.0) == 4_000_000
+    assert model.codec_s(1.0) == 0.0
+
+
+def test_replayed_law_fills_the_budget_on_the_recorded_link(tmp_path) -> None:
+    recording = bed_record(tmp_path / "bed.json")
+    agreement = replay.compare(recording, replay.simulate(recording))
+    fast, slow, unshaped = agreement["stretches"]
+    assert [part["link"] for part in agreement["stretches"]] == ["200mbit", "20mbit", "unshaped"]
+    assert fast["simulated"]["answered"] is None
+    # 0.13 - 0.1 - codec - overhead is left, at 3 MB per unit of density.
+    best = (0.13 - 0.107) * 200e6 / 8 / replay.FRAMES / 3e6
+    assert 0.7 * best < fast["simulated"]["density"] < best
+    assert slow["simulated"]["density"] == pytest.approx(fast["simulated"]["density"] / 10, rel=0.3)
+    assert slow["simulated"]["answered"] <= 4
+    assert unshaped["simulated"]["density"] > 0.2  # density.max is 0.25
+    for part in agreement["stretches"]:
+        assert part["simulated"]["step_s"] <= 0.13
+    table = replay.rows_of(agreement)
+    assert [row[0] for row in table] == ["link", "200mbit", "20mbit", "unshaped"]
+
+
+def test_replay_of_its_own_simulation_agrees(tmp_path) -> None:
+    recording = bed_record(tmp_path / "bed.json")
+    simulated = replay.simulate(recording)
+    again = replay.Recording(recording.config, simulated)
+    agreement = replay.compare(again, replay.simulate(again))
+    assert agreement["density_ratio"] == pytest.approx(1.0, rel=0.05)
+    assert agreement["time_ratio"] == pytest.approx(1.0, rel=0.02)
+    other = replay.compare(recording, simulated)  # whose densities were made up
+    assert not 0.8 < other["density_ratio"] < 1.25
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"runs": []}', '{"runs": [{"steps": []}]}'])
 def test_file_that_holds_no_record_is_refused(tmp_path, text) -> None:
     path = tmp_path / "bed.json"
     path.write_text(text)
-    with pytest.raises(traces.ConfigError, match="--replay must"):
-        traces.add_recorded(path)
+    with pytest.raises(ConfigError, match="--replay must be a file written by"):
+        replay.read(path)
+
+
+def test_record_without_pruned_steps_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="--replay must hold pruned steps"):
+        bed_record(tmp_path / "bed.json", count=5)
 
 
 def test_wrong_flags_are_told_all_at_once(capsys) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.control_lab import page, traces
+from benchmarks.control_lab import page, replay, traces
 from benchmarks.control_lab.campaign import HOSTS, follow, run_all
 from benchmarks.control_lab.laws import NAMES
 from benchmarks.control_lab.traces import BEGIN_STEPS
@@ -33,7 +33,12 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--seeds", type=int, default=20, help="runs of each trace and number of hosts")
     add("--steps", type=int, default=2000, help="of each run (default: 2000)")
     add("--laws", default=",".join(NAMES), help=f"default: {','.join(NAMES)}")
-    add("--replay", type=Path, help="also a link recorded by benchmarks/control_bed.py --out")
+    add(
+        "--replay",
+        type=Path,
+        help="a run recorded by benchmarks/control_bed.py --out: its link for all laws, and the "
+        "run itself once more in the simulator, beside what was recorded",
+    )
     add("--out", type=Path, help="JSON file; a page (.md) and a picture are put beside it")
     add("--no-plots", action="store_true", help="draw nothing; needs no matplotlib")
     return flags
@@ -71,8 +76,11 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     names = check(flags)
     if flags.out is not None and not flags.no_plots:
         load_pyplot()  # missing: say so now, not at the end
+    agreement = None
     if flags.replay is not None:
-        traces.add_recorded(flags.replay)
+        recording = replay.read(flags.replay)
+        agreement = replay.compare(recording, replay.simulate(recording))
+        traces.add_recorded(flags.replay.stem, replay.measured_rates(recording))
     began_s, at_start = time.monotonic(), machine()
     laws = run_all(names, flags.seeds, flags.steps, _say)
     print(page.text_table(page.rows_of(laws, page.COLUMNS, "law")))
@@ -82,6 +90,9 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         print()
         print(page.text_table(page.rows_of(laws[name]["losses"], page.LOSS_COLUMNS, name)))
     print(page.NOTE)
+    if agreement is not None:
+        print(f"\nThe recorded run and its simulation ({flags.replay.name}):")
+        print(page.text_table(replay.rows_of(agreement)))
     if flags.out is not None:
         setting = {
             "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
@@ -90,18 +101,25 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             "machine": at_start,
             "duration_s": round(time.monotonic() - began_s),
         }
-        write_files(flags, names, setting, laws)
+        write_files(flags, names, setting, laws, agreement)
     shown = [key for key, _, _ in page.COLUMNS]
-    return {"laws": {name: {key: laws[name][key] for key in shown} for name in names}}
+    document = {"laws": {name: {key: laws[name][key] for key in shown} for name in names}}
+    return document if agreement is None else document | {"replay": agreement}
 
 
 def write_files(
-    flags: argparse.Namespace, names: list[str], setting: dict[str, Any], laws: dict[str, Any]
+    flags: argparse.Namespace,
+    names: list[str],
+    setting: dict[str, Any],
+    laws: dict[str, Any],
+    agreement: dict[str, Any] | None,
 ) -> None:
     """JSON, page and picture."""
     out: Path = flags.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"setting": setting, "laws": laws}) + "\n", encoding="utf-8")
+    out.write_text(
+        json.dumps({"setting": setting, "laws": laws, "replay": agreement}) + "\n", encoding="utf-8"
+    )
     pictures = []
     if not flags.no_plots:
         drawn = [name for name in DRAWN if name in names] or names[:1]
@@ -118,7 +136,12 @@ def write_files(
         f"{flags.seeds} seeds of each trace with {HOSTS[0]} and with {HOSTS[1]} hosts, "
         f"{flags.steps} steps each; figures over all of them",
     ]
-    page.write_page(out, facts, laws, pictures)
+    tables = {}
+    if agreement is not None:
+        tables[f"The recorded run and its simulation: {flags.replay.name}"] = replay.rows_of(
+            agreement
+        )
+    page.write_page(out, facts, laws, pictures, tables)
 
 
 def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:

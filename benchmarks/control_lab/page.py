@@ -74,8 +74,14 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_page(out: Path, facts: Sequence[str], laws: dict[str, Any], pictures: list[Path]) -> None:
-    """The page beside the JSON file."""
+def write_page(
+    out: Path,
+    facts: Sequence[str],
+    laws: dict[str, Any],
+    pictures: list[Path],
+    more: dict[str, list[list[str]]],
+) -> None:
+    """The page beside the JSON file; `more`: tables by their titles."""
     ours = laws.get("predictive") or next(iter(laws.values()))
     name = "predictive" if "predictive" in laws else next(iter(laws))
     by_loss = {
@@ -93,6 +99,7 @@ def write_page(out: Path, facts: Sequence[str], laws: dict[str, Any], pictures: 
         markdown_table(rows_of(ours["links"], LINK_COLUMNS, "link")),
         "## Losses, on an unchanged link",
         markdown_table(rows_of(by_loss, LOSS_COLUMNS, "law and loss")),
+        *(f"## {title}\n\n{markdown_table(rows)}" for title, rows in more.items()),
         *(f"![{path.stem}]({path.name})" for path in pictures),
     ]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

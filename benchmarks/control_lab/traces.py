@@ -6,14 +6,10 @@ of the slowest host's link, bits per second.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from ds_gradprune.errors import ConfigError
 
 MBIT = 1e6
 LEAST, MOST = 50 * MBIT, 4000 * MBIT
@@ -158,27 +154,16 @@ def make_trace(kind: str, seed: int, steps: int) -> Trace:
     return KINDS[kind](random.Random(f"{kind} {seed}"), steps)
 
 
-def add_recorded(path: Path) -> None:
-    """Make a link that benchmarks/control_bed.py recorded one of the kinds, under its file's name.
+def add_recorded(name: str, rates: Sequence[float]) -> None:
+    """Make a recorded link one of the kinds.
 
-    Its rate at every step is what was measured there, noise included: bits sent over exposed time.
-
-    Raises:
-        ConfigError: the file holds no such record.
+    Args:
+        name: of the kind.
+        rates: at every step as measured, noise included, bits per second; repeated as needed.
     """
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        steps = [step for step in runs[0]["steps"] if step["comm_s"] > 0 and step["payload_bytes"]]
-        rates = [8.0 * step["payload_bytes"] / step["comm_s"] for step in steps]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as exc:
-        raise ConfigError(
-            f"--replay must be a file written by benchmarks/control_bed.py --out, got {path}: {exc}"
-        ) from exc
-    if not rates:
-        raise ConfigError(f"--replay must hold steps that were timed, got {path}.")
 
     def make(_: random.Random, steps: int) -> Trace:
-        repeated = [rates[0]] * BEGIN_STEPS + rates * (steps // len(rates) + 1)
-        return Trace(path.stem, tuple(repeated[:steps]), noise=0.0, outliers=0.0)
+        repeated = [rates[0]] * BEGIN_STEPS + list(rates) * (steps // len(rates) + 1)
+        return Trace(name, tuple(repeated[:steps]), noise=0.0, outliers=0.0)
 
-    KINDS[path.stem] = make
+    KINDS[name] = make
