@@ -123,6 +123,18 @@ def test_gaps_are_paired_by_seed_and_settings() -> None:
     assert by_bits([a, dense])[0] is dense
 
 
+def test_averaged_weights_are_compared_with_averaged_weights() -> None:
+    runs = [
+        record("dense", 0, 2.0, kind="dense", val_loss_averaged=1.9),
+        record("a", 0, 2.2, val_loss_averaged=1.938),
+        record("old", 0, 2.2),  # made before averages were measured
+    ]
+    _, a, old = rows_of(runs)
+    assert a["gap_averaged_pct"] == pytest.approx(2.0)
+    assert old["gap_averaged_pct"] is None
+    assert (cells(a)[-2], cells(old)[-2]) == ("+2.00", "")
+
+
 def test_the_frontier_leaves_out_what_is_beaten() -> None:
     def row(name: str, bits: float, gap: float, **more: Any) -> dict[str, Any]:
         base = {"kind": "update", "stopped_at": None}

@@ -59,6 +59,7 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
         "",
         "Bits: received per parameter and step after warm-up. Gap: validation loss against dense "
         "with the same hyper-parameters and the same seed, mean and standard deviation over seeds. "
+        "Averaged: the weights' mean over the last 5 % of the steps, against dense's mean. "
         "*: values of few bits, or places that all workers know, are simulated: their bytes are "
         "counted and not written. All other payloads are the codec's.",
         "",

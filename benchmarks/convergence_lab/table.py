@@ -18,10 +18,17 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         method, bits_per_param, val_loss, gap_pct (against dense at the same hyper-parameters, mean
         over seeds of the paired gaps), gap_std (of those gaps; None with one seed), seeds,
         gap_best_pct (against the best dense), gap_flushed_pct (after a last exact exchange),
+        gap_averaged_pct (weights averaged over the end of the run, against dense's averaged so too;
+        None where a run was made before that was measured),
         simulated_values (some of the bytes are counted, but not written), stopped_at.
     """
     dense = {
         (_settings(run), run["seed"]): run["val_loss"] for run in runs if run["kind"] == "dense"
+    }
+    averaged = {
+        (_settings(run), run["seed"]): run.get("val_loss_averaged")
+        for run in runs
+        if run["kind"] == "dense"
     }
     by_settings: dict[str, list[float]] = {}
     for (settings, _), loss in dense.items():
@@ -47,11 +54,27 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "gap_flushed_pct": statistics.fmean(
                     100 * (run["val_loss_flushed"] / base - 1) for run, base in pairs
                 ),
+                "gap_averaged_pct": _mean_gap(
+                    [run.get("val_loss_averaged") for run in own],
+                    [averaged[_settings(run), run["seed"]] for run in own],
+                ),
                 "simulated_values": own[0].get("simulated_values", own[0]["kind"] == "update"),
                 "stopped_at": min(stops) if stops else None,
             }
         )
     return rows
+
+
+def _mean_gap(losses: Sequence[float | None], bases: Sequence[float | None]) -> float | None:
+    """Mean of the paired gaps in percent; None unless all are known."""
+    pairs = [
+        (loss, base)
+        for loss, base in zip(losses, bases, strict=True)
+        if loss is not None and base is not None
+    ]
+    if len(pairs) < len(losses):
+        return None
+    return statistics.fmean(100 * (loss / base - 1) for loss, base in pairs)
 
 
 def _settings(run: dict[str, Any]) -> str:
@@ -67,6 +90,7 @@ HEADER = (
     "spread",
     "gap to best dense %",
     "gap after last exchange %",
+    "gap of averaged weights %",
     "seeds",
 )
 
@@ -85,6 +109,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         spread,
         f"{row['gap_best_pct']:+.2f}",
         f"{row['gap_flushed_pct']:+.2f}",
+        "" if row["gap_averaged_pct"] is None else f"{row['gap_averaged_pct']:+.2f}",
         seeds,
     ]
 

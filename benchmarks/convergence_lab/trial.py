@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 from benchmarks.convergence_lab.adamw import learning_rate
 from benchmarks.convergence_lab.base import DenseSimulation, Setting, Simulation
 from benchmarks.convergence_lab.gpt import validation_loss
@@ -15,6 +17,8 @@ from benchmarks.convergence_lab.update import UpdateSimulation
 
 _CURVE_SEQUENCES = 128
 _CURVE_POINTS = 8
+AVERAGED_PART = 0.05
+"""Of the run, its end: the steps whose shared weights are averaged."""
 
 
 def simulation_of(setting: Setting, method: Any) -> Simulation:
@@ -50,7 +54,8 @@ def run_trial(
     Returns:
         Figures for the record: bits_per_param (received per parameter and step after warm-up),
         val_loss of the shared weights, val_loss_flushed of the weights after a last exact
-        exchange, curve, stopped_at (None: it ran to its end), run_s and cpu_s, notes.
+        exchange, val_loss_averaged of the shared weights' mean over the last AVERAGED_PART of the
+        steps, curve, stopped_at (None: it ran to its end), run_s and cpu_s, notes.
     """
     simulation = simulation_of(setting, method)
     few = text.validation(_CURVE_SEQUENCES)
@@ -58,9 +63,13 @@ def run_trial(
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     curve: list[list[float]] = []
     stopped_at = None
+    averaged, averaged_from = torch.zeros_like(simulation.shared[0]), setting.steps
+    averaged_from -= max(1, round(AVERAGED_PART * setting.steps))
     for step in range(setting.steps):
         tokens = text.batch(setting.seed, step, setting.workers, setting.train.batch)
         simulation.step(step, tokens, learning_rate(setting.train, step, setting.steps))
+        if step >= averaged_from:
+            averaged += (simulation.shared[0] - averaged) / (step + 1 - averaged_from)
         if (step + 1) % every == 0:
             curve.append([step + 1, validation_loss(setting.gpt, simulation.shared[0], few)])
             if _is_hopeless(curve, reference, give_up_pct):
@@ -72,6 +81,9 @@ def run_trial(
         "bits_per_param": simulation.received_bits / setting.gpt.numel / max(1, pruned_steps),
         "val_loss": validation_loss(setting.gpt, simulation.shared[0], every_sequence),
         "val_loss_flushed": validation_loss(setting.gpt, simulation.flushed(), every_sequence),
+        "val_loss_averaged": None
+        if stopped_at is not None
+        else validation_loss(setting.gpt, averaged, every_sequence),
         "curve": curve,
         "stopped_at": stopped_at,
         "run_s": time.perf_counter() - start_s,
