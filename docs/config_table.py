@@ -12,9 +12,14 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+if __name__ == "__main__":
+    # The root instead of this folder, whose files are scripts and no modules.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs.readme_table import ReadmeTable
 from ds_gradprune.config import (
     DensityConfig,
     GradientPruningConfig,
@@ -22,10 +27,6 @@ from ds_gradprune.config import (
     TargetPoint,
     ThrottleConfig,
 )
-
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN = "<!-- config table: written by docs/config_table.py -->"
-END = "<!-- end of config table -->"
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("", GradientPruningConfig),
@@ -44,19 +45,6 @@ def table() -> str:
             cells = (f"`{prefix}{name}`", _default(field), _accepts(field), field.description)
             rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(rows)
-
-
-def readme_with_table(readme: str) -> str:
-    """The README's text with a fresh table between its markers.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"README.md must hold the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 def _default(field: FieldInfo) -> str:
@@ -98,15 +86,7 @@ def _bound(item: Any) -> str:
     return ", ".join(parts)
 
 
-def main(arguments: list[str]) -> None:
-    """Print the table, or write it into README.md."""
-    if arguments == ["--write"]:
-        README.write_text(readme_with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    elif arguments:
-        sys.exit("config_table.py takes nothing or --write")
-    else:
-        print(table())
-
+TABLE = ReadmeTable("config table", "docs/config_table.py", table)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    TABLE.main(sys.argv[1:])

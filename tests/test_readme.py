@@ -24,13 +24,13 @@ def commands() -> list[str]:
 
 
 def test_config_table_is_the_one_of_the_models() -> None:
-    fresh = config_table.readme_with_table(README)
+    fresh = config_table.TABLE.into(README)
     assert fresh == README, "run: python docs/config_table.py --write"
 
 
 @pytest.mark.skipif(not control_table.RESULTS.exists(), reason="no results of control.py here")
 def test_control_table_is_the_one_of_the_results() -> None:
-    fresh = control_table.readme_with_table(README)
+    fresh = control_table.TABLE.into(README)
     assert fresh == README, "run: python docs/control_table.py --write"
 
 
@@ -43,7 +43,7 @@ def test_config_table_has_a_row_for_every_key() -> None:
 
 def test_config_table_needs_its_markers() -> None:
     with pytest.raises(ValueError, match="must hold the lines"):
-        config_table.readme_with_table("# no marker\n")
+        config_table.TABLE.into("# no marker\n")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
