@@ -13,7 +13,13 @@ from ds_gradprune.transport.loopback import LoopbackHub
 from ds_gradprune.transport.throttle import RatePoint, ThrottledTransport
 from tests.helpers.ranks import VirtualClock, run_processes, run_ranks
 
-CHECKS = ["gathers_in_rank_order", "empty_payload", "sums_in_place", "buffers_are_reusable"]
+CHECKS = [
+    "gathers_in_rank_order",
+    "gathers_megabytes",
+    "empty_payload",
+    "sums_in_place",
+    "buffers_are_reusable",
+]
 
 
 def gathers_in_rank_order(transport: Transport) -> list[Any]:
@@ -23,6 +29,21 @@ def gathers_in_rank_order(transport: Transport) -> list[Any]:
     transport.all_gather(payload, out)
     assert out.tolist() == [[10 + r] * 5 for r in range(transport.world_size)]
     return out.tolist()
+
+
+def gathers_megabytes(transport: Transport) -> list[Any]:
+    """More than is sent in one piece, and no whole number of pieces."""
+    size = 6 * 256 * 1024 + 13
+
+    def payload_of(rank: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+
+    out = torch.zeros((transport.world_size, size), dtype=torch.uint8)
+    transport.all_gather(payload_of(transport.rank), out)
+    for rank in range(transport.world_size):
+        assert torch.equal(out[rank], payload_of(rank))
+    return [int(out.sum(dtype=torch.int64))]
 
 
 def empty_payload(transport: Transport) -> list[Any]:
