@@ -13,8 +13,8 @@ unshaped and uncounted. A loss is measured where a run was made at that rate; me
 does not depend on the link are run once unshaped, and their times at a rate come from a short
 stretch: such rows are marked.
 
-`topk_*` and `ours` prune the gradient, `islands_*` and `ours_update` the update (4-bit values);
-the first of each pair at a fixed density, the second under the controller.
+`topk_*` and `ours` prune the gradient, `islands_*` and `ours_update` the update; the first of each
+pair at a fixed density, the second under the controller.
 
 1-bit Adam and 0/1 Adam are simulated: their last release, DeepSpeed 0.19.6, packs signs with CuPy
 (backends nccl and mpi), torch_npu (hccl) or a SYCL kernel (compressed); none runs on a CPU. Here

@@ -154,7 +154,7 @@ class GradientPruningConfig(_Block):
         default_factory=DensityConfig, description="kept / all elements, see below"
     )
     value_bits: Literal[2, 4, 16, 32] = Field(
-        default=16,
+        default=4,
         description="bits of a value on the wire: 32 is fp32, 16 bf16; 4 and 2 are levels with two "
         "bf16 scales per 128 values. What rounding loses stays in the residual",
     )

@@ -32,9 +32,6 @@ from benchmarks.peers.onebit_adam import Kind, OneBitAdam, Rules, ZeroOneAdam
 CALIBRATION_STEPS = 4
 """Local steps behind the medians; as many before them, uncounted, the first time."""
 
-UPDATE_VALUE_BITS = 4
-"""As in ds_configs/islands_100mbit.json."""
-
 ONE_BUCKET_MB = 4096
 """Larger than any model that is trained here."""
 
@@ -177,7 +174,7 @@ def ds_config(method: Method, recipe: Recipe) -> dict[str, Any]:
             "window_size": max(8, min(128, recipe.steps // 4)),
         }
         if method.prune == "update":
-            block |= {"prune": "update", "value_bits": UPDATE_VALUE_BITS}
+            block["prune"] = "update"
         if method.adaptive:
             block["step_time_budget_s"] = recipe.budget_s
         else:
