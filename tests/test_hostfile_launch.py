@@ -69,6 +69,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scripts.write_model(folder / "model", text)
     pruning = scripts.CONFIG["gradient_pruning"] | {
         "throttle": None,  # the link is real
+        "value_bits": 16,  # far more bytes than everything that is not ours
         "density": {"initial": 0.25, "min": 0.25, "max": 0.25},
         "verify_every_steps": VERIFY_EVERY_STEPS,
         "timeout_s": 120.0,
