@@ -8,12 +8,14 @@ import pytest
 
 from ds_gradprune import controller
 from ds_gradprune.config import TargetPoint
+from ds_gradprune.controller.plan import Prices, ladder
 from ds_gradprune.controller.state import PredictiveState
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.records import CHUNK_NUMEL, Cause
 from tests.helpers.predictive import (
     BUDGET_S,
     COMPUTE_S,
+    DENSE_BYTES,
     MBIT,
     Run,
     best_k,
@@ -87,6 +89,32 @@ def test_automatic_budget_can_be_met_where_the_codec_costs_more_than_a_tenth() -
     run = settled(config=make_config(step_time_budget_s=None), codec_s=0.25 * COMPUTE_S)
     assert run.k > 10 * 3  # far above density.min
     assert run.decisions[-1].predicted_step_s <= run.decisions[-1].budget_s
+
+
+def test_codec_that_grows_with_the_density_is_no_reason_to_go_dense() -> None:
+    # At a quarter the codec takes as long as the computation; dense takes 0.42 s.
+    config = make_config(step_time_budget_s=None)
+    rate, per_k_s = DENSE_BYTES / 0.215, 0.2 / 1024
+    run = Run(config, codec_per_k_s=per_k_s).steps(400, rate)
+    assert all(decision.density < 1.0 for decision in run.decisions[21:])
+    least_s = step_s(3, rate) + 3 * per_k_s
+    last = run.decisions[-1]
+    assert last.budget_s == pytest.approx(1.1 * least_s, rel=0.06)
+    assert step_s(run.k, rate) + run.k * per_k_s <= 1.02 * last.budget_s
+    assert run.k > 10 * 3
+
+
+@pytest.mark.parametrize("spread_s", [0.0, 0.004])
+@pytest.mark.parametrize("codec_per_k_s", [0.0, 1e-5, 2e-4])
+@pytest.mark.parametrize("budget_s", [0.25, 0.3, 0.6])
+def test_affordable_density_fits_and_the_next_does_not(
+    budget_s: float, codec_per_k_s: float, spread_s: float
+) -> None:
+    prices = Prices(0.2, spread_s, 0.01, codec_per_k_s, 0.005, 1 / 2.5e6, 0.1, 5e3, 850.0, 4e6, 1.0)
+    k = prices.affordable_k(budget_s, 1, 4095)
+    assert prices.fits(k, budget_s)
+    above = next(other for other in range(k + 1, 4096) if ladder(other) == other)
+    assert not prices.fits(above, budget_s)
 
 
 def test_persistent_straggler_leaves_less_to_communication() -> None:

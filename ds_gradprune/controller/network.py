@@ -25,6 +25,7 @@ FORMER_STEPS = 12
 _AS_BEFORE = 1.35
 _FACTOR_LEAST, _FACTOR_MOST = 0.2, 5.0
 _SIZE_SPREAD = 1.25
+_CODEC_SPREAD, _CODEC_FAR = 1.1, 2.0
 _COST_STEPS = 3
 _QUARTILE = 0.6745  # distance of a quartile from the median, in standard deviations
 
@@ -50,10 +51,11 @@ def observe(state: NetworkState, signals: StepSignals) -> Net:
         return Net(state)
     is_dense = timed == 1.0
     seen = _measure(state, is_dense, time_s, wire_bytes)
-    codecs_s, sizes = state.codec_times_s, state.sizes
+    codec, sizes = _Codec(state.codec_k, state.codec_times_s, state.codec_other), state.sizes
     if not is_dense:
-        codecs_s = keep_last(codecs_s, signals.codec_time_s, CODEC_WINDOW_STEPS)
-        sizes = _sizes(sizes, round(timed * CHUNK_NUMEL), wire_bytes)
+        k = round(timed * CHUNK_NUMEL)
+        codec = _codec(codec, k, signals.codec_time_s)
+        sizes = _sizes(sizes, k, wire_bytes)
     after = NetworkState(
         seen.link,
         seen.meter,
@@ -61,7 +63,7 @@ def observe(state: NetworkState, signals: StepSignals) -> Net:
         seen.former,
         seen.former_steps,
         seen.as_before,
-        codecs_s,
+        *codec,
         sizes,
         signals.dense_bytes or state.dense_bytes,
         *_costs(state, seen, is_dense),
@@ -142,12 +144,47 @@ def _costs(
     return dense_cost, pruned_cost, factor
 
 
+class _Codec(NamedTuple):
+    """See `NetworkState`."""
+
+    k: int
+    times_s: tuple[float, ...]
+    other: tuple[int, float] | None
+
+
+def _codec(codec: _Codec, k: int, time_s: float) -> _Codec:
+    """One more time. Another k begins a new window; the old one's median is kept if it is far."""
+    if not is_time(time_s):
+        return codec
+    if codec.k and not _are_near(k, codec.k, _CODEC_SPREAD):
+        left = (codec.k, median(codec.times_s))
+        is_kept = codec.other is None or not _are_near(k, codec.k, _CODEC_FAR)
+        codec = _Codec(k, (), left if is_kept else codec.other)
+    return _Codec(codec.k or k, keep_last(codec.times_s, time_s, CODEC_WINDOW_STEPS), codec.other)
+
+
+def _are_near(k: int, other_k: int, factor: float) -> bool:
+    return 1.0 / factor < k / other_k < factor
+
+
+def _codec_line(state: NetworkState) -> tuple[float, float]:
+    """Seconds of the codec whatever k, and on top for every kept element per chunk."""
+    if not state.codec_times_s:
+        return 0.0, 0.0
+    k, time_s = state.codec_k, median(state.codec_times_s)
+    other_k, other_s = state.codec_other or (k, time_s)
+    if _are_near(k, other_k, _SIZE_SPREAD):
+        return time_s, 0.0
+    per_k_s = max(0.0, min((time_s - other_s) / (k - other_k), time_s / k))
+    return time_s - per_k_s * k, per_k_s
+
+
 def _sizes(
     sizes: tuple[tuple[int, int], ...], k: int, wire_bytes: int
 ) -> tuple[tuple[int, int], ...]:
     """The newest size, and the last one whose k was far enough from it to draw a line."""
     for other in sizes:
-        if not 1.0 / _SIZE_SPREAD < other[0] / k < _SIZE_SPREAD:
+        if not _are_near(other[0], k, _SIZE_SPREAD):
             return ((k, wire_bytes), other)
     return ((k, wire_bytes),)
 
@@ -166,6 +203,7 @@ def prices_of(
         # The lower half alone: stragglers, which no density helps, sit in the upper one.
         spread_s = (ordered[len(ordered) // 2] - ordered[quarter]) / _QUARTILE
     fixed_bytes, bytes_per_k = line_through(state.sizes)
+    codec_s, codec_per_k_s = _codec_line(state)
     cost, factor = reading.seconds_per_byte, state.dense_factor
     if state.is_dense:
         cost /= factor
@@ -174,7 +212,8 @@ def prices_of(
     return Prices(
         compute_s=ordered[len(ordered) // 2],
         spread_s=spread_s,
-        codec_s=median(state.codec_times_s) if state.codec_times_s else 0.0,
+        codec_s=codec_s,
+        codec_per_k_s=codec_per_k_s,
         overhead_s=reading.overhead_s,
         seconds_per_byte=cost,
         noise=reading.noise,

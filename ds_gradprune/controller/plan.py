@@ -1,7 +1,8 @@
 """What a density would cost, and the highest one that the budget affords. Pure.
 
-The model of one step: computation + codec + overhead + seconds_per_byte * bytes(k), where bytes(k)
-is a straight line: a payload is a header, the dense segments, and so many bits per kept element. A
+The model of one step: computation + codec(k) + overhead + seconds_per_byte * bytes(k), where both
+are straight lines: a payload is a header, the dense segments, and so many bits per kept element; a
+codec selects, and then takes so long per kept element. A
 dense step has no codec and its own bytes; that its collective moves a byte in another time than the
 gather does is a factor, measured.
 
@@ -35,7 +36,8 @@ class Prices(NamedTuple):
     Attributes:
         compute_s: forward, backward, optimizer of the slowest rank, median.
         spread_s: standard deviation of it; 0.0 where the budget is relative to it.
-        codec_s: of a pruned step.
+        codec_s: of a pruned step, whatever k.
+        codec_per_k_s: on top, for every kept element per chunk.
         overhead_s: of an exchange, whatever its size.
         seconds_per_byte: of a pruned exchange, on top of it.
         noise: standard deviation of the logarithm of an exchange's time.
@@ -48,6 +50,7 @@ class Prices(NamedTuple):
     compute_s: float
     spread_s: float
     codec_s: float
+    codec_per_k_s: float
     overhead_s: float
     seconds_per_byte: float
     noise: float
@@ -62,14 +65,20 @@ class Prices(NamedTuple):
             return self.overhead_s + self.seconds_per_byte * self.dense_factor * self.dense_bytes
         return self.overhead_s + self.seconds_per_byte * (self.fixed_bytes + self.bytes_per_k * k)
 
+    def local_s(self, k: int) -> float:
+        """Of a typical step, without its exchange."""
+        if k == CHUNK_NUMEL:
+            return self.compute_s
+        return self.compute_s + self.codec_s + self.codec_per_k_s * k
+
     def step_s(self, k: int) -> float:
         """Of a typical step."""
-        return self.compute_s + (0.0 if k == CHUNK_NUMEL else self.codec_s) + self.comm_s(k)
+        return self.local_s(k) + self.comm_s(k)
 
     def fits(self, k: int, budget_s: float, margin: float = MARGIN) -> bool:
         """A step with k stays within the budget, `margin` standard deviations included."""
         comm_s = self.comm_s(k)
-        step_s = self.compute_s + (0.0 if k == CHUNK_NUMEL else self.codec_s) + comm_s
+        step_s = self.local_s(k) + comm_s
         if step_s > budget_s:
             return False
         spread_s = min(self.spread_s, _SPREAD_MOST * (budget_s - self.compute_s))
@@ -77,14 +86,17 @@ class Prices(NamedTuple):
 
     def affordable_k(self, budget_s: float, k_min: int, k_max: int) -> int:
         """The highest k that fits, on the ladder; k_min if none does."""
-        allowance_s = budget_s - self.compute_s - self.codec_s
         spread_s = min(self.spread_s, _SPREAD_MOST * max(0.0, budget_s - self.compute_s))
-        # comm + MARGIN * hypot(noise * comm, spread) = allowance, solved for comm.
-        a = 1.0 - (MARGIN * self.noise) ** 2
-        square = allowance_s**2 - a * (allowance_s**2 - (MARGIN * spread_s) ** 2)
-        comm_s = (allowance_s - math.sqrt(max(0.0, square))) / a
-        wire_bytes = (comm_s - self.overhead_s) / self.seconds_per_byte
-        k = (wire_bytes - self.fixed_bytes) / self.bytes_per_k
+        # b * comm + MARGIN * hypot(noise * comm, spread) = allowance, solved for comm; what the
+        # codec takes per kept element is counted with what its bytes take.
+        least_s = self.overhead_s + self.seconds_per_byte * self.fixed_bytes
+        codec_share = self.codec_per_k_s / (self.seconds_per_byte * self.bytes_per_k)
+        allowance_s = budget_s - self.compute_s - self.codec_s + codec_share * least_s
+        b = 1.0 + codec_share
+        a = b**2 - (MARGIN * self.noise) ** 2
+        square = (b * allowance_s) ** 2 - a * (allowance_s**2 - (MARGIN * spread_s) ** 2)
+        comm_s = (b * allowance_s - math.sqrt(max(0.0, square))) / a
+        k = (comm_s - least_s) / (self.seconds_per_byte * self.bytes_per_k)
         return max(k_min, min(k_max, ladder(int(max(1.0, min(k, CHUNK_NUMEL - 1.0))))))
 
 

@@ -171,7 +171,12 @@ def _ask_arm(
 def _least_s(
     config: GradientPruningConfig, net: Net, prices: Prices | None, computes_s: tuple[float, ...]
 ) -> float | None:
-    """A step at density.min: what no pruning saves. Local work alone while the link is unknown."""
+    """A step at density.min: what no pruning saves. Local work alone while the link is unknown.
+
+    None if there is a budget of the user's, which does not ask for it.
+    """
+    if config.step_time_budget_s is not None:
+        return None
     if prices is not None:
         return prices.step_s(kept_per_chunk(config.density.min))
     codecs_s = net.state.codec_times_s

@@ -31,7 +31,9 @@ class NetworkState(NamedTuple):
             it did not.
         former_steps: exchanges since.
         as_before: the newest exchange was as the former ones.
-        codec_times_s: the last codec times of pruned steps, oldest first.
+        codec_k: kept elements per chunk that `codec_times_s` are about; 0: none yet.
+        codec_times_s: the last codec times of pruned steps at about that k, oldest first.
+        codec_other: (k, seconds) at another k before that, a far one if there was; or None.
         sizes: (k, bytes) of the newest pruned exchange, then of one with another k; at most two.
         dense_bytes: of a dense exchange; 0: unknown.
         dense_cost: seconds per byte of a dense exchange, on the network as it is now, or None.
@@ -45,7 +47,9 @@ class NetworkState(NamedTuple):
     former: Samples = ()
     former_steps: int = 0
     as_before: bool = False
+    codec_k: int = 0
     codec_times_s: tuple[float, ...] = ()
+    codec_other: tuple[int, float] | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     dense_bytes: int = 0
     dense_cost: float | None = None
@@ -59,6 +63,7 @@ class NetworkState(NamedTuple):
             "meter": self.meter.to_json(),
             "former": [list(sample) for sample in self.former],
             "codec_times_s": list(self.codec_times_s),
+            "codec_other": None if self.codec_other is None else list(self.codec_other),
             "sizes": [list(size) for size in self.sizes],
         }
 
@@ -67,6 +72,7 @@ class NetworkState(NamedTuple):
         """The state that `to_json` wrote; KeyError, TypeError or ValueError if it is none."""
         costs = (data["dense_cost"], data["pruned_cost"])
         dense_cost, pruned_cost = (None if cost is None else float(cost) for cost in costs)
+        other = data["codec_other"]
         return cls(
             link=LinkState.from_json(data["link"]),
             meter=MeterState.from_json(data["meter"]),
@@ -74,7 +80,9 @@ class NetworkState(NamedTuple):
             former=tuple((int(size), float(time_s)) for size, time_s in data["former"]),
             former_steps=int(data["former_steps"]),
             as_before=bool(data["as_before"]),
+            codec_k=int(data["codec_k"]),
             codec_times_s=tuple(float(time_s) for time_s in data["codec_times_s"]),
+            codec_other=None if other is None else (int(other[0]), float(other[1])),
             sizes=tuple((int(k), int(size)) for k, size in data["sizes"]),
             dense_bytes=int(data["dense_bytes"]),
             dense_cost=dense_cost,

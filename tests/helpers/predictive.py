@@ -54,11 +54,21 @@ class Run:
         state: the law's.
     """
 
-    def __init__(self, config=None, *, seed=0, noise=0.0, dense_factor=1.0, codec_s=CODEC_S):
+    def __init__(
+        self,
+        config=None,
+        *,
+        seed=0,
+        noise=0.0,
+        dense_factor=1.0,
+        codec_s=CODEC_S,
+        codec_per_k_s=0.0,
+    ) -> None:
         self.config = config or make_config()
         self.state, decision = controller.start(self.config)
         self.decisions = [decision]
-        self.noise, self.dense_factor, self.codec_s = noise, dense_factor, codec_s
+        self.noise, self.dense_factor = noise, dense_factor
+        self.codec_s, self.codec_per_k_s = codec_s, codec_per_k_s
         self.rng = random.Random(seed)
         self.timed: dict[str, Any] | None = None
 
@@ -85,7 +95,7 @@ class Run:
         wire_s = comm_s(k, rate, self.dense_factor) * stall
         wire_s *= math.exp(self.noise * self.rng.gauss(0.0, 1.0))
         compute_s = COMPUTE_S * compute * math.exp(0.1 * self.noise * self.rng.gauss(0.0, 1.0))
-        codec_s = 0.0 if used == 1.0 else self.codec_s
+        codec_s = 0.0 if used == 1.0 else self.codec_s + self.codec_per_k_s * k
         self.timed = {
             "timed_density": used,
             "compute_time_s": compute_s,
