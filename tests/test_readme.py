@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import config_table, control_table
+from docs import config_table, control_table, ethernet_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +32,12 @@ def test_config_table_is_the_one_of_the_models() -> None:
 def test_control_table_is_the_one_of_the_results() -> None:
     fresh = control_table.TABLE.into(README)
     assert fresh == README, "run: python docs/control_table.py --write"
+
+
+@pytest.mark.skipif(not ethernet_table.RESULTS.exists(), reason="no results of ethernet.py here")
+def test_ethernet_table_is_the_one_of_the_results() -> None:
+    fresh = ethernet_table.TABLE.into(README)
+    assert fresh == README, "run: python docs/ethernet_table.py --write"
 
 
 def test_config_table_has_a_row_for_every_key() -> None:
