@@ -14,6 +14,8 @@ from benchmarks.peers.methods import parse_method
 from ds_gradprune.errors import MissingDependencyError
 
 MARKERS = "osD^v<>Px*"
+COLORS = "tab20"
+"""matplotlib's name of as many colors as there may be methods."""
 
 
 def load_pyplot() -> Any:
@@ -70,6 +72,7 @@ def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
         1, len(rates), figsize=(5 * len(rates), 4.2), squeeze=False, sharey=True
     )
     for axis, rate in zip(axes[0], rates, strict=True):
+        axis.set_prop_cycle(color=pyplot.get_cmap(COLORS).colors)
         for method, marker in zip(methods, itertools.cycle(MARKERS), strict=False):
             curve = figures.curve(method, rate, 0)
             if curve is not None and len(curve) > 1:
@@ -83,7 +86,7 @@ def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
         axis.grid(alpha=0.3)
         axis.set_xscale("log")
     axes[0][0].set_ylabel("validation loss")
-    axes[0][-1].legend(fontsize=8)
+    _name_beside(axes[0][0], axes[0][-1])
     return picture
 
 
@@ -92,6 +95,7 @@ def _step_times(pyplot: Any, rows: Sequence[Row]) -> Any:
     if all(row.rate_mbit is None for row in rows):
         return None
     picture, axis = pyplot.subplots(figsize=(6.5, 4.5))
+    axis.set_prop_cycle(color=pyplot.get_cmap(COLORS).colors)
     methods = dict.fromkeys(row.method for row in rows)
     for method, marker in zip(methods, itertools.cycle(MARKERS), strict=False):
         mine = [row for row in rows if row.method == method]
@@ -107,7 +111,7 @@ def _step_times(pyplot: Any, rows: Sequence[Row]) -> Any:
     axis.set_xlabel("link, Mbit/s (thin lines: unshaped)")
     axis.set_ylabel("seconds per step, median")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    _name_beside(axis, axis)
     return picture
 
 
@@ -129,5 +133,11 @@ def _densities(pyplot: Any, figures: Figures) -> Any:
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("density (1: dense)")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    _name_beside(axis, axis)
     return picture
+
+
+def _name_beside(whose: Any, last: Any) -> None:
+    """The names of one panel's lines, to the right of the last panel: so they cover nothing."""
+    handles, labels = whose.get_legend_handles_labels()
+    last.legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
