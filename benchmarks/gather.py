@@ -123,9 +123,10 @@ def main() -> None:
         for rate in flags.rates.split(","):
             for row in measure(flags, bed, rate):
                 results.append(row)
+                least = "" if row["least_s"] is None else f"  least {row['least_s']:.3f} s"
                 print(
                     f"{rate:>8}  {row['payload_bytes']:>9} B  {row['way']:<9}  "
-                    f"{row['exchange_s']:.3f} s  least {row['least_s']:.3f} s",
+                    f"{row['exchange_s']:.3f} s{least}",
                     flush=True,
                 )
     print(json.dumps({"results": results}))

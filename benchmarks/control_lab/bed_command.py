@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from benchmarks.netbed import parse_rate
 from benchmarks.peers.command import LEARNING_RATES, answer, make_recipe, open_place, say
 from benchmarks.peers.crew import ROOT, crew
 from benchmarks.peers.methods import parse_methods
-from benchmarks.peers.page import commit, machine
+from benchmarks.peers.page import machine, setting
 from benchmarks.peers.plots import load_pyplot
 from ds_gradprune.errors import ConfigError
 from ds_gradprune.textgen.model import SIZES
@@ -126,15 +124,11 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     rows = rows_of(document["methods"])
     print(text_table(rows))
     if flags.out is not None:
-        setting = {
-            "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
-            "commit": commit(ROOT),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": at_start,
+        about = setting(ROOT, at_start) | {
             "route": dataclasses.asdict(route),
             "recipe": dataclasses.asdict(recipe),
         }
-        write_files(flags, setting, document, trips)
+        write_files(flags, about, document, trips)
     return document
 
 
@@ -151,7 +145,7 @@ def rows_of(methods: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def write_files(
     flags: argparse.Namespace,
-    setting: dict[str, Any],
+    about: dict[str, Any],
     document: dict[str, Any],
     trips: Sequence[Trip],
 ) -> None:
@@ -160,16 +154,16 @@ def write_files(
     out.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(trips, key=lambda trip: trip.method != OURS)
     runs = [trip.to_json() for trip in ordered]
-    out.write_text(json.dumps({"setting": setting, **document, "runs": runs}) + "\n")
+    out.write_text(json.dumps({"setting": about, **document, "runs": runs}) + "\n")
     pictures = []
     if not flags.no_plots:
         pictures.append(out.with_suffix(".png"))
         draw(ordered[0], pictures[0])
-    at_start, recipe = setting["machine"], setting["recipe"]
+    at_start, recipe = about["machine"], about["recipe"]
     speedup = "not known" if document["speedup"] is None else f"{document['speedup']:.2f}"
     facts = [
-        f"command: `{setting['command']}`",
-        f"commit {setting['commit']}, {setting['date']}",
+        f"command: `{about['command']}`",
+        f"commit {about['commit']}, {about['date']}",
         f"{at_start['cpu']}, {at_start['cores']} cores for {flags.hosts} hosts; Linux "
         f"{at_start['kernel']}, Python {at_start['python']}, "
         + ", ".join(f"{name} {version}" for name, version in at_start["versions"].items()),

@@ -15,8 +15,9 @@ from benchmarks.control_lab import page, replay, traces
 from benchmarks.control_lab.campaign import HOSTS, follow, run_all
 from benchmarks.control_lab.laws import NAMES
 from benchmarks.control_lab.traces import BEGIN_STEPS
+from benchmarks.peers.command import say
 from benchmarks.peers.crew import ROOT
-from benchmarks.peers.page import commit, machine
+from benchmarks.peers.page import machine, setting
 from benchmarks.peers.plots import load_pyplot
 from ds_gradprune.errors import ConfigError, GradPruneError
 
@@ -82,7 +83,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         agreement = replay.compare(recording, replay.simulate(recording))
         traces.add_recorded(flags.replay.stem, replay.measured_rates(recording))
     began_s, at_start = time.monotonic(), machine()
-    laws = run_all(names, flags.seeds, flags.steps, _say)
+    laws = run_all(names, flags.seeds, flags.steps, say)
     print(page.text_table(page.rows_of(laws, page.COLUMNS, "law")))
     for name in names[:1]:
         print()
@@ -94,14 +95,8 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         print(f"\nThe recorded run and its simulation ({flags.replay.name}):")
         print(page.text_table(replay.rows_of(agreement)))
     if flags.out is not None:
-        setting = {
-            "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
-            "commit": commit(ROOT),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": at_start,
-            "duration_s": round(time.monotonic() - began_s),
-        }
-        write_files(flags, names, setting, laws, agreement)
+        about = setting(ROOT, at_start) | {"duration_s": round(time.monotonic() - began_s)}
+        write_files(flags, names, about, laws, agreement)
     shown = [key for key, _, _ in page.COLUMNS]
     document = {"laws": {name: {key: laws[name][key] for key in shown} for name in names}}
     return document if agreement is None else document | {"replay": agreement}
@@ -110,7 +105,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
 def write_files(
     flags: argparse.Namespace,
     names: list[str],
-    setting: dict[str, Any],
+    about: dict[str, Any],
     laws: dict[str, Any],
     agreement: dict[str, Any] | None,
 ) -> None:
@@ -118,7 +113,7 @@ def write_files(
     out: Path = flags.out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
-        json.dumps({"setting": setting, "laws": laws, "replay": agreement}) + "\n", encoding="utf-8"
+        json.dumps({"setting": about, "laws": laws, "replay": agreement}) + "\n", encoding="utf-8"
     )
     pictures = []
     if not flags.no_plots:
@@ -126,10 +121,10 @@ def write_files(
         courses = follow(drawn, "steps", HOSTS[0], 0, flags.steps)
         pictures.append(out.with_suffix(".png"))
         page.draw(courses, pictures[0])
-    at_start = setting["machine"]
+    at_start = about["machine"]
     facts = [
-        f"command: `{setting['command']}`, {setting['duration_s']} s",
-        f"commit {setting['commit']}, {setting['date']}",
+        f"command: `{about['command']}`, {about['duration_s']} s",
+        f"commit {about['commit']}, {about['date']}",
         f"{at_start['cpu']}, one thread; Linux {at_start['kernel']}, "
         f"Python {platform.python_version()}; load average at the start: "
         + ", ".join(f"{x:.1f}" for x in at_start["load_average"]),
@@ -154,7 +149,3 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
         return 2
     print(json.dumps(document), flush=True)
     return 0
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

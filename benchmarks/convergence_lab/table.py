@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+AVERAGED = "val_loss_averaged"
+"""Key that runs from before it was measured lack, and that unfinished ones hold as None."""
+
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per method, in order of first appearance.
@@ -22,23 +25,17 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         None where a run was made before that was measured),
         simulated_values (some of the bytes are counted, but not written), stopped_at.
     """
-    dense = {
-        (_settings(run), run["seed"]): run["val_loss"] for run in runs if run["kind"] == "dense"
-    }
-    averaged = {
-        (_settings(run), run["seed"]): run.get("val_loss_averaged")
-        for run in runs
-        if run["kind"] == "dense"
-    }
+    dense = {(_settings(run), run["seed"]): run for run in runs if run["kind"] == "dense"}
     by_settings: dict[str, list[float]] = {}
-    for (settings, _), loss in dense.items():
-        by_settings.setdefault(settings, []).append(loss)
+    for (settings, _), run in dense.items():
+        by_settings.setdefault(settings, []).append(run["val_loss"])
     best = min(statistics.fmean(losses) for losses in by_settings.values())
     rows = []
     for name in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == name]
         pairs = [(run, dense[_settings(run), run["seed"]]) for run in own]
-        gaps = [100 * (run["val_loss"] / base - 1) for run, base in pairs]
+        gaps = [_gap_pct(run["val_loss"], base["val_loss"]) for run, base in pairs]
+        averages = [(run.get(AVERAGED), base.get(AVERAGED)) for run, base in pairs]
         loss = statistics.fmean(run["val_loss"] for run in own)
         stops = [run["stopped_at"] for run in own if run["stopped_at"] is not None]
         rows.append(
@@ -50,14 +47,13 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "gap_pct": statistics.fmean(gaps),
                 "gap_std": statistics.stdev(gaps) if len(gaps) > 1 else None,
                 "seeds": len(own),
-                "gap_best_pct": 100 * (loss / best - 1),
+                "gap_best_pct": _gap_pct(loss, best),
                 "gap_flushed_pct": statistics.fmean(
-                    100 * (run["val_loss_flushed"] / base - 1) for run, base in pairs
+                    _gap_pct(run["val_loss_flushed"], base["val_loss"]) for run, base in pairs
                 ),
-                "gap_averaged_pct": _mean_gap(
-                    [run.get("val_loss_averaged") for run in own],
-                    [averaged[_settings(run), run["seed"]] for run in own],
-                ),
+                "gap_averaged_pct": None
+                if any(None in pair for pair in averages)
+                else statistics.fmean(_gap_pct(*pair) for pair in averages),
                 "simulated_values": own[0].get("simulated_values", own[0]["kind"] == "update"),
                 "stopped_at": min(stops) if stops else None,
             }
@@ -65,16 +61,8 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _mean_gap(losses: Sequence[float | None], bases: Sequence[float | None]) -> float | None:
-    """Mean of the paired gaps in percent; None unless all are known."""
-    pairs = [
-        (loss, base)
-        for loss, base in zip(losses, bases, strict=True)
-        if loss is not None and base is not None
-    ]
-    if len(pairs) < len(losses):
-        return None
-    return statistics.fmean(100 * (loss / base - 1) for loss, base in pairs)
+def _gap_pct(loss: float, base: float) -> float:
+    return 100 * (loss / base - 1)
 
 
 def _settings(run: dict[str, Any]) -> str:

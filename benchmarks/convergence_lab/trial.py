@@ -63,8 +63,8 @@ def run_trial(
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     curve: list[list[float]] = []
     stopped_at = None
-    averaged, averaged_from = torch.zeros_like(simulation.shared[0]), setting.steps
-    averaged_from -= max(1, round(AVERAGED_PART * setting.steps))
+    averaged = torch.zeros_like(simulation.shared[0])
+    averaged_from = setting.steps - max(1, round(AVERAGED_PART * setting.steps))
     for step in range(setting.steps):
         tokens = text.batch(setting.seed, step, setting.workers, setting.train.batch)
         simulation.step(step, tokens, learning_rate(setting.train, step, setting.steps))

@@ -164,12 +164,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     )
     print(page.text_table(rows), f"\n{page.NOTE}", *lines, sep="\n", flush=True)
     if flags.out is not None:
-        setting = {
-            # What a path is called here is nobody's business elsewhere.
-            "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
-            "commit": page.commit(ROOT),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": machine,
+        setting = page.setting(ROOT, machine) | {
             "parameters": figures.num_parameters,
             "tokens_per_step": tokens_per_step,
             "recipe": dataclasses.asdict(plan.recipe),

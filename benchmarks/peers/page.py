@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,22 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "load_average": os.getloadavg(),
+    }
+
+
+def setting(root: Path, at_start: dict[str, Any]) -> dict[str, Any]:
+    """What every results file says of its run: command, commit, date and machine.
+
+    Args:
+        root: of the project.
+        at_start: `machine()`, taken before the run.
+    """
+    return {
+        # What a path is called here is nobody's business elsewhere.
+        "command": " ".join(Path(w).name if w.startswith("/") else w for w in sys.argv),
+        "commit": commit(root),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": at_start,
     }
 
 
