@@ -13,7 +13,7 @@ from ds_gradprune import link, meter
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller.base import is_time, keep_last, median
 from ds_gradprune.controller.plan import Prices, line_through
-from ds_gradprune.controller.state import UP_STEPS, NetworkState
+from ds_gradprune.controller.state import UP_STEPS, CodecTimes, NetworkState
 from ds_gradprune.records import CHUNK_NUMEL, StepSignals
 
 CODEC_WINDOW_STEPS = 5
@@ -51,7 +51,7 @@ def observe(state: NetworkState, signals: StepSignals) -> Net:
         return Net(state)
     is_dense = timed == 1.0
     seen = _measure(state, is_dense, time_s, wire_bytes)
-    codec, sizes = _Codec(state.codec_k, state.codec_times_s, state.codec_other), state.sizes
+    codec, sizes = state.codec, state.sizes
     if not is_dense:
         k = round(timed * CHUNK_NUMEL)
         codec = _codec(codec, k, signals.codec_time_s)
@@ -63,7 +63,7 @@ def observe(state: NetworkState, signals: StepSignals) -> Net:
         seen.former,
         seen.former_steps,
         seen.as_before,
-        *codec,
+        codec,
         sizes,
         signals.dense_bytes or state.dense_bytes,
         *_costs(state, seen, is_dense),
@@ -144,35 +144,28 @@ def _costs(
     return dense_cost, pruned_cost, factor
 
 
-class _Codec(NamedTuple):
-    """See `NetworkState`."""
-
-    k: int
-    times_s: tuple[float, ...]
-    other: tuple[int, float] | None
-
-
-def _codec(codec: _Codec, k: int, time_s: float) -> _Codec:
+def _codec(codec: CodecTimes, k: int, time_s: float) -> CodecTimes:
     """One more time. Another k begins a new window; the old one's median is kept if it is far."""
     if not is_time(time_s):
         return codec
     if codec.k and not _are_near(k, codec.k, _CODEC_SPREAD):
         left = (codec.k, median(codec.times_s))
         is_kept = codec.other is None or not _are_near(k, codec.k, _CODEC_FAR)
-        codec = _Codec(k, (), left if is_kept else codec.other)
-    return _Codec(codec.k or k, keep_last(codec.times_s, time_s, CODEC_WINDOW_STEPS), codec.other)
+        codec = CodecTimes(k, (), left if is_kept else codec.other)
+    times_s = keep_last(codec.times_s, time_s, CODEC_WINDOW_STEPS)
+    return CodecTimes(codec.k or k, times_s, codec.other)
 
 
 def _are_near(k: int, other_k: int, factor: float) -> bool:
     return 1.0 / factor < k / other_k < factor
 
 
-def _codec_line(state: NetworkState) -> tuple[float, float]:
+def _codec_line(codec: CodecTimes) -> tuple[float, float]:
     """Seconds of the codec whatever k, and on top for every kept element per chunk."""
-    if not state.codec_times_s:
+    if not codec.times_s:
         return 0.0, 0.0
-    k, time_s = state.codec_k, median(state.codec_times_s)
-    other_k, other_s = state.codec_other or (k, time_s)
+    k, time_s = codec.k, median(codec.times_s)
+    other_k, other_s = codec.other or (k, time_s)
     if _are_near(k, other_k, _SIZE_SPREAD):
         return time_s, 0.0
     per_k_s = max(0.0, min((time_s - other_s) / (k - other_k), time_s / k))
@@ -203,7 +196,7 @@ def prices_of(
         # The lower half alone: stragglers, which no density helps, sit in the upper one.
         spread_s = (ordered[len(ordered) // 2] - ordered[quarter]) / _QUARTILE
     fixed_bytes, bytes_per_k = line_through(state.sizes)
-    codec_s, codec_per_k_s = _codec_line(state)
+    codec_s, codec_per_k_s = _codec_line(state.codec)
     cost, factor = reading.seconds_per_byte, state.dense_factor
     if state.is_dense:
         cost /= factor

@@ -179,7 +179,7 @@ def _least_s(
         return None
     if prices is not None:
         return prices.step_s(kept_per_chunk(config.density.min))
-    codecs_s = net.state.codec_times_s
+    codecs_s = net.state.codec.times_s
     return median(computes_s) + (median(codecs_s) if codecs_s else 0.0) if computes_s else None
 
 

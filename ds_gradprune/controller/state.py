@@ -20,6 +20,35 @@ UP_STEPS = 12
 """Exchanges at a density before it rises without a change of the network."""
 
 
+class CodecTimes(NamedTuple):
+    """What the codec takes.
+
+    Attributes:
+        k: kept elements per chunk that `times_s` are about; 0: none yet.
+        times_s: the last codec times of pruned steps at about that k, oldest first.
+        other: (k, seconds) at another k before that, a far one if there was; or None.
+    """
+
+    k: int = 0
+    times_s: tuple[float, ...] = ()
+    other: tuple[int, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; `from_json` restores an equal state."""
+        other = None if self.other is None else list(self.other)
+        return {"k": self.k, "times_s": list(self.times_s), "other": other}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CodecTimes:
+        """The state that `to_json` wrote; KeyError, TypeError or ValueError if it is none."""
+        other = data["other"]
+        return cls(
+            k=int(data["k"]),
+            times_s=tuple(float(time_s) for time_s in data["times_s"]),
+            other=None if other is None else (int(other[0]), float(other[1])),
+        )
+
+
 class NetworkState(NamedTuple):
     """What is known of the exchanges.
 
@@ -31,9 +60,7 @@ class NetworkState(NamedTuple):
             it did not.
         former_steps: exchanges since.
         as_before: the newest exchange was as the former ones.
-        codec_k: kept elements per chunk that `codec_times_s` are about; 0: none yet.
-        codec_times_s: the last codec times of pruned steps at about that k, oldest first.
-        codec_other: (k, seconds) at another k before that, a far one if there was; or None.
+        codec: what the codec takes.
         sizes: (k, bytes) of the newest pruned exchange, then of one with another k; at most two.
         dense_bytes: of a dense exchange; 0: unknown.
         dense_cost: seconds per byte of a dense exchange, on the network as it is now, or None.
@@ -47,9 +74,7 @@ class NetworkState(NamedTuple):
     former: Samples = ()
     former_steps: int = 0
     as_before: bool = False
-    codec_k: int = 0
-    codec_times_s: tuple[float, ...] = ()
-    codec_other: tuple[int, float] | None = None
+    codec: CodecTimes = CodecTimes()
     sizes: tuple[tuple[int, int], ...] = ()
     dense_bytes: int = 0
     dense_cost: float | None = None
@@ -62,8 +87,7 @@ class NetworkState(NamedTuple):
             "link": self.link.to_json(),
             "meter": self.meter.to_json(),
             "former": [list(sample) for sample in self.former],
-            "codec_times_s": list(self.codec_times_s),
-            "codec_other": None if self.codec_other is None else list(self.codec_other),
+            "codec": self.codec.to_json(),
             "sizes": [list(size) for size in self.sizes],
         }
 
@@ -72,7 +96,6 @@ class NetworkState(NamedTuple):
         """The state that `to_json` wrote; KeyError, TypeError or ValueError if it is none."""
         costs = (data["dense_cost"], data["pruned_cost"])
         dense_cost, pruned_cost = (None if cost is None else float(cost) for cost in costs)
-        other = data["codec_other"]
         return cls(
             link=LinkState.from_json(data["link"]),
             meter=MeterState.from_json(data["meter"]),
@@ -80,9 +103,7 @@ class NetworkState(NamedTuple):
             former=tuple((int(size), float(time_s)) for size, time_s in data["former"]),
             former_steps=int(data["former_steps"]),
             as_before=bool(data["as_before"]),
-            codec_k=int(data["codec_k"]),
-            codec_times_s=tuple(float(time_s) for time_s in data["codec_times_s"]),
-            codec_other=None if other is None else (int(other[0]), float(other[1])),
+            codec=CodecTimes.from_json(data["codec"]),
             sizes=tuple((int(k), int(size)) for k, size in data["sizes"]),
             dense_bytes=int(data["dense_bytes"]),
             dense_cost=dense_cost,
