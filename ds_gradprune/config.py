@@ -142,8 +142,8 @@ class GradientPruningConfig(_Block):
     )
     step_time_budget_s: Positive | None = Field(
         default=None,
-        description="a step may take so many seconds; null: 1.1 times what a step would "
-        "take at density.min, computation and codec as measured",
+        description="a step may take so many seconds; null: what a step takes at the density that "
+        "learns most per second (stepwise: 1.1 times computation and codec)",
     )
     controller: Literal["predictive", "stepwise"] = Field(
         default="predictive",

@@ -6,8 +6,7 @@ import pytest
 
 from ds_gradprune.config import DensityConfig
 from ds_gradprune.controller import kept_per_chunk, start, update
-from ds_gradprune.controller.base import LOCAL_WINDOW_STEPS
-from ds_gradprune.controller.stepwise import StepwiseState
+from ds_gradprune.controller.stepwise import LOCAL_WINDOW_STEPS, StepwiseState
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.records import CHUNK_NUMEL, Cause
 from tests.helpers.control import (

@@ -1,4 +1,4 @@
-"""What both laws share: the schedule before the law, the integer ladder, the automatic budget."""
+"""What both laws share: the schedule before the law, density and integer k, small statistics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from typing import NamedTuple, TypeGuard
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.records import CHUNK_NUMEL, Cause, Decision
-
-BUDGET_FACTOR = 1.1
-"""Without a budget of the user's, a step may take this many times what pruning cannot save."""
-
-LOCAL_WINDOW_STEPS = 16
-"""Times of a rank's own work behind the stepwise law's automatic budget."""
 
 
 class Choice(NamedTuple):
@@ -100,21 +94,6 @@ def target_at(config: GradientPruningConfig, step: int) -> float:
 def keep_last(values: tuple[float, ...], value: float | None, most: int) -> tuple[float, ...]:
     """The values and one more, if it is a time, cut to the newest."""
     return (*values, value)[-most:] if is_time(value) else values
-
-
-def budget_or_automatic_s(config: GradientPruningConfig, least_s: float | None) -> float | None:
-    """The user's budget, or BUDGET_FACTOR times what a step takes at the least.
-
-    Args:
-        config: the validated block.
-        least_s: seconds of a step that no density saves; None: not known yet.
-
-    Returns:
-        Seconds; None while unknown.
-    """
-    if config.step_time_budget_s is not None or least_s is None:
-        return config.step_time_budget_s
-    return BUDGET_FACTOR * least_s
 
 
 def is_time(time_s: float | None) -> TypeGuard[float]:

@@ -75,6 +75,10 @@ class Prices(NamedTuple):
         """Of a typical step."""
         return self.local_s(k) + self.comm_s(k)
 
+    def margin_s(self, k: int) -> float:
+        """What `fits` wants above `step_s` where only the exchange scatters, and a hair."""
+        return MARGIN * self.noise * self.comm_s(k) + 1e-6 * self.step_s(k)
+
     def fits(self, k: int, budget_s: float, margin: float = MARGIN) -> bool:
         """A step with k stays within the budget, `margin` standard deviations included."""
         comm_s = self.comm_s(k)

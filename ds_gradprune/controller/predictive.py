@@ -5,6 +5,7 @@
         |-- warm-up, ramp: by the step number
         |-- a gradient or the loss is not finite: only a change of the network moves anything
         |
+        |   budget: the user's, or a step at the density that learns most per second (`worth`)
         |   plan: the highest density that the budget affords (`plan`), moved only
         |     down  when the model, with 0.8 standard deviations, is over budget
         |     up    when at least a quarter more fits
@@ -33,17 +34,16 @@ from ds_gradprune import meter, performance
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller import loss_arm
 from ds_gradprune.controller.base import (
-    budget_or_automatic_s,
     first_decision,
     keep_last,
     kept_per_chunk,
-    median,
     schedule,
     target_at,
 )
 from ds_gradprune.controller.network import Net, observe, prices_of
 from ds_gradprune.controller.plan import Prices, ladder
 from ds_gradprune.controller.state import UP_STEPS, PredictiveState
+from ds_gradprune.controller.worth import best_k
 from ds_gradprune.records import CHUNK_NUMEL, Cause, Decision, StepSignals
 
 UP_SHARE = 1.25
@@ -115,7 +115,7 @@ def update(
         form=config.performance_form,
     )
     prices = prices_of(config, net, computes_s)
-    budget_s = budget_or_automatic_s(config, _least_s(config, net, prices, computes_s))
+    budget_s = _budget_s(config, state, prices, signals.step)
     step, arm, plan_k, steps_here = signals.step + 1, state.arm, state.plan_k, state.steps_here
     scheduled = schedule(config, step)
     if scheduled is not None:
@@ -168,19 +168,25 @@ def _ask_arm(
     )
 
 
-def _least_s(
-    config: GradientPruningConfig, net: Net, prices: Prices | None, computes_s: tuple[float, ...]
+def _budget_s(
+    config: GradientPruningConfig, state: PredictiveState, prices: Prices | None, step: int
 ) -> float | None:
-    """A step at density.min: what no pruning saves. Local work alone while the link is unknown.
+    """The user's, or what a step takes at the density that learns most per second.
 
-    None if there is a budget of the user's, which does not ask for it.
+    None while the link is not known.
     """
-    if config.step_time_budget_s is not None:
-        return None
-    if prices is not None:
-        return prices.step_s(kept_per_chunk(config.density.min))
-    codecs_s = net.state.codec.times_s
-    return median(computes_s) + (median(codecs_s) if codecs_s else 0.0) if computes_s else None
+    if config.step_time_budget_s is not None or prices is None:
+        return config.step_time_budget_s
+    k = best_k(
+        prices,
+        config.prune,
+        step,
+        kept_per_chunk(config.density.min),
+        kept_per_chunk(config.density.max),
+        # Going dense or back needs more than being level: who is there stays there.
+        dense_share=1.0 / CHEAPER if state.plan_k == CHUNK_NUMEL else CHEAPER,
+    )
+    return prices.step_s(k) + prices.margin_s(k)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -205,9 +211,7 @@ def _plan(
 ) -> _Plan:
     """What the budget affords."""
     k = _inside(config, state.plan_k)
-    if budget_s is None:
-        return _Plan(k, text="the step time budget is not known yet")
-    if prices is None or net.reading is None:
+    if prices is None or net.reading is None or budget_s is None:
         return _Plan(k, text="no exchange was timed")
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
     best = prices.affordable_k(budget_s, k_min, k_max)

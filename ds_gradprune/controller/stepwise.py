@@ -33,8 +33,6 @@ from typing import Any, NamedTuple
 from ds_gradprune import link, performance
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.controller.base import (
-    LOCAL_WINDOW_STEPS,
-    budget_or_automatic_s,
     first_decision,
     is_time,
     keep_last,
@@ -51,6 +49,12 @@ STEP_FACTOR = 0.7
 
 CONFIRM_STEPS = 3
 """Step times at one density before it is called over budget; their median stands one outlier."""
+
+BUDGET_FACTOR = 1.1
+"""Without a budget of the user's, a step may take this many times a rank's own work in it."""
+
+LOCAL_WINDOW_STEPS = 16
+"""Times of a rank's own work behind the automatic budget."""
 
 LAW = "stepwise"
 """Its name in the configuration."""
@@ -211,7 +215,9 @@ def _take_in(
     elif is_time(signals.codec_time_s):
         local_s += signals.codec_time_s
     locals_s = keep_last(state.local_times_s, local_s, LOCAL_WINDOW_STEPS)
-    budget_s = budget_or_automatic_s(config, median(locals_s) if locals_s else None)
+    budget_s = config.step_time_budget_s
+    if budget_s is None and locals_s:
+        budget_s = BUDGET_FACTOR * median(locals_s)
     # Times from before a change are those of another network.
     steps_s = () if estimate.changed is not None else state.step_times_s
     if signals.timed_density == state.density:
