@@ -101,6 +101,9 @@ def test_without_a_budget_the_density_falls_in_strides_as_the_run_lasts() -> Non
     assert densities == sorted(densities, reverse=True)
     assert densities[0] > 3 * densities[-1]
     assert len(set(densities)) <= 2 * math.log2(3000)
+    reasons = [d.reason for d in run.decisions[60:] if d.cause is Cause.OVER_BUDGET]
+    assert reasons
+    assert all("s against an automatic budget of 0." in reason for reason in reasons)
 
 
 def test_codec_that_grows_with_the_density_is_no_reason_to_go_dense() -> None:

@@ -213,6 +213,8 @@ def _plan(
     k = _inside(config, state.plan_k)
     if prices is None or net.reading is None or budget_s is None:
         return _Plan(k, text="no exchange was timed")
+    kind = "an automatic" if config.step_time_budget_s is None else "a"
+    budget = f"{kind} budget of {budget_s:.3f} s"
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
     best = prices.affordable_k(budget_s, k_min, k_max)
     here = min(net.reading.samples, state.steps_here)
@@ -229,19 +231,19 @@ def _plan(
     elif meter.WINDOW_STEPS <= here and state.steps_here < REFINE_STEPS:
         share = UP_SHARE_REFINED
     if k == CHUNK_NUMEL:
-        return _from_dense(k, best, prices, budget_s, may_fall)
+        return _from_dense(k, best, prices, budget_s, budget, may_fall)
     dense_s = prices.step_s(CHUNK_NUMEL)
     is_worth_a_look = k_min < k_max and dense_s < max(now_s, budget_s)  # min = max pins it
     if prices.dense_bytes and is_worth_a_look and (may_rise or net.changed):
         best_s = prices.step_s(best)
         if prices.fits(CHUNK_NUMEL, budget_s):
-            text = f"a dense step of {dense_s:.3f} s fits the budget of {budget_s:.3f} s"
+            text = f"a dense step of {dense_s:.3f} s fits {budget}"
             return _Plan(CHUNK_NUMEL, Cause.DENSE_CHEAPER, text)
         if dense_s < CHEAPER * best_s:
             text = f"a dense step takes {dense_s:.3f} s, a pruned one {best_s:.3f} s"
             return _Plan(CHUNK_NUMEL, Cause.DENSE_CHEAPER, text)
     if best < k and not prices.fits(k, budget_s, DOWN_MARGIN) and may_fall:
-        text = f"step {now_s:.3f} s against a budget of {budget_s:.3f} s"
+        text = f"step {now_s:.3f} s against {budget}"
         return _Plan(best, Cause.OVER_BUDGET, text)
     if best >= share * k and may_rise:
         cause, why = Cause.BUDGET_ROOM, "there is room"
@@ -256,14 +258,16 @@ def _plan(
     return _Plan(k, text=f"step {now_s:.3f} s within {budget_s:.3f} s")
 
 
-def _from_dense(k: int, best: int, prices: Prices, budget_s: float, may_fall: bool) -> _Plan:
+def _from_dense(
+    k: int, best: int, prices: Prices, budget_s: float, budget: str, may_fall: bool
+) -> _Plan:
     """Dense as long as it fits, or pruning would not be faster."""
     dense_s, best_s = prices.step_s(k), prices.step_s(best)
     if prices.fits(k, budget_s, DOWN_MARGIN):
         return _Plan(k, text=f"dense step {dense_s:.3f} s within {budget_s:.3f} s")
     if best_s >= CHEAPER * dense_s:
         return _Plan(k, text=f"dense step {dense_s:.3f} s, pruning would take {best_s:.3f} s")
-    text = f"dense step {dense_s:.3f} s against a budget of {budget_s:.3f} s"
+    text = f"dense step {dense_s:.3f} s against {budget}"
     return _Plan(best, Cause.OVER_BUDGET, text) if may_fall else _Plan(k, text=text)
 
 
