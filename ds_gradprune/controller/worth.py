@@ -13,9 +13,9 @@ density over the first epochs for the same reason, by a fixed schedule.)
 c and the 1/4 are fitted to measured curves of validation loss, as steps over dense's steps to the
 same loss: 0.16M parameters, 4 workers, 800 to 3,000 steps, densities 0.1 to 10 %
 (results/convergence_runs.jsonl), and 10.1M parameters, 2 hosts, 75 steps, densities 0.4 to 20 %
-(results/ethernet_cpu_202611_2hosts.json). They are rough, and need not be better: the least of a
-product of such a factor and a straight line is flat, half or twice the best density costs few
-percent.
+(results/ethernet_cpu_202611_2hosts.json). They are rough: for gradients c is 0.05 to 0.08 in the
+first and 0.1 to 0.19 in the second. They need not be better: the least of a product of such a
+factor and a straight line is flat, half or twice the best density costs few percent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import math
 from ds_gradprune.controller.plan import Prices, ladder
 from ds_gradprune.records import CHUNK_NUMEL
 
-STANDING = {"gradient": 0.06, "update": 0.012}
+STANDING = {"gradient": 0.1, "update": 0.012}
 """c by what is pruned: an optimizer suffers from late gradients more than weights from late
 updates."""
 
