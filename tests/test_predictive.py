@@ -116,6 +116,16 @@ def test_codec_that_grows_with_the_density_is_no_reason_to_go_dense() -> None:
     assert run.k > 10 * 3  # far above density.min
 
 
+@pytest.mark.parametrize("budget_s", [None, 0.25])
+def test_way_to_dense_leads_through_no_lower_density(budget_s: float | None) -> None:
+    # Dense takes 0.24 s; the codec alone 0.1 s.
+    run = Run(make_config(step_time_budget_s=budget_s), codec_s=0.1)
+    run.steps(200, DENSE_BYTES / 0.035)
+    densities = [decision.density for decision in run.decisions[41:]]
+    assert densities == sorted(densities)
+    assert densities[-1] == 1.0
+
+
 @pytest.mark.parametrize("excess", [0.9, 1.0, 1.1])
 def test_without_a_budget_dense_and_pruned_do_not_take_turns(excess: float) -> None:
     # A dense step is about as long as the best pruned one and its additional steps.

@@ -234,7 +234,10 @@ def _plan(
         return _from_dense(k, best, prices, budget_s, budget, may_fall)
     dense_s = prices.step_s(CHUNK_NUMEL)
     is_worth_a_look = k_min < k_max and dense_s < max(now_s, budget_s)  # min = max pins it
-    if prices.dense_bytes and is_worth_a_look and (may_rise or net.changed):
+    is_over = not prices.fits(k, budget_s, DOWN_MARGIN)
+    # Where dense is the way to meet a budget, pruning harder first would be a detour.
+    may_go_dense = may_rise or net.changed is not None or (is_over and may_fall)
+    if prices.dense_bytes and is_worth_a_look and may_go_dense:
         best_s = prices.step_s(best)
         if prices.fits(CHUNK_NUMEL, budget_s):
             text = f"a dense step of {dense_s:.3f} s fits {budget}"
@@ -242,7 +245,7 @@ def _plan(
         if dense_s < CHEAPER * best_s:
             text = f"a dense step takes {dense_s:.3f} s, a pruned one {best_s:.3f} s"
             return _Plan(CHUNK_NUMEL, Cause.DENSE_CHEAPER, text)
-    if best < k and not prices.fits(k, budget_s, DOWN_MARGIN) and may_fall:
+    if best < k and is_over and may_fall:
         text = f"step {now_s:.3f} s against {budget}"
         return _Plan(best, Cause.OVER_BUDGET, text)
     if best >= share * k and may_rise:
