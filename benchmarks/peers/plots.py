@@ -85,6 +85,7 @@ def _losses(pyplot: Any, figures: Figures, rows: Sequence[Row]) -> Any:
         axis.set_xlabel("seconds of training")
         axis.grid(alpha=0.3)
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
     axes[0][0].set_ylabel("validation loss")
     _name_beside(axes[0][0], axes[0][-1])
     return picture
@@ -108,6 +109,8 @@ def _step_times(pyplot: Any, rows: Sequence[Row]) -> Any:
                 axis.axhline(row.step_time_s, color=line.get_color(), linewidth=0.6, alpha=0.5)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    _plain_ticks(axis.xaxis)
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel("link, Mbit/s (thin lines: unshaped)")
     axis.set_ylabel("seconds per step, median")
     axis.grid(alpha=0.3, which="both")
@@ -130,11 +133,21 @@ def _densities(pyplot: Any, figures: Figures) -> Any:
         densities = [step.density or 1.0 for step in steps]
         axis.step(ends_s, densities, dash, where="pre", label=label)
     axis.set_yscale("log")
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("density (1: dense)")
     axis.grid(alpha=0.3, which="both")
     _name_beside(axis, axis)
     return picture
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 on a logarithmic axis; its own names for what lies between cover each other."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _name_beside(whose: Any, last: Any) -> None:
