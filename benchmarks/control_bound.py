@@ -70,6 +70,7 @@ def prices_at(name: str, rate_bps: float) -> Prices:
         spread_s=0.0,
         codec_s=codec_s,
         codec_per_k_s=codec_per_density_s / CHUNK_NUMEL,
+        dense_codec_s=0.0,
         overhead_s=OVERHEAD_S,
         seconds_per_byte=8.0 / rate_bps,
         noise=0.0,

@@ -126,6 +126,21 @@ def test_way_to_dense_leads_through_no_lower_density(budget_s: float | None) -> 
     assert densities[-1] == 1.0
 
 
+def test_what_a_dense_step_does_beside_its_exchange_counts() -> None:
+    # 0.305 s without it, 0.385 s with it; the best pruned step and what it costs in learning is between the two.
+    config = make_config(step_time_budget_s=None, prune="update")
+    run = Run(config)
+    visits = 0
+    for _ in range(600):
+        is_dense = run.timed is not None and run.timed["timed_density"] == 1.0
+        is_warm = len(run.decisions) <= config.warmup_steps + 1
+        codec_s = 0.08 if is_dense and not is_warm else 0.0 if is_dense else 0.1
+        run.step(DENSE_BYTES / 0.1, codec_time_s=codec_s)
+        visits += run.decisions[-1].density == 1.0 != run.decisions[-2].density
+    assert visits <= 1
+    assert run.decisions[-1].density < 1.0
+
+
 @pytest.mark.parametrize("excess", [0.9, 1.0, 1.1])
 def test_without_a_budget_dense_and_pruned_do_not_take_turns(excess: float) -> None:
     # A dense step is about as long as the best pruned one and its additional steps.
@@ -142,7 +157,8 @@ def test_without_a_budget_dense_and_pruned_do_not_take_turns(excess: float) -> N
 def test_affordable_density_fits_and_the_next_does_not(
     budget_s: float, codec_per_k_s: float, spread_s: float
 ) -> None:
-    prices = Prices(0.2, spread_s, 0.01, codec_per_k_s, 0.005, 1 / 2.5e6, 0.1, 5e3, 850.0, 4e6, 1.0)
+    codec = (0.01, codec_per_k_s, 0.0)
+    prices = Prices(0.2, spread_s, *codec, 0.005, 1 / 2.5e6, 0.1, 5e3, 850.0, 4e6, 1.0)
     k = prices.affordable_k(budget_s, 1, 4095)
     assert prices.fits(k, budget_s)
     above = next(other for other in range(k + 1, 4096) if ladder(other) == other)

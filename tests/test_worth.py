@@ -15,6 +15,7 @@ def make_prices(seconds_per_byte: float = 1e-6, **changed: float) -> Prices:
         "spread_s": 0.0,
         "codec_s": 0.02,
         "codec_per_k_s": 1e-5,
+        "dense_codec_s": 0.0,
         "overhead_s": 0.005,
         "seconds_per_byte": seconds_per_byte,
         "noise": 0.05,

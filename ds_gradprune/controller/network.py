@@ -51,10 +51,9 @@ def observe(state: NetworkState, signals: StepSignals) -> Net:
         return Net(state)
     is_dense = timed == 1.0
     seen = _measure(state, is_dense, time_s, wire_bytes)
-    codec, sizes = state.codec, state.sizes
+    k, sizes = round(timed * CHUNK_NUMEL), state.sizes
+    codec = _codec(state.codec, k, signals.codec_time_s)
     if not is_dense:
-        k = round(timed * CHUNK_NUMEL)
-        codec = _codec(codec, k, signals.codec_time_s)
         sizes = _sizes(sizes, k, wire_bytes)
     after = NetworkState(
         seen.link,
@@ -146,14 +145,16 @@ def _costs(
 
 def _codec(codec: CodecTimes, k: int, time_s: float) -> CodecTimes:
     """One more time. Another k begins a new window; the old one's median is kept if it is far."""
-    if not is_time(time_s):
+    if not is_time(time_s) and (time_s != 0.0 or k != CHUNK_NUMEL):  # dense warm-up has none
         return codec
+    if k == CHUNK_NUMEL:
+        return codec._replace(dense_s=(*codec.dense_s, time_s)[-CODEC_WINDOW_STEPS:])
     if codec.k and not _are_near(k, codec.k, _CODEC_SPREAD):
         left = (codec.k, median(codec.times_s))
         is_kept = codec.other is None or not _are_near(k, codec.k, _CODEC_FAR)
-        codec = CodecTimes(k, (), left if is_kept else codec.other)
+        codec = codec._replace(k=k, times_s=(), other=left if is_kept else codec.other)
     times_s = keep_last(codec.times_s, time_s, CODEC_WINDOW_STEPS)
-    return CodecTimes(codec.k or k, times_s, codec.other)
+    return codec._replace(k=codec.k or k, times_s=times_s)
 
 
 def _are_near(k: int, other_k: int, factor: float) -> bool:
@@ -207,6 +208,7 @@ def prices_of(
         spread_s=spread_s,
         codec_s=codec_s,
         codec_per_k_s=codec_per_k_s,
+        dense_codec_s=median(state.codec.dense_s) if state.codec.dense_s else 0.0,
         overhead_s=reading.overhead_s,
         seconds_per_byte=cost,
         noise=reading.noise,

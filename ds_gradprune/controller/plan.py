@@ -2,9 +2,9 @@
 
 The model of one step: computation + codec(k) + overhead + seconds_per_byte * bytes(k), where both
 are straight lines: a payload is a header, the dense segments, and so many bits per kept element; a
-codec selects, and then takes so long per kept element. A
-dense step has no codec and its own bytes; that its collective moves a byte in another time than the
-gather does is a factor, measured.
+codec selects, and then takes so long per kept element. A dense step has its own bytes and its own,
+small, work beside the exchange; that its collective moves a byte in another time than the gather
+does is a factor, measured.
 
 The allowance for communication is what the budget leaves. As exchanges and computation scatter, the
 plan leaves `MARGIN` standard deviations of the two together, so the steps that miss are the ones
@@ -38,6 +38,7 @@ class Prices(NamedTuple):
         spread_s: standard deviation of it; 0.0 where the budget is relative to it.
         codec_s: of a pruned step, whatever k.
         codec_per_k_s: on top, for every kept element per chunk.
+        dense_codec_s: of a dense step.
         overhead_s: of an exchange, whatever its size.
         seconds_per_byte: of a pruned exchange, on top of it.
         noise: standard deviation of the logarithm of an exchange's time.
@@ -51,6 +52,7 @@ class Prices(NamedTuple):
     spread_s: float
     codec_s: float
     codec_per_k_s: float
+    dense_codec_s: float
     overhead_s: float
     seconds_per_byte: float
     noise: float
@@ -68,7 +70,7 @@ class Prices(NamedTuple):
     def local_s(self, k: int) -> float:
         """Of a typical step, without its exchange."""
         if k == CHUNK_NUMEL:
-            return self.compute_s
+            return self.compute_s + self.dense_codec_s
         return self.compute_s + self.codec_s + self.codec_per_k_s * k
 
     def step_s(self, k: int) -> float:

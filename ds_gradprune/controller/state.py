@@ -27,16 +27,23 @@ class CodecTimes(NamedTuple):
         k: kept elements per chunk that `times_s` are about; 0: none yet.
         times_s: the last codec times of pruned steps at about that k, oldest first.
         other: (k, seconds) at another k before that, a far one if there was; or None.
+        dense_s: the last times of dense steps, which have little to do, but something.
     """
 
     k: int = 0
     times_s: tuple[float, ...] = ()
     other: tuple[int, float] | None = None
+    dense_s: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; `from_json` restores an equal state."""
         other = None if self.other is None else list(self.other)
-        return {"k": self.k, "times_s": list(self.times_s), "other": other}
+        return {
+            "k": self.k,
+            "times_s": list(self.times_s),
+            "other": other,
+            "dense_s": list(self.dense_s),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CodecTimes:
@@ -46,6 +53,7 @@ class CodecTimes(NamedTuple):
             k=int(data["k"]),
             times_s=tuple(float(time_s) for time_s in data["times_s"]),
             other=None if other is None else (int(other[0]), float(other[1])),
+            dense_s=tuple(float(time_s) for time_s in data["dense_s"]),
         )
 
 
