@@ -1,7 +1,7 @@
-"""The README's table of methods on shaped links, made from the newest results.
+"""The README's tables of methods on shaped links, made from the newest results.
 
-python docs/ethernet_table.py            prints the table
-python docs/ethernet_table.py --write    puts it between the markers in README.md
+python docs/ethernet_table.py            prints the tables
+python docs/ethernet_table.py --write    puts them between the markers in README.md
 """
 
 from __future__ import annotations
@@ -17,15 +17,27 @@ if __name__ == "__main__":
 
 from docs.readme_table import ROOT, ReadmeTable, markdown
 
-RESULTS = ROOT / "results" / "ethernet_cpu_202611_2hosts.json"
+RESULTS = (
+    ("Two hosts", "ethernet_cpu_202611_2hosts"),
+    ("Two hosts, with the default budget of today", "ethernet_cpu_202611_2hosts_budget"),
+    ("Four hosts, 32 steps", "ethernet_cpu_202611_4hosts"),
+)
+"""Title, and page in results/."""
 
 ALIKE = 1.05
 """Bytes of a method differ by so much from rate to rate through acknowledgements alone."""
 
 
 def make() -> str:
-    """Markdown, one row per method, in the order of the results."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    """Markdown, a table for each page."""
+    parts = [f"{title} ([page](results/{name}.md)):\n\n{_table(name)}" for title, name in RESULTS]
+    return "\n\n".join(parts)
+
+
+def _table(name: str) -> str:
+    """One row per method, in the order of the results."""
+    path = ROOT / "results" / f"{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
     rates = sorted({row["rate_mbit"] for row in rows if row["rate_mbit"] is not None})
     cells = {(row["method"], row["rate_mbit"]): row for row in rows}
     head = ["method", "kB / step"]

@@ -34,7 +34,6 @@ def test_control_table_is_the_one_of_the_results() -> None:
     assert fresh == README, "run: python docs/control_table.py --write"
 
 
-@pytest.mark.skipif(not ethernet_table.RESULTS.exists(), reason="no results of ethernet.py here")
 def test_ethernet_table_is_the_one_of_the_results() -> None:
     fresh = ethernet_table.TABLE.into(README)
     assert fresh == README, "run: python docs/ethernet_table.py --write"
