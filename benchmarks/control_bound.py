@@ -33,6 +33,7 @@ if __name__ == "__main__":
     # The root instead of this folder, whose files are scripts and no modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.control_lab.page import markdown_table
 from benchmarks.netbed import parse_rate
 from benchmarks.peers.crew import ROOT
 from benchmarks.peers.page import machine, setting
@@ -135,19 +136,16 @@ def row(name: str, prune: str, route: str, by: By, age: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """For the screen and the page."""
-    lines = [
-        "| machine | pruned | rates | by | oracle | best static | it takes | tuned for the first "
-        "rate | for the slowest |",
-        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["machine", "pruned", "rates", "by", "oracle", "best static", "it takes"]
+    head += ["tuned for the first rate", "for the slowest"]
+    lines = [head]
     for one in rows:
-        densities = ", ".join(f"{density:.2%}" for density in one["oracle"])
-        lines.append(
-            f"| {one['machine']} | {one['prune']} | {one['route']} | {one['by']} | {densities} "
-            f"| {one['static']:.2%} | {one['gain_static']:.2f} | {one['gain_first']:.2f} "
-            f"| {one['gain_slowest']:.2f} |"
-        )
-    return "\n".join(lines)
+        line = [one["machine"], one["prune"], one["route"], one["by"]]
+        line.append(", ".join(f"{density:.2%}" for density in one["oracle"]))
+        line.append(f"{one['static']:.2%}")
+        line += [f"{one[key]:.2f}" for key in ("gain_static", "gain_first", "gain_slowest")]
+        lines.append(line)
+    return markdown_table(lines)
 
 
 def main() -> None:
@@ -169,7 +167,8 @@ def main() -> None:
         for route in ROUTES
         for by in bys
     ]
-    print(table(rows))
+    shown = table(rows)
+    print(shown)
     document = {"rows": rows}
     if args.out is not None:
         run = setting(ROOT, at_start)
@@ -178,7 +177,7 @@ def main() -> None:
             "# What following the link can gain at most\n\n"
             f"- command: `{run['command']}`\n- commit {run['commit']}, {run['date']}\n"
             f"- arithmetic, no measurement; step {args.age}; the last three columns are times to "
-            "the same loss over the oracle's\n\n" + table(rows) + "\n"
+            f"the same loss over the oracle's\n\n{shown}\n"
         )
     print(json.dumps(document))
 

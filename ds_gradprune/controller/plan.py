@@ -77,6 +77,11 @@ class Prices(NamedTuple):
         """Of a typical step."""
         return self.local_s(k) + self.comm_s(k)
 
+    @property
+    def per_k_s(self) -> float:
+        """Of every kept element per chunk, in codec and exchange."""
+        return self.codec_per_k_s + self.seconds_per_byte * self.bytes_per_k
+
     def margin_s(self, k: int) -> float:
         """What `fits` wants above `step_s` where only the exchange scatters, and a hair."""
         return MARGIN * self.noise * self.comm_s(k) + 1e-6 * self.step_s(k)
@@ -106,9 +111,9 @@ class Prices(NamedTuple):
         return max(k_min, min(k_max, ladder(int(max(1.0, min(k, CHUNK_NUMEL - 1.0))))))
 
 
-def ladder(k: int) -> int:
-    """The highest k' <= k that has five significant bits."""
-    shift = max(0, k.bit_length() - _LADDER_BITS)
+def ladder(k: int, bits: int = _LADDER_BITS) -> int:
+    """The highest k' <= k that has so many significant bits."""
+    shift = max(0, k.bit_length() - bits)
     return (k >> shift) << shift
 
 

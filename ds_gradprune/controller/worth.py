@@ -69,8 +69,7 @@ def best_k(
     """
     # Both factors are sums of powers of k with positive coefficients, and so is their product: it
     # is convex in log k and has one minimum, where its derivative changes sign.
-    fixed_s = prices.step_s(1) - _per_k_s(prices)
-    ratio = fixed_s / (_per_k_s(prices) * CHUNK_NUMEL)
+    ratio = prices.step_s(0) / (prices.per_k_s * CHUNK_NUMEL)
     standing, wait = STANDING[prune], _WAIT / math.pow(_age(step), 1.5)
     low, high = k_min, k_max
     while low < high:
@@ -85,11 +84,6 @@ def best_k(
     return CHUNK_NUMEL if is_dense and prices.step_s(CHUNK_NUMEL) < dense_share * pruned_s else k
 
 
-def _per_k_s(prices: Prices) -> float:
-    return prices.codec_per_k_s + prices.seconds_per_byte * prices.bytes_per_k
-
-
 def _age(step: int) -> int:
     """The step's two leading bits: it moves the density in strides, not with every step."""
-    shift = max(0, step.bit_length() - _AGE_BITS)
-    return (step >> shift) << shift
+    return ladder(step, _AGE_BITS)
