@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from benchmarks.netbed import Bed, parse_rate
 from benchmarks.peers.crew import PINNED, ROOT
+from ds_gradprune.textgen.ranks import leave_group
 from ds_gradprune.transport import torchdist
 
 WAYS = {"one piece": 2**40, "segments": torchdist.SEGMENT_BYTES}
@@ -73,7 +74,7 @@ def work(flags: argparse.Namespace) -> None:
                 times.setdefault(f"{size} {way}", []).append(time.perf_counter() - start_s)
     print(json.dumps(times), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def measure(flags: argparse.Namespace, bed: Bed, rate: str) -> list[dict[str, object]]:

@@ -96,6 +96,7 @@ def rank_main(options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks import naive
+    from ds_gradprune.textgen.ranks import leave_group
     from ds_gradprune.transport.throttle import RatePoint, ThrottledTransport
     from ds_gradprune.transport.torchdist import TorchDistTransport
 
@@ -128,6 +129,7 @@ def rank_main(options: argparse.Namespace) -> None:
     if rank == 0:
         numel = sum(p.numel() for p in engines["deepspeed"].module.parameters())
         Path(options.out).write_text(json.dumps({"numel": numel, "measured": measured}))
+    leave_group()
 
 
 def _note(lists: dict[str, list[float]], step_time_s: float, report: Any) -> None:

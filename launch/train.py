@@ -33,6 +33,7 @@ from ds_gradprune.textgen.ranks import (
     StopSwitch,
     export_place,
     find_place,
+    leave_group,
     share_cores,
 )
 from ds_gradprune.textgen.runfolder import RunFolder, checkpoint_tag, write_json
@@ -157,8 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("Interrupted; nothing new was saved.", file=sys.stderr, flush=True)
         return 130
     finally:
-        if peers is not None:
-            peers.part()
+        leave_group()
     return 0
 
 

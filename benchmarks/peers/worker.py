@@ -27,6 +27,7 @@ from benchmarks.peers.methods import parse_method
 from ds_gradprune.textgen.data import TokenData
 from ds_gradprune.textgen.model import open_model, quiet_transformers, sequence_length
 from ds_gradprune.textgen.prepare import prepared_tokenizer
+from ds_gradprune.textgen.ranks import leave_group
 
 
 class Worker:
@@ -113,7 +114,7 @@ def main() -> None:
         result = worker.train(command["steps"], command["eval_every"])
         dist.barrier()  # no rank's last bytes are still under way when all have answered
         _answer(answers, result)
-    dist.destroy_process_group()
+    leave_group()
 
 
 def _take_stdout() -> TextIO:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,9 @@ _LAUNCHERS = (
     ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
 )
+
+_LETTING_GO_S = 0.1
+"""A thread of gloo needs microseconds once it has a core and Python's lock."""
 
 _AGREEMENT_TIMEOUT = timedelta(hours=2)
 """One rank may tokenize a large text, or compile, while the others wait in an agreement."""
@@ -123,6 +127,20 @@ def share_cores(place: Place, environ: MutableMapping[str, str]) -> None:
     torch.set_num_threads(threads)
 
 
+def leave_group() -> None:
+    """Leave torch's process group at the end of a process; a second call does nothing. Local.
+
+    A thread of gloo drops the last collective's tensors only after the collective has returned, and
+    needs Python's lock for it. One that comes for the lock when the interpreter is already ending
+    aborts the process, and its exit code is lost. Destroying the group joins the threads; a group
+    that somebody still holds, as DeepSpeed does one, keeps its own, and those get the lock while
+    this thread sleeps.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(_LETTING_GO_S)
+
+
 class AgreedFault(GradPruneError):
     """Some rank failed, and all ranks know; `rank` is the one that should tell the user."""
 
@@ -155,15 +173,6 @@ class Peers:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def part(self) -> None:
-        """Leave the process group; a second call does nothing. Local.
-
-        Left to the interpreter's end, a gloo thread that sees a peer's socket close first aborts
-        the process, and its exit code is lost.
-        """
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The values summed over ranks, in float64; equal on all ranks. Collective."""

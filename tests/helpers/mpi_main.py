@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ds_gradprune.errors import GradPruneError
-from ds_gradprune.textgen.ranks import export_place, find_place
+from ds_gradprune.textgen.ranks import export_place, find_place, leave_group
 from ds_gradprune.transport.base import Transport
 from ds_gradprune.transport.torchdist import TorchDistTransport
 
@@ -94,6 +94,7 @@ def main() -> None:
     export_place(place, os.environ)
     result = getattr(importlib.import_module(module), function)(**arguments)
     (Path(folder) / f"result_{place.rank}").write_bytes(pickle.dumps(result))
+    leave_group()
 
 
 def open_group(rank: int | None = None) -> None:
