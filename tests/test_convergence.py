@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.convergence_lab.adamw import AdamW, learning_rate
+from benchmarks.convergence_lab.adamw import AdamW, CorrectedAdamW, learning_rate
 from benchmarks.convergence_lab.base import DenseSimulation, Setting, Simulation
 from benchmarks.convergence_lab.gpt import Gpt, Gradients, validation_loss
 from benchmarks.convergence_lab.gradient import GradientSimulation
@@ -268,6 +268,48 @@ def test_islands_can_keep_their_second_moments() -> None:
     simulation.step(2, tokens(2), 1e-3)
     assert torch.equal(simulation._adam.v, kept)
     assert kept.any()
+
+
+def test_islands_with_denses_second_moment_are_dense_training() -> None:
+    setting = dataclasses.replace(SETTING, train=TRAIN.model_copy(update={"clip": 1e9}))
+    method = Update(
+        kind="update", name="u", density=1.0, value_bits=32, scale=1.0, scale_at="shared",
+        second_moment="mean", warmup="gradient",
+    )  # fmt: skip
+    islands, dense = train(UpdateSimulation(setting, method)), train(DenseSimulation(setting))
+    torch.testing.assert_close(islands, dense, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("signal", "part"), [(0.0, 1 / 4), (1.0, 1 - 3 / 4 / 2), (100.0, 1.0)])
+def test_the_guess_divides_noise_by_the_workers(signal: float, part: float) -> None:
+    adam = CorrectedAdamW(4, torch.zeros(20_000), Train(beta2=0.999))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        adam.note(signal + torch.randn(4, 20_000, generator=generator))
+    guess = float(adam.second_moment(1.0).mean()) / (signal**2 + 1)
+    # Clamping a noisy guess at zero makes it larger: the worst case is noise alone.
+    assert part - 0.01 < guess < part + 0.08
+    adam.guessing = False
+    assert not adam.second_moment(1.0).any()  # AdamW's own, which has not stepped
+
+
+def test_a_first_moment_after_the_exchange_smooths_what_arrives() -> None:
+    simulation = update(momentum_at="shared", own=0.0)
+    begin = simulation.shared.clone()
+    spike = Swap(torch.full((SETTING.gpt.numel,), 3.0), 0.0, 1.0)  # the mean of three is 1
+    simulation._move(spike)
+    torch.testing.assert_close(simulation.shared - begin, torch.full_like(begin, 0.1))
+    for _ in range(80):
+        simulation._move(Swap(torch.zeros(SETTING.gpt.numel), 0.0, 1.0))
+    torch.testing.assert_close(simulation.shared - begin, torch.ones_like(begin), rtol=0, atol=1e-3)
+
+
+def test_with_the_first_moment_after_the_exchange_islands_send_no_momentum() -> None:
+    simulation = update(momentum_at="shared", own=0.0, warmup="gradient")
+    train(simulation, steps=3)  # two of warm-up
+    gradient_only = simulation._gradients.gradient
+    torch.testing.assert_close(simulation._adam.m, gradient_only)
+    torch.testing.assert_close(simulation._local, simulation.shared.expand(3, -1))
 
 
 def test_outer_momentum_makes_a_steady_move_longer() -> None:

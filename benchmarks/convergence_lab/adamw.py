@@ -54,7 +54,13 @@ class AdamW:
 
     def step(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         """The usual step, in place on (rows, numel) `weights`."""
-        self.v.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        self.step_with(weights, gradient, gradient.square(), lr)
+
+    def step_with(
+        self, weights: torch.Tensor, gradient: torch.Tensor, square: torch.Tensor, lr: float
+    ) -> None:
+        """A step whose second moment takes `square`, broadcast, for the gradient's."""
+        self.v.mul_(self.beta2).add_(square, alpha=1 - self.beta2)
         self.v_steps += 1
         self.move(weights, gradient, lr)
 
@@ -64,10 +70,58 @@ class AdamW:
         self.m.mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
         self.apply(weights, lr)
 
+    def drop_momentum(self) -> None:
+        """From now on a step follows its own gradient alone, and does not decay weights."""
+        self.beta1 = 0.0
+        self._decay = torch.zeros_like(self._decay)
+
     def apply(self, weights: torch.Tensor, lr: float) -> None:
         """Decay the weights, then move them by the bias-corrected m / (sqrt(v) + eps)."""
         first = 1 - self.beta1**self.steps
         second = 1 - self.beta2**self.v_steps
         weights.mul_(1 - lr * self._decay)
-        bottom = (self.v / second).sqrt_().add_(self._eps)
+        bottom = self.second_moment(second).sqrt_().add_(self._eps)
         weights.addcdiv_(self.m, bottom, value=-lr / first)
+
+    def second_moment(self, second: float) -> torch.Tensor:
+        """What the step divides by the root of; `second` is the correction of its bias. A copy."""
+        return self.v / second
+
+
+class CorrectedAdamW(AdamW):
+    """Every row divides by the second moment that the rows' mean gradient has, as it guesses.
+
+    Of a row's second moment, v = signal^2 + noise, the mean has signal^2 + noise / rows. A first
+    moment with decay b has the square signal^2 + c noise, c = (1 - b) / (1 + b), so
+    signal^2 = (m^2 - c v) / (1 - c), averaged over SIGNAL_STEPS steps.
+    """
+
+    SIGNAL_STEPS = 50
+
+    def __init__(self, rows: int, decayed: torch.Tensor, train: Train) -> None:
+        super().__init__(rows, decayed, train)
+        self._own_m = torch.zeros(rows, decayed.numel())
+        self._own_v = torch.zeros(rows, decayed.numel())
+        self._signal = torch.zeros(rows, decayed.numel())
+        self._noted = 0
+        self.guessing = True
+
+    def note(self, gradient: torch.Tensor) -> None:
+        """A step's own gradients, (rows, numel), before anything has been averaged."""
+        self._noted += 1
+        self._own_m.mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
+        self._own_v.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        first = 1 - self.beta1**self._noted
+        second = 1 - self.beta2**self._noted
+        part = (1 - self.beta1) / (1 + self.beta1)
+        square = (self._own_m / first).square_().sub_(self._own_v, alpha=part / second)
+        share = 1 / min(self._noted, self.SIGNAL_STEPS)
+        self._signal.mul_(1 - share).add_(square, alpha=share / (1 - part))
+
+    def second_moment(self, second: float) -> torch.Tensor:
+        """See the class; as AdamW's while not `guessing`."""
+        if not self.guessing:
+            return super().second_moment(second)
+        own = self._own_v / (1 - self.beta2**self._noted)
+        signal = torch.minimum(self._signal.clamp(min=0.0), own)
+        return own.sub_(signal).div_(len(own)).add_(signal)

@@ -155,6 +155,14 @@ class Update(Sent):
         warmup: what the dense warm-up exchanges: "update", so that every second moment is that of
             a worker's own gradients from the start; or "gradient", dense's own steps.
         frozen: second moments stay as they are at the end of warm-up.
+        second_moment: "own": of a worker's own gradients; "mean": of the workers' mean gradient, as
+            dense has it and nobody knows (its bytes are not counted: a bound, not a method);
+            "corrected": own, the part of it that is noise divided by the number of workers. With
+            the last two a step has dense's length, so scale is 1.
+        momentum_at: "islands": each worker's optimizer has its own; "shared": after the
+            warm-up workers send the learning rate times gradient / sqrt(v), and AdamW's first
+            moment is that of the exchanged means, so that it smooths what pruning and rounding
+            have added. Weights then decay on the shared side.
     """
 
     kind: Literal["update"]
@@ -172,6 +180,8 @@ class Update(Sent):
     relay_decay: Fraction = 0.99
     warmup: Literal["update", "gradient"] = "update"
     frozen: bool = False
+    second_moment: Literal["own", "mean", "corrected"] = "own"
+    momentum_at: Literal["islands", "shared"] = "islands"
 
     @pydantic.model_validator(mode="after")
     def _measured_needs_equal_places(self) -> Update:

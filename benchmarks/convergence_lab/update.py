@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.convergence_lab.adamw import AdamW, clip_
+from benchmarks.convergence_lab.adamw import AdamW, CorrectedAdamW, clip_
 from benchmarks.convergence_lab.base import Setting, Simulation
 from benchmarks.convergence_lab.gpt import Gradients
 from benchmarks.convergence_lab.grid import Update
@@ -32,9 +32,13 @@ class UpdateSimulation(Simulation):
         self._gradients = Gradients(setting.gpt, workers)
         self._local = self._gradients.weights
         self._local.copy_(self.shared.expand_as(self._local))
-        self._adam = AdamW(workers, setting.decayed(), setting.train)
+        corrected = method.second_moment == "corrected"
+        optimizer = CorrectedAdamW if corrected else AdamW
+        self._adam = optimizer(workers, setting.decayed(), setting.train)
         self._owed = torch.zeros(workers, numel)
         self._velocity = torch.zeros(1, numel)
+        self._first_moment = torch.zeros(1, numel)
+        self._decay = setting.decayed() * setting.train.weight_decay
         self._relayed = torch.zeros(workers, numel) if method.relay else None
         self._spread = workers**0.5
         self._score: torch.Tensor | None = None
@@ -45,23 +49,44 @@ class UpdateSimulation(Simulation):
         is_warmup = step < self.setting.train.warmup_steps
         loss = float(self._gradients(tokens).mean())
         as_dense = is_warmup and method.warmup == "gradient"
-        if as_dense:
-            self._gradients.gradient.copy_(self._gradients.gradient.mean(0, keepdim=True))
-        clip_(self._gradients.gradient, self.setting.train.clip)
+        if step == self.setting.train.warmup_steps and method.momentum_at == "shared":
+            self._adam.drop_momentum()
         before = self._local.clone()
-        move = self._adam.move if method.frozen and not is_warmup else self._adam.step
-        move(self._local, self._gradients.gradient, lr * method.local_lr)
+        self._step_islands(lr * method.local_lr, is_warmup=is_warmup, as_dense=as_dense)
         factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         self._owed.add_(self._local.sub_(before), alpha=factor)
         if as_dense:
+            self._first_moment.copy_(self._owed[:1])
             self.shared += self._owed[:1]
             self._owed.zero_()
         elif is_warmup:
             self._move(self._send_all())
         elif (step + 1) % method.sync_every == 0:
+            if method.momentum_at == "shared":
+                self.shared.mul_(1 - lr * method.sync_every * self._decay)
             self._move(self._send(step))
         self._see()
         return loss
+
+    def _step_islands(self, lr: float, *, is_warmup: bool, as_dense: bool) -> None:
+        """Every worker's optimizer steps; in a dense warm-up all of them on the mean gradient."""
+        gradient = self._gradients.gradient
+        if isinstance(self._adam, CorrectedAdamW):
+            own = gradient.clone()
+            clip_(own, self.setting.train.clip)
+            self._adam.note(own)
+            self._adam.guessing = not as_dense
+        mean = gradient.mean(0, keepdim=True)
+        if as_dense:
+            gradient.copy_(mean)
+        clip_(gradient, self.setting.train.clip)
+        clip_(mean, self.setting.train.clip)
+        if self._method.frozen and not is_warmup:
+            self._adam.move(self._local, gradient, lr)
+        elif self._method.second_moment == "mean":
+            self._adam.step_with(self._local, gradient, mean.square_(), lr)
+        else:
+            self._adam.step(self._local, gradient, lr)
 
     def flushed(self) -> torch.Tensor:
         """See `Simulation.flushed`."""
@@ -105,6 +130,9 @@ class UpdateSimulation(Simulation):
         move = (swap.total / self.setting.workers)[None]
         if method.scale_at == "shared":
             move = move * self._scale()
+        if method.momentum_at == "shared":
+            beta1 = self.setting.train.beta1
+            move = self._first_moment.mul_(beta1).add_(move, alpha=1 - beta1)
         if method.momentum:
             self._velocity.mul_(method.momentum).add_(move)
             ahead = self._velocity
