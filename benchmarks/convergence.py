@@ -6,12 +6,12 @@ simulated and the page says so). Received bits are those of an all-gather for pr
 ring all-reduce for dense, PowerSGD and 1-bit Adam's two halves, per parameter and step, after
 warm-up. Gaps are paired: the same seed gives the same weights and the same sequences.
 
-    python benchmarks/convergence.py --grid benchmarks/grids/screening.json --text FILE \
-        --steps 800 --seeds 1 --workers 4 --out results/screening.json
+    python benchmarks/convergence.py --grid benchmarks/grids/frontier.json --text FILE \
+        --steps 3000 --seeds 3 --workers 4 --out results/frontier.json
 
 A finished run is one line of convergence_runs.jsonl beside --out; a run that is there is not made
-again, by whichever grid, so a grid can
-be stopped at any time, and widened. Beside --out lie the page (.md) and the picture (.png).
+again, by whichever grid, so a grid can be stopped at any time, and widened. Beside --out lie the
+page (.md) and the picture (.png).
 
 The last line of stdout is one JSON document: {"rows": [{"method", "bits_per_param", "val_loss",
 "gap_pct", "gap_std", "seeds", ...}]}, dense included.
