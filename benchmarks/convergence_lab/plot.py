@@ -55,9 +55,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         )
     best = frontier(rows)
     axis.plot([r["bits_per_param"] for r in best], [r["gap_pct"] for r in best], "k-", lw=0.8)
-    for row in best:
+    for row in [row for row in rows if row["kind"] != "dense" and row["stopped_at"] is None]:
         at = (row["bits_per_param"], row["gap_pct"])
-        axis.annotate(row["method"], at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
+        axis.annotate(row["method"], at, fontsize=7, color="k" if row in best else "grey", **place)
+    axis.margins(x=0.12)
     for bits, gap in _TARGETS:
         axis.plot([bits / 3, bits], [gap, gap], "g-", lw=3, alpha=0.4)
     axis.axhline(0.0, color="grey", lw=0.8)
