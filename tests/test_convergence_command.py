@@ -60,6 +60,14 @@ def test_a_grid_gets_the_dense_runs_it_needs() -> None:
             {"methods": [{"kind": "update", "name": "a", "scale": "measured"}]},
             'scale must be a number or "sqrt" with pick "top_k"',
         ),
+        (
+            {
+                "methods": [
+                    {"kind": "update", "name": "a", "momentum": 0.9, "momentum_at": "shared"}
+                ]
+            },
+            'momentum must be 0 with momentum_at "shared", got 0.9',
+        ),
     ],
 )
 def test_faulty_grids_are_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -54,15 +54,13 @@ class AdamW:
 
     def step(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         """The usual step, in place on (rows, numel) `weights`."""
-        self.step_with(weights, gradient, gradient.square(), lr)
-
-    def step_with(
-        self, weights: torch.Tensor, gradient: torch.Tensor, square: torch.Tensor, lr: float
-    ) -> None:
-        """A step whose second moment takes `square`, broadcast, for the gradient's."""
-        self.v.mul_(self.beta2).add_(square, alpha=1 - self.beta2)
-        self.v_steps += 1
+        self.note_square(gradient)
         self.move(weights, gradient, lr)
+
+    def note_square(self, gradient: torch.Tensor) -> None:
+        """Bring the second moment up to date with a gradient, broadcast over rows."""
+        self.v.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        self.v_steps += 1
 
     def move(self, weights: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         """A step whose second moment has been brought up to date, or is left alone."""

@@ -192,6 +192,15 @@ class Update(Sent):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _one_momentum_after_the_exchange(self) -> Update:
+        if self.momentum_at == "shared" and self.momentum:
+            raise ValueError(
+                f'momentum must be 0 with momentum_at "shared", got {self.momentum:g}: the shared '
+                "move has AdamW's own first moment already."
+            )
+        return self
+
 
 class OneBitAdam(_Method):
     """Tang et al. 2021: signs of the momentum, second moment frozen after warm-up."""

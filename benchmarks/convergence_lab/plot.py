@@ -16,12 +16,16 @@ _TARGETS = ((2.0, 0.2), (0.5, 0.5), (0.1, 1.0))
 
 def frontier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that no other beats in bits and gap at once, most bits first."""
-    ended = [row for row in rows if row["stopped_at"] is None and row["kind"] != "dense"]
     best: list[dict[str, Any]] = []
-    for row in sorted(ended, key=lambda r: (r["bits_per_param"], r["gap_pct"])):
+    for row in sorted(_ended(rows), key=lambda r: (r["bits_per_param"], r["gap_pct"])):
         if not best or row["gap_pct"] < best[-1]["gap_pct"]:
             best.append(row)
     return best[::-1]
+
+
+def _ended(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of methods that ran to their end, without dense: the points."""
+    return [row for row in rows if row["kind"] != "dense" and row["stopped_at"] is None]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -40,11 +44,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     picture, axis = pyplot.subplots(figsize=(9, 6))
-    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["kind"] != "dense"))
+    points = _ended(rows)
+    kinds = list(dict.fromkeys(row["kind"] for row in points))
     for kind, marker in zip(kinds, itertools.cycle(_MARKERS), strict=False):
-        own = [row for row in rows if row["kind"] == kind and row["stopped_at"] is None]
-        if not own:
-            continue
+        own = [row for row in points if row["kind"] == kind]
         axis.errorbar(
             [row["bits_per_param"] for row in own],
             [row["gap_pct"] for row in own],
@@ -55,10 +58,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         )
     best = frontier(rows)
     axis.plot([r["bits_per_param"] for r in best], [r["gap_pct"] for r in best], "k-", lw=0.8)
-    for row in [row for row in rows if row["kind"] != "dense" and row["stopped_at"] is None]:
-        at = (row["bits_per_param"], row["gap_pct"])
-        place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
-        axis.annotate(row["method"], at, fontsize=7, color="k" if row in best else "grey", **place)
+    for row in points:
+        axis.annotate(
+            row["method"],
+            (row["bits_per_param"], row["gap_pct"]),
+            fontsize=7,
+            color="k" if row in best else "grey",
+            xytext=(4, 4),
+            textcoords="offset points",
+        )
     axis.margins(x=0.12)
     for bits, gap in _TARGETS:
         axis.plot([bits / 3, bits], [gap, gap], "g-", lw=3, alpha=0.4)

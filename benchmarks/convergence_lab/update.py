@@ -32,12 +32,10 @@ class UpdateSimulation(Simulation):
         self._gradients = Gradients(setting.gpt, workers)
         self._local = self._gradients.weights
         self._local.copy_(self.shared.expand_as(self._local))
-        corrected = method.second_moment == "corrected"
-        optimizer = CorrectedAdamW if corrected else AdamW
+        optimizer = CorrectedAdamW if method.second_moment == "corrected" else AdamW
         self._adam = optimizer(workers, setting.decayed(), setting.train)
         self._owed = torch.zeros(workers, numel)
         self._velocity = torch.zeros(1, numel)
-        self._first_moment = torch.zeros(1, numel)
         self._decay = setting.decayed() * setting.train.weight_decay
         self._relayed = torch.zeros(workers, numel) if method.relay else None
         self._spread = workers**0.5
@@ -56,7 +54,8 @@ class UpdateSimulation(Simulation):
         factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         self._owed.add_(self._local.sub_(before), alpha=factor)
         if as_dense:
-            self._first_moment.copy_(self._owed[:1])
+            if method.momentum_at == "shared":
+                self._velocity.copy_(self._owed[:1])
             self.shared += self._owed[:1]
             self._owed.zero_()
         elif is_warmup:
@@ -76,17 +75,17 @@ class UpdateSimulation(Simulation):
             clip_(own, self.setting.train.clip)
             self._adam.note(own)
             self._adam.guessing = not as_dense
-        mean = gradient.mean(0, keepdim=True)
+        squared = gradient
+        if as_dense or self._method.second_moment == "mean":
+            squared = gradient.mean(0, keepdim=True)
         if as_dense:
-            gradient.copy_(mean)
+            gradient.copy_(squared)
         clip_(gradient, self.setting.train.clip)
-        clip_(mean, self.setting.train.clip)
-        if self._method.frozen and not is_warmup:
-            self._adam.move(self._local, gradient, lr)
-        elif self._method.second_moment == "mean":
-            self._adam.step_with(self._local, gradient, mean.square_(), lr)
-        else:
-            self._adam.step(self._local, gradient, lr)
+        if squared is not gradient:
+            clip_(squared, self.setting.train.clip)
+        if is_warmup or not self._method.frozen:
+            self._adam.note_square(squared)
+        self._adam.move(self._local, gradient, lr)
 
     def flushed(self) -> torch.Tensor:
         """See `Simulation.flushed`."""
@@ -132,8 +131,8 @@ class UpdateSimulation(Simulation):
             move = move * self._scale()
         if method.momentum_at == "shared":
             beta1 = self.setting.train.beta1
-            move = self._first_moment.mul_(beta1).add_(move, alpha=1 - beta1)
-        if method.momentum:
+            move = self._velocity.mul_(beta1).add_(move, alpha=1 - beta1)
+        elif method.momentum:
             self._velocity.mul_(method.momentum).add_(move)
             ahead = self._velocity
             move = move + method.momentum * ahead if method.nesterov else ahead
