@@ -37,6 +37,7 @@ def variants(rate_mbit: float) -> dict[str, dict[str, Any] | None]:
     def block(density: float, throttled: bool = True, **more: Any) -> dict[str, Any]:
         link = {"schedule": [{"step": 0, "rate_mbit": rate_mbit}]} if throttled else None
         return {
+            "prune": "gradient",
             "warmup_steps": 0,
             "ramp_steps": 0,
             "density": {"initial": density, "min": density, "max": density},

@@ -108,7 +108,7 @@ class GradientPruningConfig(_Block):
 
     enabled: bool = Field(default=True, description="false leaves DeepSpeed untouched")
     prune: Literal["gradient", "update"] = Field(
-        default="gradient", description="what is pruned and exchanged, see Two modes"
+        default="update", description="what is pruned and exchanged, see Two modes"
     )
     sync_every: int = Field(
         default=1,
@@ -272,7 +272,7 @@ def _mode_faults(config: GradientPruningConfig, faulty: Set[str]) -> list[str]:
     if config.prune == "update" and not config.error_feedback:
         faults.append(
             f'{BLOCK}.error_feedback must be true with prune = "update", got false. What is not '
-            "sent stays in the island's own weights."
+            'sent stays in the island\'s own weights. Leave it out, or set prune to "gradient".'
         )
     return faults
 

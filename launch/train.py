@@ -49,7 +49,7 @@ from ds_gradprune.textgen.start import (
 
 def parser() -> ScriptParser:
     """The flags; all else is a key of the DeepSpeed configuration."""
-    flags = ScriptParser("Train a text generator over pruned gradients.")
+    flags = ScriptParser("Train a text generator over pruned updates or gradients.")
     flags.add_argument(
         "--config", type=Path, required=True, help=f"DeepSpeed's JSON file, with a {BLOCK} block"
     )

@@ -33,7 +33,7 @@ def point(**fields: Any) -> dict[str, Any]:
 
 def test_empty_block_gives_the_documented_defaults() -> None:
     config = load({})
-    assert (config.enabled, config.prune, config.controller) == (True, "gradient", "predictive")
+    assert (config.enabled, config.prune, config.controller) == (True, "update", "predictive")
     assert (config.warmup_steps, config.ramp_steps, config.window_size) == (200, 100, 128)
     assert (config.density.initial, config.density.min, config.density.max) == (0.05, 0.001, 0.25)
     assert config.step_time_budget_s is None
@@ -293,25 +293,25 @@ def test_keys_of_the_islands() -> None:
     ("block", "fault"),
     [
         (
-            {"sync_every": 4},
+            {"prune": "gradient", "sync_every": 4},
             'sync_every must be 1 with prune = "gradient", got 4. Leave it out, or set prune to '
             '"update".',
         ),
         (
-            {"update_scale": 2.0},
+            {"prune": "gradient", "update_scale": 2.0},
             'update_scale must be null with prune = "gradient", got 2. Leave it out, or set prune '
             'to "update".',
         ),
         (
-            {"prune": "update", "error_feedback": False},
+            {"error_feedback": False},
             'error_feedback must be true with prune = "update", got false. What is not sent stays '
-            "in the island's own weights.",
+            'in the island\'s own weights. Leave it out, or set prune to "gradient".',
         ),
         ({"prune": "updates"}, 'prune must be "gradient" or "update", got "updates".'),
-        ({"prune": "update", "sync_every": 0}, "sync_every must be at least 1, got 0."),
-        ({"prune": "update", "update_scale": 0}, "update_scale must be greater than 0, got 0."),
+        ({"sync_every": 0}, "sync_every must be at least 1, got 0."),
+        ({"update_scale": 0}, "update_scale must be greater than 0, got 0."),
         (
-            {"prune": "update", "update_scale": True},
+            {"update_scale": True},
             "update_scale must be a number or null, got true.",
         ),
     ],

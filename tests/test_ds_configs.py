@@ -31,7 +31,7 @@ def quickstart_steps() -> int:
 
 def test_the_promised_files_are_there() -> None:
     names = {path.stem for path in FILES}
-    assert {"laptop", "ethernet_100mbit", "ethernet_1gbit", "dense"} <= names
+    assert {"laptop", "ethernet_100mbit", "ethernet_1gbit", "gradient_1gbit", "dense"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

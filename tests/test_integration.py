@@ -12,9 +12,15 @@ from tests.helpers.ranks import run_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
-DENSE = {"warmup_steps": 0, "ramp_steps": 0, "density": {"initial": 1.0, "min": 1.0, "max": 1.0}}
-FIXED = {"warmup_steps": 2, "ramp_steps": 0, "density": {"initial": 0.05, "min": 0.05, "max": 0.05}}
+DENSE = {
+    "prune": "gradient",
+    "warmup_steps": 0,
+    "ramp_steps": 0,
+    "density": {"initial": 1.0, "min": 1.0, "max": 1.0},
+}
+FIXED = DENSE | {"warmup_steps": 2, "density": {"initial": 0.05, "min": 0.05, "max": 0.05}}
 ADAPTIVE = {
+    "prune": "gradient",
     "warmup_steps": 2,
     "ramp_steps": 2,
     "window_size": 4,

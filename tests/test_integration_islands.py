@@ -278,10 +278,11 @@ def test_what_islands_do_not_support_is_refused_by_name(two: Any) -> None:
     one, other = two("refusals")
     assert one == other
     assert "Make it with ds_gradprune.initialize, or call ds_gradprune.register()" in one["attach"]
+    assert 'prune = "update", the default, needs' in one["attach"]
     assert "brings its own process groups and does not support an mpu." in one["mpu"]
     assert "does not support sequence_parallel_size." in one["sequence"]
     assert "does not support zero_optimization.stage 1 yet (only stage 0)" in one["stage"]
-    assert 'fp16 with prune = "update" yet (only fp32 and bf16)' in one["fp16"]
+    assert 'fp16 with prune = "update" yet (fp32 and bf16 only' in one["fp16"]
     assert "needs float32 weights in the optimizer, got torch.bfloat16." in one["bf16 weights"]
 
 

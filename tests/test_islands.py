@@ -295,7 +295,7 @@ def test_resume_in_the_middle_of_an_interval_continues_bit_for_bit(at: int) -> N
 def test_a_state_of_the_other_mode_is_refused() -> None:
     def work(transport: Transport) -> None:
         island = Island(transport)
-        config = load_block({"gradient_pruning": {}})
+        config = load_block({"gradient_pruning": {"prune": "gradient"}})
         state = PruningSession(config, transport).state_dict()
         island.session.load_state_dict(state)
 

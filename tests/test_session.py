@@ -22,6 +22,7 @@ from tests.helpers.ranks import VirtualClock, run_ranks
 SHAPES = [torch.Size((128, 128)), torch.Size((128,)), torch.Size((5000, 2))]
 NUMEL = sum(shape.numel() for shape in SHAPES)
 BLOCK = {
+    "prune": "gradient",
     "value_bits": 16,  # the link below is slow for these
     "warmup_steps": 3,
     "ramp_steps": 2,

@@ -14,6 +14,7 @@ from tests.helpers.ranks import run_processes
 pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
 
 BLOCK = {
+    "prune": "gradient",
     "warmup_steps": 2,
     "ramp_steps": 0,
     "window_size": 4,

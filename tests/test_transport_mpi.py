@@ -130,6 +130,7 @@ def test_processes_of_another_launcher_are_told_which_to_use() -> None:
 # --- training -------------------------------------------------------------------------------------
 
 ADAPTIVE = {
+    "prune": "gradient",
     "warmup_steps": 2,
     "ramp_steps": 2,
     "window_size": 4,

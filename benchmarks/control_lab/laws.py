@@ -53,6 +53,7 @@ class Product:
     def __init__(self, name: str) -> None:
         self.config = GradientPruningConfig(
             controller=name,  # type: ignore[arg-type]  # checked by the model
+            prune="gradient",
             warmup_steps=20,
             ramp_steps=20,
             window_size=WINDOW,

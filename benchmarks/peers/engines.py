@@ -169,12 +169,11 @@ def ds_config(method: Method, recipe: Recipe) -> dict[str, Any]:
     block: dict[str, Any] = {"enabled": False}
     if method.prunes:
         block = {
+            "prune": method.prune,
             "warmup_steps": recipe.dense_steps,
             "ramp_steps": recipe.dense_steps if method.adaptive else 0,
             "window_size": max(8, min(128, recipe.steps // 4)),
         }
-        if method.prune == "update":
-            block["prune"] = "update"
         if method.adaptive:
             block["step_time_budget_s"] = recipe.budget_s
         else:

@@ -49,9 +49,10 @@ class IslandHandle(Handle):
         if dist.get_world_size() == 1:
             return engine.seq_data_parallel_group
         raise UnsupportedError(
-            'gradient_pruning.prune = "update" needs an engine in which every rank is a '
-            "data-parallel group of its own, and this one was made without. Make it with "
-            "ds_gradprune.initialize, or call ds_gradprune.register() before deepspeed.initialize."
+            'gradient_pruning.prune = "update", the default, needs an engine in which every rank '
+            "is a data-parallel group of its own, and this one was made without. Make it with "
+            "ds_gradprune.initialize, or call ds_gradprune.register() before "
+            'deepspeed.initialize, or set prune to "gradient".'
         )
 
     @property

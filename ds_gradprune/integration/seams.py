@@ -85,7 +85,7 @@ def check(engine: Any, prune: str) -> None:
         )
     refused = _refused(engine)
     if prune == "update" and engine.fp16_enabled():
-        refused.append('fp16 with prune = "update" yet (only fp32 and bf16)')
+        refused.append('fp16 with prune = "update" yet (fp32 and bf16 only; "gradient" takes it)')
     if refused:
         hint = f"Change it, or set {BLOCK}.enabled to false to train without pruning."
         raise UnsupportedError(f"gradient pruning does not support {'; '.join(refused)}. {hint}")

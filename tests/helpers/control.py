@@ -21,6 +21,7 @@ RISING = (2.0, 2.1, 2.2, 2.3, 2.4)  # P after one more loss of 2.5: missed
 
 def make_config(**fields):
     base = {
+        "prune": "gradient",
         "controller": "stepwise",
         "warmup_steps": 0,
         "ramp_steps": 0,

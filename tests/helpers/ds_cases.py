@@ -22,7 +22,12 @@ from tests.helpers.ds_main import (
     start_deepspeed,
 )
 
-BLOCK = {"warmup_steps": 1, "ramp_steps": 0, "density": {"initial": 0.05, "min": 0.05, "max": 0.05}}
+BLOCK = {
+    "prune": "gradient",
+    "warmup_steps": 1,
+    "ramp_steps": 0,
+    "density": {"initial": 0.05, "min": 0.05, "max": 0.05},
+}
 
 
 def save_at(block: dict[str, Any], folder: str, at: list[int], last: int) -> dict[str, Any]:

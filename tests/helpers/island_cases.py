@@ -114,7 +114,7 @@ def foreign_checkpoints(folder: str) -> dict[str, Any]:
     plain = make_engine(None, "plain")
     run_steps(plain, 1, 3)
     plain.save_checkpoint(folder, tag="plain")
-    gradient = make_engine({"warmup_steps": 1}, "attach")
+    gradient = make_engine({"prune": "gradient", "warmup_steps": 1}, "attach")
     run_steps(gradient, 1, 3)
     gradient.save_checkpoint(folder, tag="gradient")
     engine = make_engine(BLOCK, "islands")
@@ -331,7 +331,7 @@ def batch_arithmetic() -> list[Any]:
 
 def two_engines() -> list[bool]:
     """Islands and an engine with pruned gradients side by side: neither disturbs the other."""
-    gradient = {key: value for key, value in BLOCK.items() if key != "prune"}
+    gradient = BLOCK | {"prune": "gradient"}
     alone = [
         run_steps(make_engine(gradient, "attach"), 1, 6)["crcs"],
         run_steps(make_engine(BLOCK, "islands"), 1, 6)["crcs"],

@@ -20,6 +20,7 @@ STALL = 3.0
 
 def make_config(**fields):
     base = {
+        "prune": "gradient",
         "warmup_steps": 20,
         "ramp_steps": 20,
         "window_size": 32,

@@ -27,6 +27,7 @@ CONFIG: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
     "gradient_pruning": {
+        "prune": "gradient",
         "window_size": 4,
         "warmup_steps": 3,
         "ramp_steps": 0,
