@@ -136,8 +136,9 @@ class Update(Sent):
 
     Attributes:
         sync_every: steps between exchanges.
-        scale: factor of every move: a number, "sqrt" of the number of workers, or "measured": the
-            ratio of a worker's move to the mean move (2-norms, pick must be "rotate" or "random").
+        scale: factor of every move: a number, "sqrt" of the number of workers, "sum": that number,
+            or "measured": the ratio of a worker's move to the mean move (2-norms, pick must
+            be "rotate" or "random").
         scale_at: "local": the worker's own steps are scaled, so it sees its progress at full size;
             "shared": only the mean is.
         momentum: outer momentum mu on the shared move.
@@ -149,7 +150,9 @@ class Update(Sent):
             signal comes again, because a worker's gradient is that of the weights it sees.
         score: what is compared in a chunk: the magnitude, or the magnitude over the root mean
             square of its row of the weight matrix.
-        local_lr: factor of the learning rate on the islands, in the dense warm-up too.
+        local_lr: factor of the learning rate on the islands: a number, or "root" for one over the
+            root of the number of workers.
+        local_lr_from: "start": in the dense warm-up too; "pruning": after it.
         relay: share of what a worker sent that it keeps seeing until the others' share arrives.
         relay_decay: by which that share shrinks per step.
         warmup: what the dense warm-up exchanges: "update", so that every second moment is that of
@@ -167,7 +170,7 @@ class Update(Sent):
 
     kind: Literal["update"]
     sync_every: Count = 1
-    scale: Literal["sqrt", "measured"] | Positive = "sqrt"
+    scale: Literal["sqrt", "sum", "measured"] | Positive = "sqrt"
     scale_at: Literal["local", "shared"] = "local"
     momentum: Fraction = 0.0
     nesterov: bool = True
@@ -175,7 +178,8 @@ class Update(Sent):
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
     score: Literal["magnitude", "over_row"] = "magnitude"
-    local_lr: Positive = 1.0
+    local_lr: Literal["root"] | Positive = 1.0
+    local_lr_from: Literal["start", "pruning"] = "start"
     relay: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 0.0
     relay_decay: Fraction = 0.99
     warmup: Literal["update", "gradient"] = "update"

@@ -50,7 +50,7 @@ class UpdateSimulation(Simulation):
         if step == self.setting.train.warmup_steps and method.momentum_at == "shared":
             self._adam.drop_momentum()
         before = self._local.clone()
-        self._step_islands(lr * method.local_lr, is_warmup=is_warmup, as_dense=as_dense)
+        self._step_islands(lr * self._own_part(is_warmup), is_warmup=is_warmup, as_dense=as_dense)
         factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         self._owed.add_(self._local.sub_(before), alpha=factor)
         if as_dense:
@@ -97,9 +97,18 @@ class UpdateSimulation(Simulation):
         owed = float(self._owed.norm(dim=1).mean() / self.shared.norm())
         return {"spread": self._spread, "owed_part": owed}
 
+    def _own_part(self, is_warmup: bool) -> float:
+        """Factor of the learning rate on the islands."""
+        if is_warmup and self._method.local_lr_from == "pruning":
+            return 1.0
+        part = self._method.local_lr
+        return float(self.setting.workers**-0.5) if part == "root" else float(part)
+
     def _scale(self) -> float:
         if self._method.scale == "sqrt":
             return float(self.setting.workers**0.5)
+        if self._method.scale == "sum":
+            return float(self.setting.workers)
         return self._spread if self._method.scale == "measured" else float(self._method.scale)
 
     def _send_all(self) -> Swap:
