@@ -242,6 +242,13 @@ def test_islands_that_send_everything_move_by_the_mean(scale_at: Any) -> None:
     torch.testing.assert_close(simulation.flushed(), shared, rtol=0, atol=1e-6)
 
 
+def test_islands_that_step_less_add_up_to_the_same() -> None:
+    fields = {"density": 1.0, "value_bits": 32, "scale_at": "shared", "warmup": "gradient"}
+    mean = update(scale="sqrt", **fields)
+    total = update(scale="sum", local_lr="root", local_lr_from="pruning", **fields)
+    torch.testing.assert_close(train(total), train(mean), rtol=0, atol=2e-5)
+
+
 def test_an_island_sees_what_it_has_not_sent() -> None:
     simulation = update(density=0.02, sync_every=3)
     train(simulation, steps=7)
@@ -325,7 +332,7 @@ def test_outer_momentum_makes_a_steady_move_longer() -> None:
 
 
 def test_warmup_of_islands_can_be_denses_own() -> None:
-    simulation = update(warmup="gradient")
+    simulation = update(warmup="gradient", local_lr="root", local_lr_from="pruning")
     dense = DenseSimulation(SETTING)
     for step in range(2):
         simulation.step(step, tokens(step), 1e-3)
