@@ -331,6 +331,17 @@ def test_outer_momentum_makes_a_steady_move_longer() -> None:
         assert 58.0 < moved <= 60.0 + 1e-3
 
 
+def test_what_moves_one_way_for_long_moves_further() -> None:
+    simulation = update(slow=2.0, slow_decay=0.5, scale=1.0)
+    before = simulation.shared.clone()
+    for step in range(30):
+        last = simulation.shared.clone()
+        simulation._move(Swap(torch.full_like(before[0], 0.3), 0.0, 1.0))
+        if step == 0:
+            torch.testing.assert_close(simulation.shared - last, torch.full_like(last, 0.2))
+    torch.testing.assert_close(simulation.shared - last, torch.full_like(last, 0.3))
+
+
 def test_warmup_of_islands_can_be_denses_own() -> None:
     simulation = update(warmup="gradient", local_lr="root", local_lr_from="pruning")
     dense = DenseSimulation(SETTING)

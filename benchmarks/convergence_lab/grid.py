@@ -145,6 +145,10 @@ class Update(Sent):
         nesterov: Nesterov's form instead of the heavy ball's.
         outer_lr: factor of the outer step; with momentum mu a steady move becomes
             outer_lr / (1 - mu) times as large.
+        slow: share of an average of the shared moves, over the last 1 / (1 - slow_decay), that is
+            added to each of them, as AdEMAMix does (Pagliardini et al. 2024, equation 5): what has
+            moved the same way for long moves 1 + slow times as far, noise hardly further.
+        slow_decay: of that average, per exchange.
         own: how much of the unsent progress a worker sees in its weights.
         keep: share of the unsent progress that is kept per step. Below 1 it forgets noise; what was
             signal comes again, because a worker's gradient is that of the weights it sees.
@@ -175,6 +179,8 @@ class Update(Sent):
     momentum: Fraction = 0.0
     nesterov: bool = True
     outer_lr: Positive = 1.0
+    slow: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
+    slow_decay: Fraction = 0.99
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
     score: Literal["magnitude", "over_row"] = "magnitude"

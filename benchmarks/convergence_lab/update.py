@@ -36,6 +36,7 @@ class UpdateSimulation(Simulation):
         self._adam = optimizer(workers, setting.decayed(), setting.train)
         self._owed = torch.zeros(workers, numel)
         self._velocity = torch.zeros(1, numel)
+        self._drift = torch.zeros(1, numel)
         self._decay = setting.decayed() * setting.train.weight_decay
         self._relayed = torch.zeros(workers, numel) if method.relay else None
         self._spread = workers**0.5
@@ -145,6 +146,9 @@ class UpdateSimulation(Simulation):
             self._velocity.mul_(method.momentum).add_(move)
             ahead = self._velocity
             move = move + method.momentum * ahead if method.nesterov else ahead
+        if method.slow:
+            self._drift.lerp_(move, 1 - method.slow_decay)
+            move = move + method.slow * self._drift
         self.shared.add_(move, alpha=method.outer_lr)
 
     def _see(self) -> None:
