@@ -23,7 +23,8 @@ import torch
 
 from ds_gradprune import controller, step_rule
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.errors import NonFiniteError
+from ds_gradprune.errors import CheckpointError, NonFiniteError
+from ds_gradprune.momentum import SlowMomentum
 from ds_gradprune.records import RankSignals, StepSignals
 from ds_gradprune.session import PruningSession, Timed
 from ds_gradprune.shared import SharedWeights
@@ -44,6 +45,7 @@ class IslandSession(PruningSession):
     Attributes:
         weights: see there.
         scale: factor on the islands' mean update.
+        slow: slow momentum of the shared weights; None: off.
     """
 
     def __init__(
@@ -56,6 +58,10 @@ class IslandSession(PruningSession):
         super().__init__(config, transport, clock)
         self.weights = weights
         self.scale = step_rule.update_scale(transport.world_size, config.update_scale)
+        strength = step_rule.slow_momentum(config.slow_momentum)
+        shared = [weights.shared(bucket) for bucket in range(len(weights.shapes))]
+        decay = step_rule.slow_decay(config.sync_every)
+        self.slow = SlowMomentum(shared, strength, decay) if strength else None
         self._alone = 0
         self._alone_s: float | None = 0.0
         self._bucket_layouts = [layout_of(s, config.min_numel) for s in weights.shapes]
@@ -128,7 +134,10 @@ class IslandSession(PruningSession):
         if not trade.parts:
             self._refuse([h.signals.nonfinite for h in trade.headers])
         with self._reducer.busy():
-            self.weights.move(bucket, own, trade.parts, self._exchange.rank, self._factor)
+            slow = self.slow
+            drift = None if slow is None else slow.follow(bucket, trade.parts, self._factor)
+            rank = self._exchange.rank
+            self.weights.move(bucket, own, trade.parts, rank, self._factor, drift)
 
     def _move_all(self, bucket: int, own: torch.Tensor) -> None:
         flags = [header.signals.nonfinite for header in self._headers]
@@ -137,7 +146,9 @@ class IslandSession(PruningSession):
         progress = own.sub_(self.weights.shared(bucket))
         self._reducer.reduce_dense(progress, bucket=bucket, nonfinite=False)
         with self._reducer.busy():
-            self.weights.move_all(bucket, progress, self._factor)
+            move = progress.mul_(self._factor)
+            drift = None if self.slow is None else self.slow.follow_all(bucket, move)
+            self.weights.move_all(bucket, move, drift)
 
     @property
     def _factor(self) -> float:
@@ -191,7 +202,21 @@ class IslandSession(PruningSession):
 
     def state_dict(self) -> dict[str, Any]:
         """As `PruningSession.state_dict`; the weights are saved by who owns them. Local."""
-        return super().state_dict() | {"alone": self._alone, "alone_s": self._alone_s}
+        return super().state_dict() | {
+            "alone": self._alone,
+            "alone_s": self._alone_s,
+            "slow": None if self.slow is None else self.slow.state_dict(),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """As `PruningSession.check_state`; a slow momentum is there or not as in the state."""
+        super().check_state(state)
+        if (state.get("slow") is None) != (self.slow is None):
+            was, now = ("off", "on") if self.slow is not None else ("on", "off")
+            raise CheckpointError(
+                f"the pruning state's slow momentum must be {now}, got {was}. Resume with the "
+                "slow_momentum that saved it (0 is off)."
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken. Local.
@@ -202,8 +227,10 @@ class IslandSession(PruningSession):
         super().load_state_dict(state)
         self._alone = int(state["alone"])
         self._alone_s = None if state["alone_s"] is None else float(state["alone_s"])
+        if self.slow is not None:
+            self.slow.load_state_dict(state["slow"])
 
     @property
     def residual_bytes(self) -> int:
-        """Memory of the shared copy: it stands in for a residual."""
-        return self.weights.nbytes
+        """Memory of the shared copy, which stands in for a residual, and of the slow momentum."""
+        return self.weights.nbytes + (0 if self.slow is None else self.slow.nbytes)

@@ -91,14 +91,20 @@ class SharedWeights:
 
     @torch.no_grad()
     def move(
-        self, bucket: int, own: torch.Tensor, parts: Sequence[Part], rank: int, factor: float
+        self,
+        bucket: int,
+        own: torch.Tensor,
+        parts: Sequence[Part],
+        rank: int,
+        factor: float,
+        drift: torch.Tensor | None = None,
     ) -> None:
         """Apply what all islands sent of their own - shared.
 
         shared += factor * sent, island after island; own = shared + (own - shared - own sent),
         with the shared weights after and before. Elements that nobody sent keep their bits. The
         others are rounded as any fp32 weight update is: `shared` once per island that sent the
-        element, `own` once.
+        element, `own` once. A drift is added to both, and rounds both once more everywhere.
 
         Args:
             bucket: which one.
@@ -106,6 +112,7 @@ class SharedWeights:
             parts: what each island sent, in rank order; equal on all islands.
             rank: the number of this island in `parts`.
             factor: weight of one island's progress; equal on all islands.
+            drift: (numel,) fp32, what all weights move by besides; equal on all islands.
         """
         shared = self._buckets[bucket].shared
         mine, sent = parts[rank]
@@ -122,19 +129,24 @@ class SharedWeights:
         # An element may come twice in `moved`, with the same value; if it is mine too, mine holds.
         own.scatter_(0, moved, beyond.add_(shared.index_select(0, moved)))
         own.scatter_(0, mine, unsent.add_(shared.index_select(0, mine)))
+        if drift is not None:
+            shared.add_(drift)
+            own.add_(drift)
         self._write(self._buckets[bucket], own)
 
     @torch.no_grad()
-    def move_all(self, bucket: int, total: torch.Tensor, factor: float) -> None:
-        """Apply the whole progress of all islands: shared += factor * total; own = shared.
+    def move_all(self, bucket: int, move: torch.Tensor, drift: torch.Tensor | None = None) -> None:
+        """Apply the whole progress of all islands: shared += move; own = shared.
 
         Args:
             bucket: which one.
-            total: (numel,) fp32, the sum of all islands' own - shared; used up.
-            factor: as in `move`.
+            move: (numel,) fp32, factor times the sum of all islands' own - shared.
+            drift: as in `move`.
         """
         shared = self._buckets[bucket].shared
-        shared.add_(total.mul_(factor))
+        shared.add_(move)
+        if drift is not None:
+            shared.add_(drift)
         self._write(self._buckets[bucket], shared)
 
     @torch.no_grad()

@@ -303,6 +303,12 @@ def test_keys_of_the_islands() -> None:
             'to "update".',
         ),
         (
+            {"prune": "gradient", "slow_momentum": 0},
+            'slow_momentum must be null with prune = "gradient", got 0. Leave it out, or set prune '
+            'to "update".',
+        ),
+        ({"slow_momentum": -1}, "slow_momentum must be at least 0, got -1."),
+        (
             {"error_feedback": False},
             'error_feedback must be true with prune = "update", got false. What is not sent stays '
             'in the island\'s own weights. Leave it out, or set prune to "gradient".',

@@ -27,6 +27,7 @@ BLOCK = {
     "ramp_steps": 0,
     "window_size": 4,
     "value_bits": 32,
+    "slow_momentum": 0,  # what it adds is rounded; it has tests of its own
     "density": {"initial": 0.02, "min": 0.02, "max": 0.02},
 }
 DENSE = {"density": {"initial": 1.0, "min": 1.0, "max": 1.0}}
@@ -95,10 +96,12 @@ class Island:
 
 @pytest.mark.parametrize("islands", [2, 3])
 @pytest.mark.parametrize("sync_every", [1, 4])
+@pytest.mark.parametrize("slow", [0, None])
 def test_shared_weights_are_equal_on_all_islands_after_every_step(
-    islands: int, sync_every: int
+    islands: int, sync_every: int, slow: float | None
 ) -> None:
-    traces = run_ranks(islands, lambda t: Island(t, sync_every=sync_every).train(1, 14))
+    block = {"sync_every": sync_every, "slow_momentum": slow}
+    traces = run_ranks(islands, lambda t: Island(t, **block).train(1, 14))
     for step in zip(*traces, strict=True):
         number, shared, own, _ = step[0]
         assert all(torch.equal(other, shared) for _, other, _, _ in step)
@@ -128,6 +131,31 @@ def test_no_progress_is_lost_or_made_up(options: dict[str, Any]) -> None:
     for moved, _, unsent in ranks:
         assert torch.equal(moved, sent)
         assert bool((unsent == 0).all()) == (options == DENSE)
+
+
+@pytest.mark.parametrize("density", [0.02, 1.0])
+def test_a_slow_momentum_moves_own_and_shared_weights_alike(density: float) -> None:
+    """By strength * a hundredth of it after the first exchange; what is unsent stays."""
+    pinned = {"density": dict.fromkeys(("initial", "min", "max"), density)}
+
+    def work(transport: Transport) -> Any:
+        both = [Island(transport, slow_momentum=s, **pinned).train(1, 4)[1:] for s in (0, 3.0)]
+        return [[(shared.double(), own.double()) for _, shared, own, _ in one] for one in both]
+
+    plain, slow = run_ranks(2, work)[0]
+    first = plain[1][0] - plain[0][0]
+    torch.testing.assert_close(slow[1][0] - plain[1][0], 3.0 * 0.01 * first, rtol=0, atol=1e-7)
+    unsent = [own - shared for shared, own in (plain[1], slow[1])]
+    torch.testing.assert_close(unsent[1], unsent[0], rtol=0, atol=1e-7)
+
+
+def test_a_state_without_its_slow_momentum_is_refused() -> None:
+    def work(transport: Transport) -> None:
+        state = Island(transport).session.state_dict()
+        Island(transport, slow_momentum=None).session.load_state_dict(state)
+
+    with pytest.raises(CheckpointError, match="slow momentum must be on, got off"):
+        run_ranks(1, work)
 
 
 @pytest.mark.parametrize("value_bits", [2, 4, 16])
@@ -259,6 +287,7 @@ def test_a_failed_exchange_loses_nothing() -> None:
 @pytest.mark.parametrize("at", [1, 2, 7, 10])
 def test_resume_in_the_middle_of_an_interval_continues_bit_for_bit(at: int) -> None:
     options = {
+        "slow_momentum": 2.0,
         "sync_every": 4,
         "ramp_steps": 4,
         "step_time_budget_s": 0.01,

@@ -110,7 +110,7 @@ def test_a_dense_exchange_ends_every_difference() -> None:
     weights, own = stepped(3, 2.0**-12)
     shared = weights.shared(0).clone()
     total = 3 * (weights.own(0) - shared)
-    weights.move_all(0, total.clone(), factor=0.5)
+    weights.move_all(0, 0.5 * total)
     assert torch.equal(weights.shared(0), shared + 0.5 * total)
     assert torch.equal(flat(own), weights.shared(0))
 

@@ -1,0 +1,85 @@
+"""The slow momentum of the shared weights: what has moved one way for long moves further.
+
+Shared weights average the islands, so they are quieter than one optimizer's, and they follow what
+has lasted too slowly. With `move` what the exchanges have just added to them, per element::
+
+    drift = decay * drift + (1 - decay) * move
+    weights += strength * drift
+
+A lasting move becomes 1 + strength times as far, noise hardly further. The form is AdEMAMix's
+(Pagliardini et al. 2024, arXiv 2409.03137: a slow average beside the fast one), applied outside the
+optimizer as in SlowMo (Wang et al. 2020, arXiv 1910.00643). Nothing is sent for it: all islands
+compute it from what they have received, so `drift` is bit-identical on all of them.
+
+Knows nothing of exchanges and DeepSpeed. All functions are local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Distinct positions in a bucket, int64, and values for them, float32."""
+
+
+class SlowMomentum:
+    """One average per bucket of shared weights: 4 bytes per parameter.
+
+    Args:
+        shared: (numel,) fp32 of every bucket; only shapes and devices are taken.
+        strength: how much of the average is added per exchange, > 0.
+        decay: of the average per exchange, in [0, 1).
+    """
+
+    def __init__(self, shared: Sequence[torch.Tensor], strength: float, decay: float) -> None:
+        self._drifts = [torch.zeros_like(tensor) for tensor in shared]
+        self._strength = strength
+        self._decay = decay
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the averages."""
+        return sum(4 * drift.numel() for drift in self._drifts)
+
+    @torch.no_grad()
+    def follow(self, bucket: int, parts: Sequence[Part], factor: float) -> torch.Tensor:
+        """Take note of an exchange, given as `SharedWeights.move` takes it.
+
+        Returns:
+            (numel,) fp32, what the weights move by besides.
+        """
+        drift = self._drifts[bucket].mul_(self._decay)
+        # One product at a time: whether a sum is fused with it depends on the processor.
+        for positions, values in parts:
+            share = values.to(drift).mul(factor).mul_(1.0 - self._decay)
+            drift.index_add_(0, positions.to(drift.device), share)
+        return drift.mul(self._strength)
+
+    @torch.no_grad()
+    def follow_all(self, bucket: int, move: torch.Tensor) -> torch.Tensor:
+        """The same for a dense exchange.
+
+        Args:
+            bucket: which one.
+            move: (numel,) fp32, what the shared weights have moved by.
+        """
+        drift = self._drifts[bucket].mul_(self._decay)
+        drift.add_(move.mul(1.0 - self._decay))
+        return drift.mul(self._strength)
+
+    def state_dict(self) -> list[torch.Tensor]:
+        """The averages. Local."""
+        return self._drifts
+
+    def load_state_dict(self, state: Sequence[torch.Tensor]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: the tensors are not those of these buckets.
+        """
+        for drift, saved in zip(self._drifts, state, strict=True):
+            if drift.shape != saved.shape:
+                raise ValueError(f"{tuple(saved.shape)} is not {tuple(drift.shape)}")
+            drift.copy_(saved)
