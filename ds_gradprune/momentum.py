@@ -3,8 +3,8 @@
 Shared weights average the islands, so they are quieter than one optimizer's, and they follow what
 has lasted too slowly. With `move` what the exchanges have just added to them, per element::
 
-    drift = decay * drift + (1 - decay) * move
-    weights += strength * drift
+    drift = decay * drift + strength * (1 - decay) * move
+    weights += drift
 
 A lasting move becomes 1 + strength times as far, noise hardly further. The form is AdEMAMix's
 (Pagliardini et al. 2024, arXiv 2409.03137: a slow average beside the fast one), applied outside the
@@ -35,8 +35,8 @@ class SlowMomentum:
 
     def __init__(self, shared: Sequence[torch.Tensor], strength: float, decay: float) -> None:
         self._drifts = [torch.zeros_like(tensor) for tensor in shared]
-        self._strength = strength
         self._decay = decay
+        self._share = strength * (1.0 - decay)
 
     @property
     def nbytes(self) -> int:
@@ -48,14 +48,15 @@ class SlowMomentum:
         """Take note of an exchange, given as `SharedWeights.move` takes it.
 
         Returns:
-            (numel,) fp32, what the weights move by besides.
+            (numel,) fp32, what the weights move by besides; holds until the next call, not to be
+            changed.
         """
         drift = self._drifts[bucket].mul_(self._decay)
-        # One product at a time: whether a sum is fused with it depends on the processor.
         for positions, values in parts:
-            share = values.to(drift).mul(factor).mul_(1.0 - self._decay)
+            # Not alpha: whether that is one rounding or two depends on the processor.
+            share = values.to(drift).mul(factor * self._share)
             drift.index_add_(0, positions.to(drift.device), share)
-        return drift.mul(self._strength)
+        return drift
 
     @torch.no_grad()
     def follow_all(self, bucket: int, move: torch.Tensor) -> torch.Tensor:
@@ -65,9 +66,7 @@ class SlowMomentum:
             bucket: which one.
             move: (numel,) fp32, what the shared weights have moved by.
         """
-        drift = self._drifts[bucket].mul_(self._decay)
-        drift.add_(move.mul(1.0 - self._decay))
-        return drift.mul(self._strength)
+        return self._drifts[bucket].mul_(self._decay).add_(move.mul(self._share))
 
     def state_dict(self) -> list[torch.Tensor]:
         """The averages. Local."""
