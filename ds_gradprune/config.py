@@ -120,10 +120,10 @@ class GradientPruningConfig(_Block):
         description="with update: factor on the islands' mean update; null: the square root of "
         "their number",
     )
-    slow_momentum: NonNegative | None = Field(
-        default=None,
+    slow_momentum: NonNegative = Field(
+        default=0.0,
         description="with update: share of the average of the last 100 steps' moves of the shared "
-        "weights that each exchange adds to them; null: 1; 0: off",
+        "weights that each exchange adds to them; 0: off",
     )
     warmup_steps: int = Field(
         default=200, ge=0, description="first steps, exactly DeepSpeed's dense path"
@@ -274,9 +274,9 @@ def _mode_faults(config: GradientPruningConfig, faulty: Set[str]) -> list[str]:
                 f'{BLOCK}.update_scale must be null with prune = "gradient", got '
                 f"{config.update_scale:g}. {only}"
             )
-        if config.slow_momentum is not None:
+        if config.slow_momentum:
             faults.append(
-                f'{BLOCK}.slow_momentum must be null with prune = "gradient", got '
+                f'{BLOCK}.slow_momentum must be 0 with prune = "gradient", got '
                 f"{config.slow_momentum:g}. {only}"
             )
     if config.prune == "update" and not config.error_feedback:

@@ -58,7 +58,7 @@ class IslandSession(PruningSession):
         super().__init__(config, transport, clock)
         self.weights = weights
         self.scale = step_rule.update_scale(transport.world_size, config.update_scale)
-        strength = step_rule.slow_momentum(config.slow_momentum)
+        strength = config.slow_momentum
         shared = [weights.shared(bucket) for bucket in range(len(weights.shapes))]
         decay = step_rule.slow_decay(config.sync_every)
         self.slow = SlowMomentum(shared, strength, decay) if strength else None

@@ -31,15 +31,6 @@ def update_scale(islands: int, setting: float | None) -> float:
     return math.sqrt(islands) if setting is None else setting
 
 
-def slow_momentum(setting: float | None) -> float:
-    """The strength of the shared weights' slow momentum, see `ds_gradprune.momentum`.
-
-    Args:
-        setting: the user's strength, 0 is off; None: 1, the best of 1, 2 and 4 in our trials.
-    """
-    return 1.0 if setting is None else setting
-
-
 def slow_decay(sync_every: int) -> float:
     """Decay of the slow momentum from one exchange to the next: memory of SLOW_STEPS steps."""
     return (1.0 - 1.0 / SLOW_STEPS) ** sync_every

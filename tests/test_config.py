@@ -303,8 +303,8 @@ def test_keys_of_the_islands() -> None:
             'to "update".',
         ),
         (
-            {"prune": "gradient", "slow_momentum": 0},
-            'slow_momentum must be null with prune = "gradient", got 0. Leave it out, or set prune '
+            {"prune": "gradient", "slow_momentum": 1},
+            'slow_momentum must be 0 with prune = "gradient", got 1. Leave it out, or set prune '
             'to "update".',
         ),
         ({"slow_momentum": -1}, "slow_momentum must be at least 0, got -1."),

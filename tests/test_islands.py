@@ -27,7 +27,6 @@ BLOCK = {
     "ramp_steps": 0,
     "window_size": 4,
     "value_bits": 32,
-    "slow_momentum": 0,  # what it adds is rounded; it has tests of its own
     "density": {"initial": 0.02, "min": 0.02, "max": 0.02},
 }
 DENSE = {"density": {"initial": 1.0, "min": 1.0, "max": 1.0}}
@@ -96,9 +95,9 @@ class Island:
 
 @pytest.mark.parametrize("islands", [2, 3])
 @pytest.mark.parametrize("sync_every", [1, 4])
-@pytest.mark.parametrize("slow", [0, None])
+@pytest.mark.parametrize("slow", [0.0, 1.0])
 def test_shared_weights_are_equal_on_all_islands_after_every_step(
-    islands: int, sync_every: int, slow: float | None
+    islands: int, sync_every: int, slow: float
 ) -> None:
     block = {"sync_every": sync_every, "slow_momentum": slow}
     traces = run_ranks(islands, lambda t: Island(t, **block).train(1, 14))
@@ -152,7 +151,7 @@ def test_a_slow_momentum_moves_own_and_shared_weights_alike(density: float) -> N
 def test_a_state_without_its_slow_momentum_is_refused() -> None:
     def work(transport: Transport) -> None:
         state = Island(transport).session.state_dict()
-        Island(transport, slow_momentum=None).session.load_state_dict(state)
+        Island(transport, slow_momentum=1.0).session.load_state_dict(state)
 
     with pytest.raises(CheckpointError, match="slow momentum must be on, got off"):
         run_ranks(1, work)

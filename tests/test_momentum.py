@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_gradprune.momentum import SlowMomentum
-from ds_gradprune.step_rule import SLOW_STEPS, slow_decay, slow_momentum
+from ds_gradprune.step_rule import SLOW_STEPS, slow_decay
 
 NUMEL = 50
 
@@ -69,4 +69,3 @@ def test_it_goes_on_where_it_stood() -> None:
 def test_its_memory_is_counted_in_steps_not_in_exchanges() -> None:
     assert slow_decay(16) == pytest.approx(slow_decay(1) ** 16)
     assert sum(slow_decay(1) ** age for age in range(5000)) == pytest.approx(SLOW_STEPS)
-    assert (slow_momentum(None), slow_momentum(0.0), slow_momentum(2.5)) == (1.0, 0.0, 2.5)
