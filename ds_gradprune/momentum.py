@@ -68,6 +68,11 @@ class SlowMomentum:
         """
         return self._drifts[bucket].mul_(self._decay).add_(move.mul(self._share))
 
+    def reset(self) -> None:
+        """Forget the past: the weights have become others. Local."""
+        for drift in self._drifts:
+            drift.zero_()
+
     def state_dict(self) -> list[torch.Tensor]:
         """The averages. Local."""
         return self._drifts

@@ -60,6 +60,8 @@ def test_it_goes_on_where_it_stood() -> None:
     again.load_state_dict(slow.state_dict())
     move = torch.arange(NUMEL) / 7.0
     assert torch.equal(again.follow_all(1, move), slow.follow_all(1, move))
+    again.reset()
+    assert not again.follow_all(1, torch.zeros(NUMEL)).any()
     with pytest.raises(ValueError, match=r"\(50,\) is not \(7,\)"):
         slow.load_state_dict(slow.state_dict()[::-1])
     with pytest.raises(ValueError, match="shorter"):

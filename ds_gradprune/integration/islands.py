@@ -222,6 +222,8 @@ class IslandHandle(Handle):
     def _take_over(self, state: dict[str, Any] | None) -> None:
         """DeepSpeed has put the shared weights into every island."""
         self.session.weights.capture()
+        if self.session.slow is not None:
+            self.session.slow.reset()
         if state is not None:
             self._restore(state["pruning"]["island"])
         super()._take_over(state)
