@@ -9,7 +9,9 @@ has lasted too slowly. With `move` what the exchanges have just added to them, p
 A lasting move becomes 1 + strength times as far, noise hardly further. The form is AdEMAMix's
 (Pagliardini et al. 2024, arXiv 2409.03137: a slow average beside the fast one), applied outside the
 optimizer as in SlowMo (Wang et al. 2020, arXiv 1910.00643). Nothing is sent for it: all islands
-compute it from what they have received, so `drift` is bit-identical on all of them.
+compute it from what they have received, so `drift` is bit-identical on all of them. It is off by
+default: of our trials it helped the one at 1M parameters and harmed the one at 10M (LOG.md,
+2026-11-26).
 
 Knows nothing of exchanges and DeepSpeed. All functions are local.
 """
@@ -20,8 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-Part = tuple[torch.Tensor, torch.Tensor]
-"""Distinct positions in a bucket, int64, and values for them, float32."""
+from ds_gradprune.records import Part
 
 
 class SlowMomentum:
@@ -65,6 +66,9 @@ class SlowMomentum:
         Args:
             bucket: which one.
             move: (numel,) fp32, what the shared weights have moved by.
+
+        Returns:
+            As `follow`.
         """
         return self._drifts[bucket].mul_(self._decay).add_(move.mul(self._share))
 

@@ -15,6 +15,9 @@ import torch
 CHUNK_NUMEL = 4096
 """Elements per chunk: an index inside a chunk fits 12 bits."""
 
+Part = tuple[torch.Tensor, torch.Tensor]
+"""What one rank sent of a bucket: distinct positions, int64, and their values, float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -17,7 +17,7 @@ import torch
 from ds_gradprune import codec, sparsify
 from ds_gradprune.errors import RankMismatchError
 from ds_gradprune.exchange import AllGather, Traffic
-from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals, SparseBlock
+from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, Part, RankSignals, SparseBlock
 from ds_gradprune.residual import ResidualStore
 
 
@@ -46,7 +46,7 @@ class Trade:
     """
 
     headers: list[codec.Header]
-    parts: list[tuple[torch.Tensor, torch.Tensor]]
+    parts: list[Part]
 
 
 class Reducer:
@@ -208,7 +208,7 @@ class Reducer:
             block, step=step, bucket=bucket, rank=self._exchange.rank, signals=signals
         )
         headers, peers = self._swap(writer, payload, layout)
-        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        parts: list[Part] = []
         if not any(header.signals.nonfinite for header in headers):
             own = _flat(block, *writer.sent_values(block))
             parts = [
@@ -259,7 +259,7 @@ class Reducer:
         return Costs(max(0.0, busy_s - traffic.comm_time_s), traffic)
 
 
-def _sum_into(vector: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _sum_into(vector: torch.Tensor, parts: list[Part]) -> None:
     """Add all ranks' elements in rank order; positions of one rank are distinct, so no race."""
     vector.zero_()
     for positions, values in parts:

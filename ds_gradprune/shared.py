@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import google_crc32c
 import torch
 
+from ds_gradprune.records import Part
+
 BUCKET_NUMEL = 2**26
 """A bucket is closed once it holds so many elements: an exchange needs one bucket's memory."""
-
-Part = tuple[torch.Tensor, torch.Tensor]
-"""Distinct positions in a bucket, int64, and the values sent for them, float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_gradprune.shared import Part, SharedWeights
+from ds_gradprune.records import Part
+from ds_gradprune.shared import SharedWeights
 
 SHAPES = [(5, 7), (3,), (11, 2)]
 NUMEL = 35 + 3 + 22

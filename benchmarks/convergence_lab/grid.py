@@ -146,7 +146,7 @@ class Update(Sent):
         outer_lr: factor of the outer step; with momentum mu a steady move becomes
             outer_lr / (1 - mu) times as large.
         slow: share of an average of the shared moves, over the last 1 / (1 - slow_decay), that is
-            added to each of them, as AdEMAMix does (Pagliardini et al. 2024, equation 5): what has
+            added to each of them, as AdEMAMix does (Pagliardini et al. 2024): what has
             moved the same way for long moves 1 + slow times as far, noise hardly further.
         slow_decay: of that average, per exchange.
         own: how much of the unsent progress a worker sees in its weights.
