@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.convergence_lab import page, plot
 from benchmarks.convergence_lab.base import Setting
-from benchmarks.convergence_lab.gpt import Gpt
+from benchmarks.convergence_lab.gpt import HAS_BF16_PRODUCTS, Gpt
 from benchmarks.convergence_lab.grid import Grid, Sent, read_grid
 from benchmarks.convergence_lab.store import Store, run_key
 from benchmarks.convergence_lab.table import rows_of
@@ -153,6 +153,7 @@ def _one(
         run |= {"kind": method.kind, "train": settings, "load": os.getloadavg()[0]}
         run |= {"simulated_values": isinstance(method, Sent) and not real}
         run |= {"commit": page.environment()["commit"], "workers": options.workers}
+        run |= {"has_bf16_products": HAS_BF16_PRODUCTS}
         store.add(run)
     run = {**run, "method": method.name}
     if method.kind == "dense":
