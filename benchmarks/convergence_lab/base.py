@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.convergence_lab.adamw import AdamW, clip_
+from benchmarks.convergence_lab.drift import Drift
 from benchmarks.convergence_lab.gpt import Gpt, Gradients
-from benchmarks.convergence_lab.grid import Sent, Train
+from benchmarks.convergence_lab.grid import DenseSlow, Sent, Train
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,31 @@ class DenseSimulation(SharedGradient):
         if step >= self.setting.train.warmup_steps:
             self.received_bits += ring_bits(32.0 * self.setting.gpt.numel, self.setting.workers)
         return self.dense_step(tokens, lr)
+
+
+class DenseSlowSimulation(DenseSimulation):
+    """See `grid.DenseSlow`."""
+
+    def __init__(self, setting: Setting, method: DenseSlow) -> None:
+        super().__init__(setting)
+        self._drift = Drift(
+            setting.gpt.numel,
+            method.slow,
+            method.slow_decay,
+            predicted=method.slow_by == "predicted",
+        )
+
+    def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
+        """See `Simulation.step`."""
+        before = self.shared.clone()
+        loss = super().step(step, tokens, lr)
+        if step >= self.setting.train.warmup_steps:
+            self.shared.copy_(before + self._drift.add_to(self.shared - before))
+        return loss
+
+    def notes(self) -> dict[str, float]:
+        """How much of a move the slow average has foretold."""
+        return {"persistence": self._drift.persistence}
 
 
 def ring_bits(bits: float, workers: int) -> float:

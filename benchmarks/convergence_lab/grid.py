@@ -81,6 +81,21 @@ class Dense(_Method):
     kind: Literal["dense"]
 
 
+class DenseSlow(_Method):
+    """Dense with a slow momentum after warm-up: is it better pruning, or a better optimizer?
+
+    Attributes:
+        slow: as `Update.slow`, of AdamW's own moves.
+        slow_decay: as `Update.slow_decay`.
+        slow_by: as `Update.slow_by`.
+    """
+
+    kind: Literal["dense_slow"]
+    slow: Positive = 1.0
+    slow_decay: Fraction = 0.99
+    slow_by: Literal["fixed", "predicted"] = "fixed"
+
+
 class Sent(_Method):
     """What the pruned methods share: how much of a vector is sent, and how.
 
@@ -149,6 +164,8 @@ class Update(Sent):
             added to each of them, as AdEMAMix does (Pagliardini et al. 2024): what has
             moved the same way for long moves 1 + slow times as far, noise hardly further.
         slow_decay: of that average, per exchange.
+        slow_by: "fixed": the share is `slow`; "predicted": `slow` times how much of the next move
+            the average has foretold, in [0, 1] (see `drift.Drift`).
         own: how much of the unsent progress a worker sees in its weights.
         keep: share of the unsent progress that is kept per step. Below 1 it forgets noise; what was
             signal comes again, because a worker's gradient is that of the weights it sees.
@@ -181,6 +198,7 @@ class Update(Sent):
     outer_lr: Positive = 1.0
     slow: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
     slow_decay: Fraction = 0.99
+    slow_by: Literal["fixed", "predicted"] = "fixed"
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
     score: Literal["magnitude", "over_row"] = "magnitude"
@@ -226,7 +244,7 @@ class PowerSgd(_Method):
 
 
 Method = Annotated[
-    Dense | Gradient | Update | OneBitAdam | PowerSgd, pydantic.Field(discriminator="kind")
+    Dense | DenseSlow | Gradient | Update | OneBitAdam | PowerSgd, pydantic.Field(discriminator="kind")
 ]
 
 

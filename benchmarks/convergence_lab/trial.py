@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.convergence_lab.adamw import learning_rate
-from benchmarks.convergence_lab.base import DenseSimulation, Setting, Simulation
+from benchmarks.convergence_lab.base import DenseSimulation, DenseSlowSimulation, Setting, Simulation
 from benchmarks.convergence_lab.gpt import validation_loss
 from benchmarks.convergence_lab.gradient import GradientSimulation
 from benchmarks.convergence_lab.peers import OneBitAdamSimulation, PowerSgdSimulation
@@ -25,6 +25,8 @@ def simulation_of(setting: Setting, method: Any) -> Simulation:
     """The simulation that a grid's method asks for."""
     if method.kind == "dense":
         return DenseSimulation(setting)
+    if method.kind == "dense_slow":
+        return DenseSlowSimulation(setting, method)
     if method.kind == "gradient":
         return GradientSimulation(setting, method)
     if method.kind == "update":

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.convergence_lab.adamw import AdamW, CorrectedAdamW, clip_
 from benchmarks.convergence_lab.base import Setting, Simulation
+from benchmarks.convergence_lab.drift import Drift
 from benchmarks.convergence_lab.gpt import Gradients
 from benchmarks.convergence_lab.grid import Update
 from benchmarks.convergence_lab.wire import Swap, Wire, lab_layout
@@ -36,7 +37,10 @@ class UpdateSimulation(Simulation):
         self._adam = optimizer(workers, setting.decayed(), setting.train)
         self._owed = torch.zeros(workers, numel)
         self._velocity = torch.zeros(1, numel)
-        self._drift = torch.zeros(1, numel)
+        self._drift = None
+        if method.slow:
+            predicted = method.slow_by == "predicted"
+            self._drift = Drift(numel, method.slow, method.slow_decay, predicted=predicted)
         self._decay = setting.decayed() * setting.train.weight_decay
         self._relayed = torch.zeros(workers, numel) if method.relay else None
         self._spread = workers**0.5
@@ -96,7 +100,10 @@ class UpdateSimulation(Simulation):
     def notes(self) -> dict[str, float]:
         """The measured spread, and how large the unsent progress is."""
         owed = float(self._owed.norm(dim=1).mean() / self.shared.norm())
-        return {"spread": self._spread, "owed_part": owed}
+        figures = {"spread": self._spread, "owed_part": owed}
+        if self._drift is not None:
+            figures["persistence"] = self._drift.persistence
+        return figures
 
     def _own_part(self, is_warmup: bool) -> float:
         """Factor of the learning rate on the islands."""
@@ -146,9 +153,8 @@ class UpdateSimulation(Simulation):
             self._velocity.mul_(method.momentum).add_(move)
             ahead = self._velocity
             move = move + method.momentum * ahead if method.nesterov else ahead
-        if method.slow:
-            self._drift.lerp_(move, 1 - method.slow_decay)
-            move = move + method.slow * self._drift
+        if self._drift is not None:
+            move = self._drift.add_to(move)
         self.shared.add_(move, alpha=method.outer_lr)
 
     def _see(self) -> None:
