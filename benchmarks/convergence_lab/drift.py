@@ -11,9 +11,9 @@ _MEMORY = 0.99
 class Drift:
     """An average of moves, and how much of the next move it foretells.
 
-    With D the average before a move u, r = sum(<u, D>) / sum(<D, D>) is the factor of D that predicts
-    u best (least squares): 1 if what has moved goes on moving, 0 if the moves are noise about
-    nothing, negative if they swing back.
+    With D the average before a move u, r = sum(<u, D>) / sum(<D, D>) is the factor of D that
+    predicts u best (least squares): 1 if what has moved goes on moving, 0 if the moves are noise
+    about nothing, negative if they swing back.
 
     Args:
         numel: of a move.

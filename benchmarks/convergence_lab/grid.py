@@ -169,8 +169,11 @@ class Update(Sent):
         own: how much of the unsent progress a worker sees in its weights.
         keep: share of the unsent progress that is kept per step. Below 1 it forgets noise; what was
             signal comes again, because a worker's gradient is that of the weights it sees.
-        score: what is compared in a chunk: the magnitude, or the magnitude over the root mean
-            square of its row of the weight matrix.
+        score: what is compared in a chunk: "magnitude"; "over_row": the magnitude over the root
+            mean square of its row of the weight matrix; "second_moment": the magnitude times the
+            workers' mean second moment to the power `score_power` / 2. With 1 that is the magnitude
+            before AdamW has divided it: what the element is worth to the loss, to first order.
+        score_power: see `score`.
         local_lr: factor of the learning rate on the islands: a number, or "root" for one over the
             root of the number of workers.
         local_lr_from: "start": in the dense warm-up too; "pruning": after it.
@@ -201,7 +204,8 @@ class Update(Sent):
     slow_by: Literal["fixed", "predicted"] = "fixed"
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
-    score: Literal["magnitude", "over_row"] = "magnitude"
+    score: Literal["magnitude", "over_row", "second_moment"] = "magnitude"
+    score_power: Positive = 1.0
     local_lr: Literal["root"] | Positive = 1.0
     local_lr_from: Literal["start", "pruning"] = "start"
     relay: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 0.0
@@ -244,7 +248,8 @@ class PowerSgd(_Method):
 
 
 Method = Annotated[
-    Dense | DenseSlow | Gradient | Update | OneBitAdam | PowerSgd, pydantic.Field(discriminator="kind")
+    Dense | DenseSlow | Gradient | Update | OneBitAdam | PowerSgd,
+    pydantic.Field(discriminator="kind"),
 ]
 
 

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from benchmarks.convergence_lab.adamw import learning_rate
-from benchmarks.convergence_lab.base import DenseSimulation, DenseSlowSimulation, Setting, Simulation
+from benchmarks.convergence_lab.base import (
+    DenseSimulation,
+    DenseSlowSimulation,
+    Setting,
+    Simulation,
+)
 from benchmarks.convergence_lab.gpt import validation_loss
 from benchmarks.convergence_lab.gradient import GradientSimulation
 from benchmarks.convergence_lab.peers import OneBitAdamSimulation, PowerSgdSimulation

@@ -20,6 +20,8 @@ from benchmarks.convergence_lab.wire import Swap, Wire, lab_layout
 
 _SPREAD_DECAY = 0.95
 """Of the average of the measured spread, per exchange."""
+_SCORE_STEPS = 50
+"""Between renewals of what magnitudes are multiplied by."""
 
 
 class UpdateSimulation(Simulation):
@@ -131,7 +133,7 @@ class UpdateSimulation(Simulation):
     def _send(self, step: int) -> Swap:
         owed_before = self._owed.clone() if self._relayed is not None else None
         density = self.setting.density(self._method, step)
-        swap = self._wire.swap(self._owed, density, self._row_score(step))
+        swap = self._wire.swap(self._owed, density, self._score_now(step))
         self.received_bits += swap.received_bits
         if self._relayed is not None and owed_before is not None:
             share = 1.0 - 1.0 / self.setting.workers
@@ -165,14 +167,25 @@ class UpdateSimulation(Simulation):
         if self._relayed is not None:
             self._local += self._relayed.mul_(self._method.relay_decay)
 
-    def _row_score(self, step: int) -> torch.Tensor | None:
-        """1 / root mean square of the row an element lies in, renewed every 50 steps."""
+    def _score_now(self, step: int) -> torch.Tensor | None:
+        """(numel,) factor of the magnitudes when they are compared, renewed every 50 steps."""
         if self._method.score == "magnitude":
             return None
-        if self._score is None or step % 50 == 0:
-            parts = []
-            for view in self.setting.gpt.views(self.shared):
-                size = view[0].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-3)
-                parts.append((1.0 / size).expand_as(view[0]).reshape(-1))
-            self._score = torch.cat(parts)
+        if self._score is None or step % _SCORE_STEPS == 0:
+            by_row = self._method.score == "over_row"
+            self._score = self._by_row() if by_row else self._by_second_moment()
         return self._score
+
+    def _by_row(self) -> torch.Tensor:
+        """1 / root mean square of the row an element lies in."""
+        parts = []
+        for view in self.setting.gpt.views(self.shared):
+            size = view[0].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-3)
+            parts.append((1.0 / size).expand_as(view[0]).reshape(-1))
+        return torch.cat(parts)
+
+    def _by_second_moment(self) -> torch.Tensor:
+        """Mean second moment to a power; an element that has had no gradient keeps a little."""
+        mean = self._adam.v.mean(0)
+        floor = 1e-3 * float(mean.mean())
+        return mean.clamp_(min=max(floor, 1e-30)).pow_(self._method.score_power / 2)

@@ -1,0 +1,73 @@
+"""The laboratory's slow average: what it adds, what it foretells, and dense with one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.convergence_lab.adamw import learning_rate
+from benchmarks.convergence_lab.base import DenseSimulation, DenseSlowSimulation
+from benchmarks.convergence_lab.drift import Drift
+from benchmarks.convergence_lab.grid import DenseSlow, Update
+from benchmarks.convergence_lab.update import UpdateSimulation
+from tests.test_convergence import SETTING, TRAIN, tokens, train
+
+
+def test_what_moves_one_way_is_foretold() -> None:
+    drift, move = Drift(2, 2.0, 0.5, predicted=True), torch.tensor([[0.3, -0.1]])
+    assert torch.equal(drift.add_to(move), move)  # nothing has been foretold by nothing
+    for _ in range(500):
+        moved = drift.add_to(move)
+    assert drift.persistence == pytest.approx(1.0, abs=0.01)
+    torch.testing.assert_close(moved, 3 * move, rtol=0.01, atol=0)
+
+
+def test_what_swings_back_is_left_alone() -> None:
+    drift = Drift(2, 2.0, 0.5, predicted=True)
+    for step in range(50):
+        move = torch.full((1, 2), 0.3 * (-1) ** step)
+        assert torch.equal(drift.add_to(move), move)
+    assert drift.persistence < 0
+
+
+def test_noise_is_foretold_as_little_as_it_can_be() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drift = Drift(10_000, 1.0, 0.99, predicted=True)
+    for _ in range(300):
+        drift.add_to(torch.randn(1, 10_000, generator=generator))
+    # Independent of the average: its standard error is some 0.01.
+    assert abs(drift.persistence) < 0.05
+
+
+def test_dense_can_have_a_slow_momentum_after_warmup() -> None:
+    method = DenseSlow(kind="dense_slow", name="d", slow=2.0, slow_decay=0.5)
+    slow, dense = DenseSlowSimulation(SETTING, method), DenseSimulation(SETTING)
+    torch.testing.assert_close(train(slow, steps=2), train(dense, steps=2), rtol=0, atol=0)
+    before = dense.shared.clone()
+    for simulation in (slow, dense):
+        simulation.step(2, tokens(2), learning_rate(TRAIN, 2, 8))
+    moved = dense.shared - before  # the average is half of the one move, and added twice
+    torch.testing.assert_close(slow.shared, before + 2 * moved, rtol=0, atol=1e-6)
+    assert slow.notes() == {"persistence": 0.0}
+
+
+@pytest.mark.parametrize(("power", "factor"), [(1.0, 10.0), (0.5, 10**0.5)])
+def test_a_score_weighs_by_the_second_moment(power: float, factor: float) -> None:
+    method = Update(kind="update", name="u", score="second_moment", score_power=power)
+    simulation = UpdateSimulation(SETTING, method)
+    simulation._adam.v[:, 0], simulation._adam.v[:, 1:] = 9.0, 0.09
+    score = simulation._score_now(0)
+    assert score is not None
+    assert float(score[0] / score[1]) == pytest.approx(factor)
+    simulation._adam.v.fill_(1.0)
+    assert simulation._score_now(49) is score  # renewed every 50 steps
+    assert float(simulation._score_now(50).max()) == 1.0  # type: ignore[union-attr]
+
+
+def test_a_score_keeps_elements_without_gradient() -> None:
+    method = Update(kind="update", name="u", score="second_moment")
+    simulation = UpdateSimulation(SETTING, method)
+    simulation._adam.v[:, 1:] = 1.0
+    score = simulation._score_now(0)
+    assert score is not None
+    assert 0.0 < float(score.min()) < 0.1
