@@ -51,6 +51,21 @@ def test_dense_can_have_a_slow_momentum_after_warmup() -> None:
     assert slow.notes() == {"persistence": 0.0}
 
 
+def test_what_comes_sooner_is_owed_no_more() -> None:
+    fields = {"kind": "update", "name": "u", "slow": 1.0, "scale_at": "shared", "sync_every": 1}
+    besides, sooner = (
+        UpdateSimulation(SETTING, Update.model_validate({**fields, "slow_owed": owed}))
+        for owed in (False, True)
+    )
+    for simulation in (besides, sooner):
+        train(simulation, steps=3)  # two of warm-up, one alone: both have sent the same
+    assert not torch.equal(sooner._owed, besides._owed)
+    torch.testing.assert_close(sooner.shared, besides.shared, rtol=0, atol=1e-6)
+    added = besides.flushed() - sooner.flushed()
+    assert sooner._drift is not None
+    torch.testing.assert_close(added, sooner._drift._average[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("power", "factor"), [(1.0, 10.0), (0.5, 10**0.5)])
 def test_a_score_weighs_by_the_second_moment(power: float, factor: float) -> None:
     method = Update(kind="update", name="u", score="second_moment", score_power=power)

@@ -166,6 +166,8 @@ class Update(Sent):
         slow_decay: of that average, per exchange.
         slow_by: "fixed": the share is `slow`; "predicted": `slow` times how much of the next move
             the average has foretold, in [0, 1] (see `drift.Drift`).
+        slow_owed: what the average adds is taken off what the workers owe: it then comes sooner,
+            not besides, and what was foretold wrongly is owed the other way.
         own: how much of the unsent progress a worker sees in its weights.
         keep: share of the unsent progress that is kept per step. Below 1 it forgets noise; what was
             signal comes again, because a worker's gradient is that of the weights it sees.
@@ -202,6 +204,7 @@ class Update(Sent):
     slow: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
     slow_decay: Fraction = 0.99
     slow_by: Literal["fixed", "predicted"] = "fixed"
+    slow_owed: bool = False
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
     score: Literal["magnitude", "over_row", "second_moment"] = "magnitude"

@@ -96,8 +96,7 @@ class UpdateSimulation(Simulation):
 
     def flushed(self) -> torch.Tensor:
         """See `Simulation.flushed`."""
-        factor = self._scale() if self._method.scale_at == "shared" else 1.0
-        return self.shared[0] + factor * self._owed.mean(0)
+        return self.shared[0] + self._shared_scale() * self._owed.mean(0)
 
     def notes(self) -> dict[str, float]:
         """The measured spread, and how large the unsent progress is."""
@@ -120,6 +119,10 @@ class UpdateSimulation(Simulation):
         if self._method.scale == "sum":
             return float(self.setting.workers)
         return self._spread if self._method.scale == "measured" else float(self._method.scale)
+
+    def _shared_scale(self) -> float:
+        """Factor of the mean of what was sent."""
+        return self._scale() if self._method.scale_at == "shared" else 1.0
 
     def _send_all(self) -> Swap:
         """Dense warm-up: everything, exactly."""
@@ -146,8 +149,7 @@ class UpdateSimulation(Simulation):
         method = self._method
         self._spread = _SPREAD_DECAY * self._spread + (1 - _SPREAD_DECAY) * swap.spread
         move = (swap.total / self.setting.workers)[None]
-        if method.scale_at == "shared":
-            move = move * self._scale()
+        move = move * self._shared_scale()
         if method.momentum_at == "shared":
             beta1 = self.setting.train.beta1
             move = self._velocity.mul_(beta1).add_(move, alpha=1 - beta1)
@@ -156,7 +158,10 @@ class UpdateSimulation(Simulation):
             ahead = self._velocity
             move = move + method.momentum * ahead if method.nesterov else ahead
         if self._drift is not None:
-            move = self._drift.add_to(move)
+            further = self._drift.add_to(move)
+            if method.slow_owed:
+                self._owed.sub_(further - move, alpha=1.0 / self._shared_scale())
+            move = further
         self.shared.add_(move, alpha=method.outer_lr)
 
     def _see(self) -> None:
