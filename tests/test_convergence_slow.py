@@ -52,7 +52,13 @@ def test_dense_can_have_a_slow_momentum_after_warmup() -> None:
 
 
 def test_what_comes_sooner_is_owed_no_more() -> None:
-    fields = {"kind": "update", "name": "u", "slow": 1.0, "scale_at": "shared", "sync_every": 1}
+    fields = {
+        "kind": "update",
+        "name": "u",
+        "slow": 1.0,
+        "scale_at": "shared",
+        "warmup": "gradient",
+    }
     besides, sooner = (
         UpdateSimulation(SETTING, Update.model_validate({**fields, "slow_owed": owed}))
         for owed in (False, True)
