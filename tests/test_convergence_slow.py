@@ -30,6 +30,32 @@ def test_what_swings_back_is_left_alone() -> None:
     assert drift.persistence < 0
 
 
+def test_what_is_not_sent_again_is_foretold_of_the_whole() -> None:
+    sparse, whole = (Drift(100, 1.0, 0.99, predicted=True) for _ in range(2))
+    own = torch.full((1, 100), 0.01)
+    for step in range(1000):
+        move = torch.zeros(1, 100)
+        move[0, step % 100] = 1.0  # everything goes on at one pace, but is sent in turn
+        sparse.add_to(move)
+        whole.add_to(move, own)
+    assert sparse.persistence == pytest.approx(0.54, abs=0.02)
+    assert whole.persistence > 0.9
+
+
+def test_own_moves_are_the_shared_ones_when_all_is_sent() -> None:
+    fields = {"density": 1.0, "value_bits": 32, "scale_at": "shared", "warmup": "gradient"}
+    found = []
+    for by in ("own", "predicted"):
+        method = Update.model_validate(
+            {"kind": "update", "name": "u", "slow": 1.0, "slow_by": by, **fields}
+        )
+        simulation = UpdateSimulation(SETTING, method)
+        train(simulation)
+        found.append(simulation.notes()["persistence"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] != 0.0
+
+
 def test_noise_is_foretold_as_little_as_it_can_be() -> None:
     generator = torch.Generator().manual_seed(0)
     drift = Drift(10_000, 1.0, 0.99, predicted=True)

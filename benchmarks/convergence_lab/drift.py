@@ -33,10 +33,16 @@ class Drift:
         self._product = self._square = 0.0
         self.persistence = 0.0
 
-    def add_to(self, move: torch.Tensor) -> torch.Tensor:
-        """The move with its share of the average, which has taken note of it; (1, numel)."""
+    def add_to(self, move: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
+        """The move with its share of the average, which has taken note of it.
+
+        Args:
+            move: (1, numel).
+            whole: (1, numel), what the average is to foretell; None: the move.
+        """
         average = self._average
-        self._product = _MEMORY * self._product + float(torch.dot(move[0], average[0]))
+        foretold = move if whole is None else whole
+        self._product = _MEMORY * self._product + float(torch.dot(foretold[0], average[0]))
         self._square = _MEMORY * self._square + float(average.square().sum())
         if self._square > 0.0:
             self.persistence = self._product / self._square

@@ -165,7 +165,9 @@ class Update(Sent):
             moved the same way for long moves 1 + slow times as far, noise hardly further.
         slow_decay: of that average, per exchange.
         slow_by: "fixed": the share is `slow`; "predicted": `slow` times how much of the next move
-            the average has foretold, in [0, 1] (see `drift.Drift`).
+            the average has foretold, in [0, 1] (see `drift.Drift`); "own": the same, of the mean of
+            the workers' own moves, sent or not. What has just been sent is not soon sent again, so
+            the shared moves themselves swing back.
         slow_owed: what the average adds is taken off what the workers owe: it then comes sooner,
             not besides, and what was foretold wrongly is owed the other way.
         own: how much of the unsent progress a worker sees in its weights.
@@ -203,7 +205,7 @@ class Update(Sent):
     outer_lr: Positive = 1.0
     slow: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
     slow_decay: Fraction = 0.99
-    slow_by: Literal["fixed", "predicted"] = "fixed"
+    slow_by: Literal["fixed", "predicted", "own"] = "fixed"
     slow_owed: bool = False
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
