@@ -95,6 +95,21 @@ def test_products_of_bf16_factors_are_near() -> None:
     assert 0.0 < float((exact - rough).norm() / exact.norm()) < 0.03
 
 
+def test_products_of_bf16_factors_do_not_need_their_instruction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    near = Gpt(SHAPE.model_copy(update={"matmul": "bf16"}), 70)
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr("benchmarks.convergence_lab.gpt.HAS_BF16_PRODUCTS", has)
+        one = Gradients(near, 2)
+        one.weights.copy_(near.initial(0).expand(2, -1))
+        found.append((one(tokens(0, 2)), one.gradient))
+    # Sums in another order, which now and then round to the neighbour: far below 2**-9 together.
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
+    assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 5e-3
+
+
 def test_the_model_cannot_see_what_it_predicts() -> None:
     views = SETTING.gpt.views(SETTING.gpt.initial(0)[None])
     first = tokens(0)[:1]

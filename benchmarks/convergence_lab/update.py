@@ -62,7 +62,7 @@ class UpdateSimulation(Simulation):
         factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         moved = self._local.sub_(before)
         self._owed.add_(moved, alpha=factor)
-        if method.slow_by == "own":
+        if method.slow_by == "own" and not as_dense:
             self._whole += moved.mean(0, keepdim=True).mul_(self._shared_scale())
         if as_dense:
             if method.momentum_at == "shared":
