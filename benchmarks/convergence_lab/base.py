@@ -129,12 +129,8 @@ class DenseSlowSimulation(DenseSimulation):
 
     def __init__(self, setting: Setting, method: DenseSlow) -> None:
         super().__init__(setting)
-        self._drift = Drift(
-            setting.gpt.numel,
-            method.slow,
-            method.slow_decay,
-            predicted=method.slow_by == "predicted",
-        )
+        numel = setting.gpt.numel
+        self._drift = Drift(numel, method.slow, method.slow_decay, predicted=False)
 
     def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
         """See `Simulation.step`."""

@@ -20,9 +20,6 @@ class Drift:
         strength: share of the average that is added.
         decay: of the average per exchange.
         predicted: multiply the share by r, cut to [0, 1].
-
-    Attributes:
-        persistence: r.
     """
 
     def __init__(self, numel: int, strength: float, decay: float, *, predicted: bool) -> None:
@@ -31,7 +28,11 @@ class Drift:
         self._decay = decay
         self._predicted = predicted
         self._product = self._square = 0.0
-        self.persistence = 0.0
+
+    @property
+    def persistence(self) -> float:
+        """r; 0 as long as there is no average."""
+        return self._product / self._square if self._square > 0.0 else 0.0
 
     def add_to(self, move: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
         """The move with its share of the average, which has taken note of it.
@@ -44,8 +45,6 @@ class Drift:
         foretold = move if whole is None else whole
         self._product = _MEMORY * self._product + float(torch.dot(foretold[0], average[0]))
         self._square = _MEMORY * self._square + float(average.square().sum())
-        if self._square > 0.0:
-            self.persistence = self._product / self._square
         average.lerp_(move, 1 - self._decay)
         share = self._strength
         if self._predicted:

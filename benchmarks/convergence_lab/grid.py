@@ -87,13 +87,11 @@ class DenseSlow(_Method):
     Attributes:
         slow: as `Update.slow`, of AdamW's own moves.
         slow_decay: as `Update.slow_decay`.
-        slow_by: as `Update.slow_by`.
     """
 
     kind: Literal["dense_slow"]
     slow: Positive = 1.0
     slow_decay: Fraction = 0.99
-    slow_by: Literal["fixed", "predicted"] = "fixed"
 
 
 class Sent(_Method):

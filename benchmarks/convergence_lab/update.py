@@ -43,7 +43,7 @@ class UpdateSimulation(Simulation):
         if method.slow:
             predicted = method.slow_by != "fixed"
             self._drift = Drift(numel, method.slow, method.slow_decay, predicted=predicted)
-        self._whole = torch.zeros(1, numel)
+        self._whole = torch.zeros(1, numel) if method.slow_by == "own" else None
         self._decay = setting.decayed() * setting.train.weight_decay
         self._relayed = torch.zeros(workers, numel) if method.relay else None
         self._spread = workers**0.5
@@ -62,7 +62,7 @@ class UpdateSimulation(Simulation):
         factor = self._scale() if method.scale_at == "local" and not as_dense else 1.0
         moved = self._local.sub_(before)
         self._owed.add_(moved, alpha=factor)
-        if method.slow_by == "own" and not as_dense:
+        if self._whole is not None and not as_dense:
             self._whole += moved.mean(0, keepdim=True).mul_(self._shared_scale())
         if as_dense:
             if method.momentum_at == "shared":
@@ -162,9 +162,9 @@ class UpdateSimulation(Simulation):
             ahead = self._velocity
             move = move + method.momentum * ahead if method.nesterov else ahead
         if self._drift is not None:
-            own = self._whole if method.slow_by == "own" else None
-            further = self._drift.add_to(move, own)
-            self._whole.zero_()
+            further = self._drift.add_to(move, self._whole)
+            if self._whole is not None:
+                self._whole.zero_()
             if method.slow_owed:
                 self._owed.sub_(further - move, alpha=1.0 / self._shared_scale())
             move = further
