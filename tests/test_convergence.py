@@ -479,3 +479,17 @@ def test_text_is_cut_and_dealt_out(tmp_path: Any) -> None:
         Text(path, 16)
     with pytest.raises(DataError, match=r"must be a readable file, got .*absent"):
         Text(tmp_path / "absent", 16)
+
+
+def test_everything_can_be_delivered_while_own_progress_stays_pruned() -> None:
+    fields: dict[str, Any] = {"scale_at": "shared", "warmup": "gradient", "density": 0.01}
+    simulation = update(deliver="whole", **fields)
+    pruned = update(**fields)
+    for each in (simulation, pruned):
+        train(each, steps=3)  # two of warm-up, one alone
+    # The workers owe what they owe in the same run, and yet nothing is missing of the mean.
+    owed_still = simulation.seen() - simulation.shared
+    torch.testing.assert_close(owed_still, pruned._owed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(simulation.shared[0], pruned.flushed(), rtol=0, atol=1e-6)
+    assert torch.equal(simulation.flushed(), simulation.shared[0])
+    assert not torch.equal(pruned.shared, simulation.shared)

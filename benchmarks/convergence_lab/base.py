@@ -81,6 +81,10 @@ class Simulation(abc.ABC):
             Training loss, mean over workers.
         """
 
+    def seen(self) -> torch.Tensor:
+        """(1 or workers, numel) weights of the next gradients; not to be changed."""
+        return self.shared
+
     def flushed(self) -> torch.Tensor:
         """(numel,) weights after everything that is owed has been sent exactly."""
         return self.shared[0]

@@ -168,6 +168,9 @@ class Update(Sent):
             the shared moves themselves swing back.
         slow_owed: what the average adds is taken off what the workers owe: it then comes sooner,
             not besides, and what was foretold wrongly is owed the other way.
+        deliver: "sent": the shared weights move by what was sent; "whole": by the workers' whole
+            moves, as if nothing were pruned, while each sees besides what it would not have sent.
+            So what is lost is lost by where gradients are taken (a bound, not a method).
         own: how much of the unsent progress a worker sees in its weights.
         keep: share of the unsent progress that is kept per step. Below 1 it forgets noise; what was
             signal comes again, because a worker's gradient is that of the weights it sees.
@@ -205,6 +208,7 @@ class Update(Sent):
     slow_decay: Fraction = 0.99
     slow_by: Literal["fixed", "predicted", "own"] = "fixed"
     slow_owed: bool = False
+    deliver: Literal["sent", "whole"] = "sent"
     own: Annotated[float, pydantic.Field(ge=0.0, le=1.0)] = 1.0
     keep: Share = 1.0
     score: Literal["magnitude", "over_row", "second_moment"] = "magnitude"

@@ -43,7 +43,8 @@ class UpdateSimulation(Simulation):
         if method.slow:
             predicted = method.slow_by != "fixed"
             self._drift = Drift(numel, method.slow, method.slow_decay, predicted=predicted)
-        self._whole = torch.zeros(1, numel) if method.slow_by == "own" else None
+        wanted = method.slow_by == "own" or method.deliver == "whole"
+        self._whole = torch.zeros(1, numel) if wanted else None
         self._decay = setting.decayed() * setting.train.weight_decay
         self._relayed = torch.zeros(workers, numel) if method.relay else None
         self._spread = workers**0.5
@@ -63,7 +64,7 @@ class UpdateSimulation(Simulation):
         moved = self._local.sub_(before)
         self._owed.add_(moved, alpha=factor)
         if self._whole is not None and not as_dense:
-            self._whole += moved.mean(0, keepdim=True).mul_(self._shared_scale())
+            self._whole += moved.mean(0, keepdim=True).mul_(factor * self._shared_scale())
         if as_dense:
             if method.momentum_at == "shared":
                 self._velocity.copy_(self._owed[:1])
@@ -100,7 +101,13 @@ class UpdateSimulation(Simulation):
 
     def flushed(self) -> torch.Tensor:
         """See `Simulation.flushed`."""
+        if self._method.deliver == "whole":
+            return self.shared[0]
         return self.shared[0] + self._shared_scale() * self._owed.mean(0)
+
+    def seen(self) -> torch.Tensor:
+        """See `Simulation.seen`."""
+        return self._local
 
     def notes(self) -> dict[str, float]:
         """The measured spread, and how large the unsent progress is."""
@@ -149,11 +156,13 @@ class UpdateSimulation(Simulation):
         return swap
 
     def _move(self, swap: Swap) -> None:
-        """Move the shared weights by the mean of what was sent."""
+        """Move the shared weights by the mean of what was sent, or of all there was."""
         method = self._method
         self._spread = _SPREAD_DECAY * self._spread + (1 - _SPREAD_DECAY) * swap.spread
         move = (swap.total / self.setting.workers)[None]
         move = move * self._shared_scale()
+        if method.deliver == "whole" and self._whole is not None:
+            move = self._whole.clone()
         if method.momentum_at == "shared":
             beta1 = self.setting.train.beta1
             move = self._velocity.mul_(beta1).add_(move, alpha=1 - beta1)
@@ -163,12 +172,12 @@ class UpdateSimulation(Simulation):
             move = move + method.momentum * ahead if method.nesterov else ahead
         if self._drift is not None:
             further = self._drift.add_to(move, self._whole)
-            if self._whole is not None:
-                self._whole.zero_()
             if method.slow_owed:
                 self._owed.sub_(further - move, alpha=1.0 / self._shared_scale())
             move = further
         self.shared.add_(move, alpha=method.outer_lr)
+        if self._whole is not None:
+            self._whole.zero_()
 
     def _see(self) -> None:
         """Set every worker's weights to what it is meant to see."""
