@@ -12,9 +12,10 @@ from benchmarks.convergence_lab.adamw import AdamW, CorrectedAdamW, learning_rat
 from benchmarks.convergence_lab.base import DenseSimulation, Setting, Simulation
 from benchmarks.convergence_lab.gpt import Gpt, Gradients, validation_loss
 from benchmarks.convergence_lab.gradient import GradientSimulation
-from benchmarks.convergence_lab.grid import Gradient, Model, PowerSgd, Sent, Train, Update
+from benchmarks.convergence_lab.grid import Dense, Gradient, Model, PowerSgd, Sent, Train, Update
 from benchmarks.convergence_lab.peers import OneBitAdamSimulation, PowerSgdSimulation
 from benchmarks.convergence_lab.text import Text
+from benchmarks.convergence_lab.trial import simulation_of
 from benchmarks.convergence_lab.update import UpdateSimulation
 from benchmarks.convergence_lab.values import GROUP_NUMEL, rounded, values_bytes
 from benchmarks.convergence_lab.wire import Swap, Wire, lab_layout
@@ -493,3 +494,29 @@ def test_everything_can_be_delivered_while_own_progress_stays_pruned() -> None:
     torch.testing.assert_close(simulation.shared[0], pruned.flushed(), rtol=0, atol=1e-6)
     assert torch.equal(simulation.flushed(), simulation.shared[0])
     assert not torch.equal(pruned.shared, simulation.shared)
+
+
+def test_accumulated_steps_are_one_step_on_all_their_sequences() -> None:
+    four = [tokens(step) for step in range(8)]
+    method = Dense(kind="dense", name="d", accumulate=2)
+    accumulated = simulation_of(SETTING, method)
+    plain = DenseSimulation(dataclasses.replace(SETTING, steps=4))
+    first = accumulated.shared.clone()
+    for step, part in enumerate(four):
+        accumulated.step(step, part, 1e-3)
+        assert torch.equal(accumulated.shared, first) == (step == 0)
+        if step % 2:
+            plain.step(step // 2, torch.cat((four[step - 1], part), 1), 1e-3)
+            assert torch.equal(accumulated.shared, plain.shared)
+    # The warm-up of two steps is one of the method's; the other three count.
+    assert accumulated.received_bits == pytest.approx(3 * 32 * SETTING.gpt.numel * 4 / 3)
+    assert method.label() == "dense, accumulated"  # no baseline
+
+
+def test_accumulated_islands_show_their_own_weights() -> None:
+    method = Update(kind="update", name="u", accumulate=2, scale_at="shared", warmup="gradient")
+    simulation = simulation_of(SETTING, method)
+    train(simulation)
+    assert simulation.seen().shape == (3, SETTING.gpt.numel)
+    assert not torch.equal(simulation.flushed(), simulation.shared[0])
+    assert simulation.notes()["owed_part"] > 0.0

@@ -40,11 +40,15 @@ def record(method: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
 def test_a_grid_gets_the_dense_runs_it_needs() -> None:
     grid = Grid.model_validate(SMALL)
     assert [m.name for m in grid.with_dense()] == ["dense", "dense lr=0.001", "gradient", "update"]
-    more = {"kind": "dense", "name": "baseline"}
+    more: dict[str, Any] = {"kind": "dense", "name": "baseline"}
     named = copy.deepcopy({**SMALL, "methods": [*SMALL["methods"], more]})
     named["methods"][0]["train"] = {"warmup_steps": 3}  # which a dense run does not have
     names = [m.name for m in Grid.model_validate(named).with_dense()]
     assert names == ["baseline", "dense lr=0.001", "gradient", "update"]
+    more["accumulate"] = 2  # it has every hyper-parameter of a baseline, and is none
+    grid = Grid.model_validate({**SMALL, "methods": [*SMALL["methods"], more]})
+    names = [m.name for m in grid.with_dense()]
+    assert names == ["dense", "dense lr=0.001", "gradient", "update", "baseline"]
 
 
 @pytest.mark.parametrize(

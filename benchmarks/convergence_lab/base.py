@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -147,6 +148,50 @@ class DenseSlowSimulation(DenseSimulation):
     def notes(self) -> dict[str, float]:
         """How much of a move the slow average has foretold."""
         return {"persistence": self._drift.persistence}
+
+
+class Accumulated(Simulation):
+    """A method that steps once for the sequences of some steps.
+
+    Args:
+        setting: of the run; the method's own warm-up is shorter by the same factor.
+        steps: whose sequences make one of the method's.
+        inner: makes the method's simulation.
+    """
+
+    def __init__(
+        self, setting: Setting, steps: int, inner: Callable[[Setting], Simulation]
+    ) -> None:
+        warmup_steps = max(1, setting.train.warmup_steps // steps)
+        train = setting.train.model_copy(update={"warmup_steps": warmup_steps})
+        self._inner = inner(replace(setting, train=train, steps=setting.steps // steps))
+        self.setting = setting
+        self.shared = self._inner.shared
+        self.received_bits = 0.0
+        self._steps = steps
+        self._waiting: list[torch.Tensor] = []
+        self._loss = float("nan")
+
+    def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
+        """See `Simulation.step`; the loss is that of the last step of the method."""
+        self._waiting.append(tokens)
+        if len(self._waiting) == self._steps:
+            self._loss = self._inner.step(step // self._steps, torch.cat(self._waiting, 1), lr)
+            self.received_bits = self._inner.received_bits
+            self._waiting.clear()
+        return self._loss
+
+    def seen(self) -> torch.Tensor:
+        """See `Simulation.seen`."""
+        return self._inner.seen()
+
+    def flushed(self) -> torch.Tensor:
+        """See `Simulation.flushed`."""
+        return self._inner.flushed()
+
+    def notes(self) -> dict[str, float]:
+        """See `Simulation.notes`."""
+        return self._inner.notes()
 
 
 def ring_bits(bits: float, workers: int) -> float:

@@ -150,13 +150,13 @@ def _one(
             give_up_pct=grid.give_up_pct,
         )
         run = {"key": key, "method": method.name, "seed": seed, "numel": gpt.numel, **figures}
-        run |= {"kind": method.kind, "train": settings, "load": os.getloadavg()[0]}
+        run |= {"kind": method.label(), "train": settings, "load": os.getloadavg()[0]}
         run |= {"simulated_values": isinstance(method, Sent) and not real}
         run |= {"commit": page.environment()["commit"], "workers": options.workers}
         run |= {"has_bf16_products": HAS_BF16_PRODUCTS}
         store.add(run)
     run = {**run, "method": method.name}
-    if method.kind == "dense":
+    if method.label() == "dense":
         curves[str(train.of_dense())] = run["curve"]
     stop = "" if run["stopped_at"] is None else f", ended at step {run['stopped_at']}"
     print(

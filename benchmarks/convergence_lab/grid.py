@@ -71,8 +71,23 @@ class Train(_Strict):
 
 
 class _Method(_Strict):
+    """What all methods have.
+
+    Attributes:
+        name: in tables.
+        train: hyper-parameters that differ from the grid's.
+        accumulate: steps whose sequences make one step of the method, as gradient accumulation
+            does: what everyone can do to send less. The learning rate is that of the last of them.
+    """
+
     name: str
     train: dict[str, float] = {}
+    accumulate: Count = 1
+
+    def label(self) -> str:
+        """Kind, for records; "dense" is what others are measured against."""
+        kind: str = getattr(self, "kind", "")
+        return kind if self.accumulate == 1 else f"{kind}, accumulated"
 
 
 class Dense(_Method):
@@ -294,8 +309,8 @@ class Grid(_Strict):
 
     def with_dense(self) -> list[Any]:
         """All methods, dense ones first, with the dense runs that are missing."""
-        have = {self.train_of(m).of_dense() for m in self.methods if m.kind == "dense"}
-        dense: list[Any] = [m for m in self.methods if m.kind == "dense"]
+        have = {self.train_of(m).of_dense() for m in self.methods if m.label() == "dense"}
+        dense: list[Any] = [m for m in self.methods if m.label() == "dense"]
         for method in self.methods:
             settings = self.train_of(method).of_dense()
             if settings not in have:
@@ -304,7 +319,7 @@ class Grid(_Strict):
                 changes = " ".join(f"{k}={v:g}" for k, v in sorted(changed.items()))
                 name = f"dense {changes}".strip()
                 dense.append(Dense(kind="dense", name=name, train=changed))
-        return dense + [m for m in self.methods if m.kind != "dense"]
+        return dense + [m for m in self.methods if m.label() != "dense"]
 
 
 def read_grid(path: Path) -> Grid:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.convergence_lab.adamw import learning_rate
 from benchmarks.convergence_lab.base import (
+    Accumulated,
     DenseSimulation,
     DenseSlowSimulation,
     Setting,
@@ -28,6 +29,12 @@ AVERAGED_PART = 0.05
 
 def simulation_of(setting: Setting, method: Any) -> Simulation:
     """The simulation that a grid's method asks for."""
+    if method.accumulate > 1:
+        return Accumulated(setting, method.accumulate, lambda own: _plain(own, method))
+    return _plain(setting, method)
+
+
+def _plain(setting: Setting, method: Any) -> Simulation:
     if method.kind == "dense":
         return DenseSimulation(setting)
     if method.kind == "dense_slow":
