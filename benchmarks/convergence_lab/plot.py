@@ -64,10 +64,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             (row["bits_per_param"], row["gap_pct"]),
             fontsize=7,
             color="k" if row in best else "grey",
-            xytext=(4, 4),
+            xytext=(4, 4 if row in best else -10),
             textcoords="offset points",
         )
-    axis.margins(x=0.12)
+    axis.margins(x=0.2)
     for bits, gap in _TARGETS:
         axis.plot([bits / 3, bits], [gap, gap], "g-", lw=3, alpha=0.4)
     axis.axhline(0.0, color="grey", lw=0.8)
