@@ -11,8 +11,8 @@ A lasting move becomes 1 + strength times as far, noise hardly further. The form
 optimizer as in SlowMo (Wang et al. 2020, arXiv 1910.00643). Nothing is sent for it: all islands
 compute it from what they have received, so `drift` is bit-identical on all of them. It is off by
 default: it closed the gap to dense at 1M parameters, changed little at 0.16M and 10M, and doubled
-the gap at 10M at twice the learning rate; a strength taken from how much the average foretells gained
-nothing (LOG.md, 2026-11-26).
+the gap at 10M at twice the learning rate; a strength taken from how much the average foretells
+gained nothing (LOG.md, 2026-11-26).
 
 Knows nothing of exchanges and DeepSpeed. All functions are local.
 """
