@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ GRID = {
     "train": {"batch": 1, "warmup_steps": 2, "lr_warmup_steps": 1},
     "methods": [{"kind": "update", "name": "update", "scale_at": "shared"}],
 }
+
+
+@pytest.fixture(autouse=True)
+def _keep_thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ class Simulation(abc.ABC):
     """N workers in one process.
 
     Attributes:
-        shared: (1, numel), the weights that are evaluated.
+        shared: (1, numel), the weights that are evaluated; always this tensor, changed in place.
         received_bits: by one worker, after warm-up, so far.
     """
 
