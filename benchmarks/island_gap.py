@@ -19,7 +19,6 @@ The last line of stdout is one JSON document: {"rows": [{"method", "step", "shar
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 
 from benchmarks.convergence_lab.adamw import learning_rate
 from benchmarks.convergence_lab.base import DenseSimulation, Setting, Simulation
+from benchmarks.convergence_lab.command import parser_of
 from benchmarks.convergence_lab.gpt import Gpt, Gradients, validation_loss
 from benchmarks.convergence_lab.grid import read_grid
 from benchmarks.convergence_lab.text import Text
@@ -100,14 +100,8 @@ def follow(
 
 def main() -> int:
     """Run what the flags say; exit code 2 with one line for what a user can cause."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--grid", type=Path, required=True, help="JSON, see convergence_lab/grid")
-    parser.add_argument("--text", type=Path, required=True, help="any file; its bytes are tokens")
-    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of a run")
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--workers", type=int, default=4, help="simulated hosts")
     parser.add_argument("--every", type=int, default=500, help="steps between measurements")
     parser.add_argument("--anneal", type=int, default=150, help="steps of an anneal")
     options = parser.parse_args()

@@ -27,16 +27,22 @@ RUNS = "convergence_runs.jsonl"
 """Finished runs of all grids whose --out lies in one folder: a dense run serves them all."""
 
 
-def main(description: str | None) -> int:
-    """Run what the flags say; exit code 2 with one line for what a user can cause."""
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that every command on a grid has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--grid", type=Path, required=True, help="JSON, see convergence_lab/grid")
     parser.add_argument("--text", type=Path, required=True, help="any file; its bytes are tokens")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of a run")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. K - 1")
     parser.add_argument("--workers", type=int, default=4, help="simulated hosts")
+    return parser
+
+
+def main(description: str | None) -> int:
+    """Run what the flags say; exit code 2 with one line for what a user can cause."""
+    parser = parser_of(description)
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. K - 1")
     parser.add_argument("--out", type=Path, required=True, help="JSON; page and picture beside it")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 keeps figures equal")
     parser.add_argument("--no-plot", action="store_true", help="no picture, needs no matplotlib")
