@@ -2,7 +2,7 @@
 
 What limits the quantity: a dense step of P parameters sends 4 P bytes per host with two hosts, and
 the link carries rate / 8 bytes per second; a compressed one sends less and computes more. Hosts are
-network namespaces behind `tc` (benchmarks/netbed), so TCP, its headers and its queues are real;
+network namespaces behind `tc` (tools/netbed), so TCP, its headers and its queues are real;
 they share this machine's cores, so compute is not. Every method trains the same model on the same
 tokens in the same order with the same AdamW; bytes are those of the interface counters.
 
@@ -18,8 +18,8 @@ pair at a fixed density, the second under the controller.
 
 1-bit Adam and 0/1 Adam are simulated: their last release, DeepSpeed 0.19.6, packs signs with CuPy
 (backends nccl and mpi), torch_npu (hccl) or a SYCL kernel (compressed); none runs on a CPU. Here
-the same update is made with the same packed bits on the wire (benchmarks/peers/onebit_adam.py says
-where it differs), on schedules scaled to the run (benchmarks/peers/job.py). zeroone_adam exchanges
+the same update is made with the same packed bits on the wire (labs/race/onebit_adam.py says
+where it differs), on schedules scaled to the run (labs/race/job.py). zeroone_adam exchanges
 in every step, which is its authors' rule where the learning rate does not fall; zeroone_adam_4 lets
 the interval grow to 4 steps.
 
@@ -34,6 +34,6 @@ if __name__ == "__main__":
     # The root instead of this folder, whose files are scripts and no modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from benchmarks.peers.command import main
+    from labs.race.command import main
 
     sys.exit(main(description=__doc__))

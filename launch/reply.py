@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ds_gradprune.errors import ConfigError, GradPruneError
-from ds_gradprune.textgen.flags import ScriptParser
+from launch.support.flags import ScriptParser
 
 if TYPE_CHECKING:
-    from ds_gradprune.textgen.generate import Replier, Sampling
+    from textgen.generate import Replier, Sampling
 
 
 def parser() -> ScriptParser:
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open(flags: argparse.Namespace) -> tuple[Replier, Sampling]:
-    from ds_gradprune.textgen.generate import Replier, Sampling
-    from ds_gradprune.textgen.model import quiet_transformers
+    from textgen.generate import Replier, Sampling
+    from textgen.model import quiet_transformers
 
     quiet_transformers()
     sampling = Sampling(flags.temperature, flags.top_p, flags.max_new_tokens, flags.seed)

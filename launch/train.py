@@ -24,10 +24,10 @@ from typing import Any, NoReturn
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError, GradPruneError
-from ds_gradprune.textgen.corpus import open_text
-from ds_gradprune.textgen.flags import ScriptParser, natural, positive
-from ds_gradprune.textgen.meeting import AbsentRanks
-from ds_gradprune.textgen.ranks import (
+from textgen.corpus import open_text
+from launch.support.flags import ScriptParser, natural, positive
+from launch.support.rendezvous import AbsentRanks
+from launch.support.peers import (
     AgreedFault,
     Peers,
     StopSwitch,
@@ -36,8 +36,8 @@ from ds_gradprune.textgen.ranks import (
     leave_group,
     share_cores,
 )
-from ds_gradprune.textgen.runfolder import RunFolder, checkpoint_tag, write_json
-from ds_gradprune.textgen.start import (
+from launch.support.run_folder import RunFolder, checkpoint_tag, write_json
+from launch.support.start import (
     check_ds_config,
     choose_accelerator,
     connect,
@@ -124,7 +124,7 @@ def read_settings(arguments: Sequence[str] | None) -> Settings:
         open_text(flags.text).check()
     if not flags.resume:
         folder.check_new()
-    from ds_gradprune.textgen.model import check_model_name, quiet_transformers
+    from textgen.model import check_model_name, quiet_transformers
 
     quiet_transformers()
     check_model_name(flags.model)
@@ -194,9 +194,9 @@ class _Run:
 
     def __init__(self, settings: Settings, peers: Peers, world_config: Any) -> None:
         import ds_gradprune
-        from ds_gradprune.textgen.data import TokenData
-        from ds_gradprune.textgen.model import open_model, sequence_length
-        from ds_gradprune.textgen.prepare import prepare_everywhere, prepared_tokenizer
+        from textgen.data import TokenData
+        from textgen.model import open_model, sequence_length
+        from textgen.prepare import prepare_everywhere, prepared_tokenizer
 
         self.flags, self.folder, self.peers = settings.flags, settings.folder, peers
         identity = {
@@ -270,8 +270,8 @@ class _Run:
 
     def train(self) -> None:
         """Train, save, and write model and result. Collective."""
-        from ds_gradprune.textgen import train
-        from ds_gradprune.textgen.progress import Progress
+        from textgen import train
+        from textgen.progress import Progress
 
         switch = StopSwitch(self.peers)
         switch.listen()
@@ -333,7 +333,7 @@ class _Run:
         }
 
     def _write_result(self, result: Any) -> None:
-        from ds_gradprune.textgen.model import save_model
+        from textgen.model import save_model
 
         with self.handle.shared_weights() if self.handle else contextlib.nullcontext():
             save_model(self.engine.module, self.tokenizer, self.folder.model)

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ds_gradprune.textgen.corpus import open_text
-from ds_gradprune.textgen.model import save_model
-from ds_gradprune.textgen.tokenizer import train_tokenizer
+from textgen.corpus import open_text
+from textgen.model import save_model
+from textgen.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 32

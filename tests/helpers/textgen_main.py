@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_gradprune.errors import DataError, RankMismatchError
-from ds_gradprune.textgen.ranks import AgreedFault, Peers, StopSwitch, find_place
+from launch.support.peers import AgreedFault, Peers, StopSwitch, find_place
 from tests.helpers.process_main import open_group
 
 
@@ -67,7 +67,7 @@ def _walk(peers: Peers, asked_rank: int | None, asked_step: int, steps: int) -> 
 
 def prepares(cases: list[tuple[list[str], list[str]]], model: str) -> list[str]:
     """Prepare data, each case with a folder and a text per rank; what came of each?"""
-    from ds_gradprune.textgen.prepare import prepare_everywhere
+    from textgen.prepare import prepare_everywhere
 
     open_group()
     peers = Peers(find_place(os.environ))

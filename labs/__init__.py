@@ -1,0 +1,1 @@
+"""Measurements of the product. Each laboratory drives the product's own classes."""

@@ -1,0 +1,214 @@
+"""Replies: a trained folder and a prompt in, text out.
+
+Knows nothing of training. On a GPU the model runs inside DeepSpeed's inference engine, elsewhere in
+plain transformers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from ds_gradprune.errors import ConfigError, MissingDependencyError
+from textgen.model import context_length, load_model
+from textgen.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: >= 0; 0 always takes the likeliest token, whatever the seed.
+        top_p: in (0, 1]: draw among the likeliest tokens that together reach this probability.
+        max_new_tokens: >= 1.
+        seed: equal seeds give equal replies on one machine; None draws a fresh one.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int = 80
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not 0.0 <= self.temperature < float("inf"):
+            faults.append(f"--temperature must be at least 0 and finite, got {self.temperature}.")
+        if not 0.0 < self.top_p <= 1.0:
+            faults.append(f"--top_p must be greater than 0 and at most 1, got {self.top_p}.")
+        if self.max_new_tokens < 1:
+            faults.append(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            faults.append(f"--seed must be at least 0 and below 2^63, got {self.seed}.")
+        if faults:
+            raise ConfigError(faults)
+
+
+class Replier:
+    """A model that replies.
+
+    Args:
+        model: any causal language model of transformers.
+        tokenizer: its tokenizer.
+        device: where it runs; None takes a GPU if there is one.
+
+    Raises:
+        MissingDependencyError: there is a GPU, but no DeepSpeed with `init_inference`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.context = context_length(model)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.train(False)
+        self._engine: Any = model
+        if self.device.type == "cuda":
+            half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            self._engine = inference_engine(model, half)
+
+    @classmethod
+    def load(cls, name: str, device: str | None = None) -> Replier:
+        """Open a model folder or hub name. Local.
+
+        Raises:
+            DataError: the folder is damaged or no model.
+            MissingDependencyError: see the class.
+        """
+        return cls(load_model(name), load_tokenizer(name), device)
+
+    def reply(self, prompt: str, sampling: Sampling, *, use_cache: bool = True) -> str:
+        """Continue a prompt. Local.
+
+        Args:
+            prompt: any text; of a long one the model sees the end.
+            sampling: how tokens are chosen.
+            use_cache: keep keys and values of earlier tokens; the reply is the same without.
+
+        Returns:
+            The new text alone.
+        """
+        prompt_ids = self._prompt_ids(prompt, sampling.max_new_tokens)
+        out = self._generate(prompt_ids, sampling, use_cache=use_cache)
+        return str(self.tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True))
+
+    def stream(self, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
+        """Like `reply`, in pieces, each as soon as it is known.
+
+        The model runs in a thread of its own. Leaving the iterator early stops it after the token
+        at hand.
+        """
+        prompt_ids = self._prompt_ids(prompt, sampling.max_new_tokens)
+        streamer: Any = TextIteratorStreamer(
+            self.tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=True,
+        )
+        left = threading.Event()
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._generate(
+                    prompt_ids,
+                    sampling,
+                    streamer=streamer,
+                    stopping_criteria=[lambda ids, scores, **_: _flags(ids, left.is_set())],
+                )
+            except BaseException as exc:  # carried to the caller's thread below
+                failure.append(exc)
+                streamer.end()
+
+        thread = threading.Thread(target=work, name="generate", daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            left.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    def _prompt_ids(self, prompt: str, max_new_tokens: int) -> torch.Tensor:
+        """(1, prompt_tokens) int64; the end of the prompt where it does not fit the context.
+
+        New tokens have priority up to half of the context.
+        """
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
+        if not ids:
+            ids = [self.tokenizer.eos_token_id]
+        if self.context is not None:
+            keep = max(self.context - max_new_tokens, (self.context + 1) // 2)
+            ids = ids[-min(keep, self.context - 1) :]
+        return torch.tensor([ids], dtype=torch.int64, device=self.device)
+
+    def _generate(
+        self, prompt_ids: torch.Tensor, sampling: Sampling, **options: Any
+    ) -> torch.Tensor:
+        num_new = sampling.max_new_tokens
+        if self.context is not None:
+            num_new = min(num_new, self.context - prompt_ids.shape[1])
+        if sampling.temperature > 0:
+            options |= {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+            }
+        else:
+            options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            if sampling.seed is None:
+                torch.seed()
+            else:
+                torch.manual_seed(sampling.seed)
+            tokens: torch.Tensor = self._engine.generate(
+                input_ids=prompt_ids,
+                attention_mask=torch.ones_like(prompt_ids),
+                max_new_tokens=num_new,
+                pad_token_id=self.tokenizer.eos_token_id,
+                **options,
+            )
+        return tokens
+
+
+def _flags(ids: torch.Tensor, value: bool) -> torch.Tensor:
+    """One stop flag per sequence, as transformers wants them."""
+    return torch.full((ids.shape[0],), value, dtype=torch.bool, device=ids.device)
+
+
+def inference_engine(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+    """DeepSpeed's inference engine around a model, on DeepSpeed's current accelerator.
+
+    Kernel injection stays off: it replaces blocks by classes written for older transformers.
+
+    Args:
+        model: moved and converted in place.
+        dtype: the engine computes in it.
+
+    Raises:
+        MissingDependencyError: DeepSpeed, or this entry point of it, is absent.
+    """
+    try:
+        import deepspeed
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "Replies on a GPU need DeepSpeed: pip install ds_gradprune[deepspeed]. Hide the GPU "
+            "with CUDA_VISIBLE_DEVICES= to reply on the CPU."
+        ) from exc
+    if not hasattr(deepspeed, "init_inference"):
+        raise MissingDependencyError(
+            f"Replies on a GPU need deepspeed.init_inference, which DeepSpeed "
+            f"{deepspeed.__version__} does not have: pip install ds_gradprune[deepspeed]."
+        )
+    return deepspeed.init_inference(model, dtype=dtype, replace_with_kernel_inject=False)

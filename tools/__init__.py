@@ -1,0 +1,1 @@
+"""Tools that serve tests and laboratories and know nothing of the product."""
