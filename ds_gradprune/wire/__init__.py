@@ -1,0 +1,1 @@
+"""Moves bytes between ranks: transports, and the channels that exchange bucket payloads."""
