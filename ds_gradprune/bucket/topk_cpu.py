@@ -1,7 +1,7 @@
-"""The k largest magnitudes of every row of a matrix, exactly, ties by lowest index.
+"""The k largest magnitudes of every row of a matrix, exactly, ties by lowest index, on CPUs.
 
-Knows nothing of buckets and layouts. Two ways with one result: `CpuTopK` for CPU tensors, `top_k`
-in torch operations alone for accelerators. Infinities and NaN count as larger than every number.
+Knows nothing of buckets and layouts. Infinities and NaN count as larger than every number. This is
+the reference of the native kernels, and what is used where they cannot be built.
 
 How `CpuTopK` finds them without sorting a row::
 
@@ -39,28 +39,8 @@ _RANK: _Int32 = np.arange(MAX_ROW_NUMEL - 1, -1, -1, dtype=np.int32)
 """4095 - index: the lower index has the larger key."""
 
 
-def top_k(t: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """Find the largest magnitudes of every row, on any device.
-
-    Args:
-        t: (rows, row_numel) float32.
-        indices: (rows, k) int16, 1 <= k <= row_numel; receives the places, ascending in each row.
-        values: (rows, k) float32; receives the elements of `t` there.
-    """
-    k = indices.shape[1]
-    magnitude = t.view(torch.int32) & _MAGNITUDE_MASK
-    threshold = magnitude.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    keep = magnitude > threshold
-    tied = magnitude == threshold
-    missing = k - keep.sum(dim=1, keepdim=True)
-    keep |= tied & (tied.cumsum(dim=1) <= missing)
-    picked = keep.nonzero()[:, 1].view(len(t), k)
-    indices.copy_(picked)
-    values.copy_(t.gather(1, picked))
-
-
 class CpuTopK:
-    """The same as `top_k` for CPU tensors, several times faster, with reused scratch memory.
+    """Finds the largest magnitudes of every row, with reused scratch memory.
 
     Args:
         max_numel: most elements of one matrix; 4 bytes of scratch each.
@@ -74,8 +54,9 @@ class CpuTopK:
 
         Args:
             t: (rows, row_numel) float32, contiguous; row_numel <= MAX_ROW_NUMEL.
-            indices: (rows, k) int16, contiguous, 1 <= k < row_numel; as in `top_k`.
-            values: (rows, k) float32, contiguous; as in `top_k`.
+            indices: (rows, k) int16, contiguous, 1 <= k < row_numel; receives the places,
+                ascending in each row.
+            values: (rows, k) float32, contiguous; receives the elements of `t` there.
         """
         array: npt.NDArray[np.float32] = t.numpy()
         bits: _Int32 = array.view(np.int32)
