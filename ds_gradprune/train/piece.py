@@ -1,0 +1,71 @@
+"""A piece: the part of one parameter that this rank exchanges for its island.
+
+An island's ranks divide its fp32 weights among them. Every rank exchanges its own part with the
+ranks of the same index on the other islands. A piece never crosses a parameter's boundary, and
+padding is in no piece. Knows nothing of DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Consecutive elements of one parameter.
+
+    Attributes:
+        key: stable over the run, and equal on the same-index ranks of all islands.
+        name: the parameter's name in the model.
+        own: (numel,) fp32, contiguous, a view of what the optimizer steps. Whoever writes into it
+            changes the optimizer's weights.
+        pruned: its elements are selected; False: always sent whole. The whole parameter's shape
+            decides, not the part's.
+    """
+
+    key: Hashable
+    name: str
+    own: torch.Tensor
+    pruned: bool
+
+
+class Shards(Protocol):
+    """The fp32 weights of an island, as far as this rank exchanges them.
+
+    Attributes:
+        has_masters: the model's weights are copies of what the optimizer steps. A user's write to
+            them is lost at the next step, as in plain DeepSpeed.
+    """
+
+    has_masters: bool
+
+    def pieces(self) -> list[Piece]:
+        """What the optimizer steps now, in an order that is the same on all islands. Local.
+
+        Views are made anew by every call: DeepSpeed may have moved the weights in between.
+        """
+
+    def every_piece(self) -> list[Piece]:
+        """The same, parameters included that are frozen now. Local."""
+
+    def publish(self) -> None:
+        """Bring the fp32 weights into the model. Collective: all ranks of the island."""
+
+    def gradients(self) -> list[torch.Tensor]:
+        """What the optimizer is about to step with: means over the island, this rank's part.
+
+        Contiguous; may be changed in place before `gradients_changed` is called. Local.
+        """
+
+    def gradients_changed(self) -> None:
+        """Take anew what the optimizer has derived from `gradients` already. Local."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state without the weights: tensors, numbers, texts. Local."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, in place; the weights stay. Local."""
