@@ -1,8 +1,7 @@
-"""The `gradient_pruning` block: ranges, types, planned values, and every fault in one message."""
+"""The `gradient_pruning` block: ranges, types, the two modes, and every fault in one message."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -65,9 +64,13 @@ def test_full_block_is_read() -> None:
     assert config.density.max == 1.0
 
 
-@pytest.mark.parametrize("name", sorted(GradientPruningConfig.model_fields))
+@pytest.mark.parametrize("name", sorted({*GradientPruningConfig.model_fields} - {"overlap"}))
 def test_auto_means_the_default(name: str) -> None:
     assert getattr(load({name: "auto"}), name) == getattr(load({}), name)
+
+
+def test_auto_is_a_value_of_overlap() -> None:
+    assert (load({}).overlap, load({"overlap": "auto"}).overlap) == (False, "auto")
 
 
 def test_auto_inside_a_block_means_the_default() -> None:
@@ -103,18 +106,35 @@ def test_density_is_accepted_exactly_when_ordered(low: float, middle: float, hig
         ({"ramp_steps": -1}, "ramp_steps must be at least 0, got -1."),
         ({"window_size": 3}, "window_size must be at least 4, got 3."),
         ({"step_time_budget_s": 0}, "step_time_budget_s must be greater than 0, got 0."),
-        ({"timeout_s": -0.5}, "timeout_s must be greater than 0, got -0.5."),
+        ({"timeout_s": 0.0004}, "timeout_s must be at least 0.1, got 0.0004."),
+        ({"timeout_s": 1e10}, "timeout_s must be at most 86400, got 10000000000.0."),
+        ({"update_scale": 1e308}, "update_scale must be at most 1000, got 1e+308."),
+        ({"slow_momentum": 1e30}, "slow_momentum must be at most 100, got 1e+30."),
+        ({"performance_target": 11}, "performance_target must be at most 10, got 11."),
+        ({"min_numel": 10**18}, f"min_numel must be at most {2**40}, got {10**18}."),
+        ({"warmup_steps": 10**10}, "warmup_steps must be at most 1000000000, got 10000000000."),
+        (
+            {"warmup_steps": 10**5000},
+            "warmup_steps must be at most 1000000000, got a whole number of 16610 bits.",
+        ),
+        ({"residual_decay": 0}, "residual_decay must be greater than 0, got 0."),
+        ({"residual_decay": 1.5}, "residual_decay must be at most 1, got 1.5."),
+        ({"island": {"ranks": 0}}, "island.ranks must be at least 1, got 0."),
+        ({"log_path": "a\0b"}, 'log_path must not hold a null character, got "a\\u0000b".'),
         ({"timeout_s": float("inf")}, "timeout_s must be a finite number, got Infinity."),
         ({"min_numel": 0}, "min_numel must be at least 1, got 0."),
         ({"verify_every_steps": 0}, "verify_every_steps must be at least 1, got 0."),
         ({"log_path": ""}, 'log_path must not be empty, got "".'),
-        ({"density": {"initial": 0}}, "density.initial must be greater than 0, got 0."),
+        ({"density": {"initial": 0}}, "density.initial must be at least 1e-06, got 0."),
         ({"density": {"max": 1.5}}, "density.max must be at most 1, got 1.5."),
         (
             {"performance_target": float("nan")},
             "performance_target must be a finite number, got NaN.",
         ),
-        (point(rate_mbit=0), "throttle.schedule[0].rate_mbit must be greater than 0, got 0."),
+        (
+            point(rate_mbit=1e-320),
+            "throttle.schedule[0].rate_mbit must be at least 0.001, got 1e-320.",
+        ),
         (
             point(rate_mbit=1, latency_s=-1),
             "throttle.schedule[0].latency_s must be at least 0, got -1.",
@@ -122,6 +142,10 @@ def test_density_is_accepted_exactly_when_ordered(low: float, middle: float, hig
         (
             point(rate_mbit=1, outage_s=-1),
             "throttle.schedule[0].outage_s must be at least 0, got -1.",
+        ),
+        (
+            point(rate_mbit=1, outage_s=3601),
+            "throttle.schedule[0].outage_s must be at most 3600, got 3601.",
         ),
     ],
 )
@@ -159,34 +183,26 @@ def test_value_out_of_range_names_path_rule_and_value(block: dict[str, Any], fau
         ),
         ({"value_bits": 12}, "value_bits must be 2, 4, 16 or 32, got 12."),
         ({"value_bits": "16"}, 'value_bits must be 2, 4, 16 or 32, got "16".'),
-        ({"two_level": "no"}, 'two_level must be "auto" or false, got "no".'),
+        ({"value_bits": 8}, "value_bits must be 2, 4, 16 or 32, got 8."),
+        ({"overlap": True}, 'overlap must be "auto" or false, got true.'),
+        (
+            {"exchange": "two_level"},
+            'exchange must be "auto", "all_gather" or "owner_reduce", got "two_level".',
+        ),
+        ({"island": 2}, "island must be a JSON object, got 2."),
+        ({"island": {"ranks": "host"}}, 'island.ranks must be a whole number or null, got "host".'),
     ],
 )
 def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) -> None:
     assert faults_of(block) == [fault]
 
 
-# --- planned values -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "today"),
-    [
-        ("exchange", "owner_reduce", '"all_gather" or "auto"'),
-        ("exchange", "two_level", '"all_gather" or "auto"'),
-        ("two_level", True, '"auto" or false'),
-        ("value_bits", 1, "2, 4, 16 or 32"),
-        ("value_bits", 8, "2, 4, 16 or 32"),
-    ],
-)
-def test_planned_value_is_refused_by_name_with_what_works_today(
-    name: str, value: Any, today: str
-) -> None:
-    shown = json.dumps(value)
-    assert faults_of({name: value}) == [f"{name} = {shown} is not supported yet. Use {today}."]
-
-
 # --- unknown and missing keys ---------------------------------------------------------------------
+
+
+def test_a_key_of_an_older_release_is_unknown() -> None:
+    (fault,) = faults_of({"two_level": "auto"})
+    assert fault.startswith("two_level is not a known key. Known keys: controller, density, ")
 
 
 @pytest.mark.parametrize(
@@ -211,8 +227,8 @@ def test_key_like_no_other_lists_the_known_ones() -> None:
 
 def test_required_key_says_what_it_means() -> None:
     fault = (
-        "throttle.schedule[0].rate_mbit must be given: rate of each rank's link, each direction, "
-        "megabit (10^6 bit) per second."
+        "throttle.schedule[0].rate_mbit must be given. Rate of each rank's link in each direction, "
+        "in megabit (10^6 bit) per second."
     )
     assert faults_of(point(step=0)) == [fault]
 
@@ -299,19 +315,39 @@ def test_keys_of_the_islands() -> None:
         ),
         (
             {"prune": "gradient", "update_scale": 2.0},
-            'update_scale must be null with prune = "gradient", got 2. Leave it out, or set prune '
-            'to "update".',
+            'update_scale must be null with prune = "gradient", got 2.0. Leave it out, or set '
+            'prune to "update".',
         ),
         (
             {"prune": "gradient", "slow_momentum": 1},
-            'slow_momentum must be 0 with prune = "gradient", got 1. Leave it out, or set prune '
+            'slow_momentum must be 0.0 with prune = "gradient", got 1.0. Leave it out, or set '
+            'prune to "update".',
+        ),
+        (
+            {"prune": "gradient", "island": {"ranks": 2}},
+            'island.ranks must be null with prune = "gradient", got 2. Leave it out, or set prune '
             'to "update".',
+        ),
+        (
+            {"prune": "gradient", "warmup": "unpruned"},
+            'warmup must be "dense" with prune = "gradient", got "unpruned". Leave it out, or set '
+            'prune to "update".',
+        ),
+        (
+            {"prune": "gradient", "shared_device": "cpu"},
+            'shared_device must be "auto" with prune = "gradient", got "cpu". Leave it out, or set '
+            'prune to "update".',
+        ),
+        (
+            {"residual_decay": 0.9},
+            'residual_decay must be 0.95 where the residual is "used", got 0.9. Leave it out, or '
+            'set residual to "reset".',
         ),
         ({"slow_momentum": -1}, "slow_momentum must be at least 0, got -1."),
         (
             {"error_feedback": False},
-            'error_feedback must be true with prune = "update", got false. What is not sent stays '
-            'in the island\'s own weights. Leave it out, or set prune to "gradient".',
+            'error_feedback must be true with prune = "update", got false. An island keeps what it '
+            'has not sent. Leave it out, or set prune to "gradient".',
         ),
         ({"prune": "updates"}, 'prune must be "gradient" or "update", got "updates".'),
         ({"sync_every": 0}, "sync_every must be at least 1, got 0."),
@@ -324,6 +360,37 @@ def test_keys_of_the_islands() -> None:
 )
 def test_keys_of_one_mode_are_refused_in_the_other(block: dict[str, Any], fault: str) -> None:
     assert faults_of(block) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("block", "form"),
+    [
+        ({}, "used"),
+        ({"sync_every": 4}, "reset"),
+        ({"sync_every": 4, "residual": "used"}, "used"),
+        ({"residual": "reset", "residual_decay": 1.0}, "reset"),
+        ({"sync_every": 2, "residual": None, "residual_decay": 0.5}, "reset"),
+    ],
+)
+def test_form_of_the_residual_follows_the_interval(block: dict[str, Any], form: str) -> None:
+    assert load(block).residual_form == form
+
+
+@pytest.mark.parametrize(
+    ("exchange", "islands", "chosen"),
+    [
+        ("auto", 8, "all_gather"),
+        ("auto", 9, "owner_reduce"),
+        ("owner_reduce", 2, "owner_reduce"),
+        ("all_gather", 64, "all_gather"),
+    ],
+)
+def test_exchange_follows_the_number_of_islands(exchange: str, islands: int, chosen: str) -> None:
+    assert load({"exchange": exchange}).exchange_of(islands) == chosen
+
+
+def test_overlap_may_be_left_to_us_in_either_mode() -> None:
+    assert load({"prune": "gradient", "overlap": "auto"}).overlap == "auto"
 
 
 def test_window_counts_exchanges() -> None:
@@ -358,6 +425,15 @@ def test_all_faults_come_in_one_message_with_their_full_path() -> None:
 
 def test_faulty_field_is_not_reported_twice_by_a_rule_between_fields() -> None:
     assert len(faults_of({"density": {"min": 2, "initial": 0.5, "max": 0.1}})) == 1
+
+
+@pytest.mark.parametrize("name", sorted(GradientPruningConfig.model_fields))
+def test_every_key_is_described_in_short_sentences(name: str) -> None:
+    text = GradientPruningConfig.model_fields[name].description or ""
+    assert text[:1].isupper()
+    assert text.endswith(".")
+    assert ";" not in text
+    assert all(len(part.split()) <= 25 for part in text.split(". "))
 
 
 def test_long_value_is_cut() -> None:
