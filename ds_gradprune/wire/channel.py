@@ -1,0 +1,185 @@
+"""The channel protocol: one exchange of bucket payloads between the ranks of a group.
+
+An exchange, as all ranks make it::
+
+    announcement = channel.announce(header, sizes)     travels while this rank selects
+    announcement.headers()                             every rank's header, found to agree
+    pending = channel.start(message, sizes, layouts)   travels while this rank computes
+    pending.proceed()                                  once, somewhere between; may be left out
+    pending.wait()
+    pending.payloads(bucket)                           check, read and apply them
+    pending.finish(applied=True)                       memory goes back
+
+A message is the payloads of all buckets one after the other. A bucket may travel in several
+payloads, one for each of `channel.shares(layout)`: with `AllGather` that is the bucket itself, with
+`OwnerReduce` one share for every rank. Code that goes through `shares` works with both::
+
+    shares = channel.shares(layout)
+    block = select(...)                                              # of the whole bucket
+    parts = [codec.encode(share.of(block), ...) for share in shares] # what the message holds
+    ...
+    payloads = pending.payloads(bucket)
+    for first in range(0, len(payloads), len(shares)):               # one delivery of the bucket
+        for share, payload in zip(shares, payloads[first:]):
+            codec.read_body(header, payload, share.layout, out=share.of(block))
+        move.add(block, factor)
+
+Sizes that differ between ranks must not reach a collective, because gloo then ends the process. So
+the announcement has a fixed size and goes first; what the sizes follow from is compared in it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ds_gradprune.bucket.layout import BucketLayout
+from ds_gradprune.codec import Header
+from ds_gradprune.wire.shares import Share
+from ds_gradprune.wire.transport import Work
+
+
+class Announcement(abc.ABC):
+    """The headers of all ranks, under way."""
+
+    @abc.abstractmethod
+    def headers(self) -> list[Header]:
+        """Wait for them.
+
+        Returns:
+            Every rank's header, in rank order; again and again if asked.
+
+        Raises:
+            TransportError, TransportTimeout: the announcement failed.
+            WireFormatError: a header is damaged; the rank is named.
+            RankMismatchError: step, k, codec, history (`agreement`) or payload sizes differ, or a
+                rank sits in another's place. The first field and rank that differ are named.
+
+        Collective: all ranks get a list, or all get the same error.
+        """
+
+
+class Pending(abc.ABC):
+    """An exchange under way.
+
+    Until `finish` the message belongs to it, and after an error for ever: the caller drops its
+    memory and takes new one. The same holds for what `payloads` has returned.
+    """
+
+    def proceed(self) -> None:  # noqa: B027 - most channels have no second half
+        """Begin the second half of an exchange that has one; waits for the first.
+
+        For callers that hide an exchange behind computation: half the wire time lies before, half
+        after. `wait` does it where it was left out.
+
+        Raises:
+            TransportError, TransportTimeout: the first half failed.
+            WireFormatError: a payload of the first half is damaged.
+            RankMismatchError: a rank's payload is of another step, bucket, k or codec than the own.
+
+        Collective: all ranks, at the same place among their collectives.
+        """
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Return when everything is there; a second wait returns at once.
+
+        Raises:
+            TransportError, TransportTimeout: the exchange failed.
+            WireFormatError, RankMismatchError: as `proceed`.
+
+        Collective: all ranks, same order.
+        """
+
+    @abc.abstractmethod
+    def done(self) -> bool:
+        """Whether `wait` would return at once. Local; what ranks decide must not depend on it."""
+
+    @abc.abstractmethod
+    def payloads(self, bucket: int) -> list[torch.Tensor]:
+        """What has arrived of one bucket, after `wait`. Local.
+
+        Args:
+            bucket: its number in the message, from 0.
+
+        Returns:
+            uint8 tensors on the CPU, views of kept receive memory, valid until `finish`. With
+            `AllGather` one per rank, in rank order, the own included. With `OwnerReduce` one per
+            share, in order: that share's sum over ranks. Each is a payload of the codec.
+        """
+
+    @abc.abstractmethod
+    def sent(self, bucket: int) -> list[torch.Tensor]:
+        """What this rank has put in of one bucket: views of the message, one per share. Local.
+
+        What they decode to has left this rank: it is delivered, or another rank's to deliver.
+        """
+
+    @abc.abstractmethod
+    def finish(self, *, applied: bool) -> None:
+        """The exchange is over: its payloads are not looked at any more. Local.
+
+        Left out, as after an error, nothing is kept and no memory is used again.
+
+        Args:
+            applied: the deliveries were applied, on all ranks. False: on none; what the channel
+                itself keeps from exchange to exchange stays as it was before this one.
+        """
+
+
+class Channel(Protocol):
+    """One rank's end of an exchange. Several exchanges may be under way.
+
+    Attributes:
+        rank: this rank, 0 .. world_size - 1.
+        world_size: number of ranks.
+    """
+
+    rank: int
+    world_size: int
+
+    def shares(self, layout: BucketLayout) -> tuple[Share, ...]:
+        """In which payloads a bucket of this layout travels, in the order of the message. Local."""
+
+    def announce(self, header: torch.Tensor, sizes: Sequence[int] = ()) -> Announcement:
+        """Start the exchange of headers.
+
+        Args:
+            header: (64,) uint8, CPU, contiguous; see `codec.encode_signals`.
+            sizes: bytes of the payloads that `start` will be given. They are compared over ranks,
+                and `start` refuses others. Empty: no message follows, or sizes are not compared.
+
+        Collective: all ranks, same order.
+        """
+
+    def start(
+        self, message: torch.Tensor, sizes: Sequence[int], layouts: Sequence[BucketLayout]
+    ) -> Pending:
+        """Start the exchange of a message.
+
+        Args:
+            message: (sum of sizes,) uint8, CPU, contiguous: for every bucket its shares' payloads.
+            sizes: bytes of each payload; equal on all ranks.
+            layouts: of the buckets, in order.
+
+        Raises:
+            ValueError: the sizes are not those of the message, or not those announced.
+            TransportError: the transport is closed, or an earlier call of it has failed.
+
+        Collective: all ranks, same order.
+        """
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Work:
+        """See `Transport.start_all_reduce`: the dense path. Collective: all ranks, same order."""
+
+    def take_wire_bytes(self) -> int:
+        """Bytes that this rank has begun to send since the last call, announcements too. Local."""
+
+    def advance(self, step: int) -> None:
+        """Optimizer step `step` begins. Local; only emulated links care."""
+
+    def close(self) -> None:
+        """Close the transport. Local."""
