@@ -187,6 +187,45 @@ class Gate:
         self._closed = True
 
 
+class Call(Work):
+    """A `Work` that ends once: remembers how, and shuts the gate when it fails.
+
+    Args:
+        gate: of the transport.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._over = False
+        self._failure: BaseException | None = None
+
+    def wait(self) -> None:
+        """See `Work.wait`."""
+        if self._failure is not None:
+            raise self._failure
+        if self._over:
+            return
+        try:
+            self._finish()
+        except BaseException as exc:  # an interrupt leaves the call behind just as a fault does
+            self._failure = exc
+            self._gate.fail(exc)
+            raise
+        self._over = True
+
+    def done(self) -> bool:
+        """See `Work.done`."""
+        return self._over or self._failure is not None or self._has_ended()
+
+    @abc.abstractmethod
+    def _finish(self) -> None:
+        """What `wait` does the first time."""
+
+    @abc.abstractmethod
+    def _has_ended(self) -> bool:
+        """Whether `_finish` would return, or raise, at once."""
+
+
 def check_all_gather(payload: torch.Tensor, out: torch.Tensor, world_size: int) -> None:
     """Raise ValueError unless the buffers are what `Transport.start_all_gather` says."""
     _check_bytes("payload", payload, (payload.numel(),))

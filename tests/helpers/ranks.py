@@ -12,19 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds_gradprune.transport.loopback import LoopbackHub, LoopbackTransport
+from ds_gradprune.wire.loopback import Delay, LoopbackHub, LoopbackTransport
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(
-    world_size: int, work: Callable[[LoopbackTransport], Any], timeout_s: float = 30.0
+    world_size: int,
+    work: Callable[[LoopbackTransport], Any],
+    timeout_s: float = 30.0,
+    delay: Delay | None = None,
 ) -> list[Any]:
     """Run `work(transport)` on one thread per rank; return the results in rank order.
 
     The first failure is raised again, with its rank in a note; the others are woken.
     """
-    hub = LoopbackHub(world_size, timeout_s)
+    hub = LoopbackHub(world_size, timeout_s, delay)
     results: list[Any] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
 
