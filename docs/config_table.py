@@ -1,7 +1,7 @@
-"""The README's table of the `gradient_pruning` block, made from the models that check it.
+"""The table of the `gradient_pruning` block, made from the models that check it.
 
 python docs/config_table.py            prints the table
-python docs/config_table.py --write    puts it between the markers in README.md
+python docs/config_table.py --write    puts it between the markers in docs/configuration.md
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,38 +20,48 @@ if __name__ == "__main__":
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from docs.readme_table import ReadmeTable
-from ds_gradprune.config import (
-    DensityConfig,
-    GradientPruningConfig,
-    LinkPoint,
-    TargetPoint,
-    ThrottleConfig,
-)
+from docs.marked_table import MarkedTable, run
+from ds_gradprune.config import GradientPruningConfig
 
-SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("", GradientPruningConfig),
-    ("density.", DensityConfig),
-    ("performance_target_schedule[].", TargetPoint),
-    ("throttle.", ThrottleConfig),
-    ("throttle.schedule[].", LinkPoint),
-)
+
+def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The model, then the models inside it, depth first.
+
+    Args:
+        model: the outermost model.
+        prefix: path of the model inside the block, with its last dot.
+
+    Yields:
+        Prefix of the keys, and the model that holds them.
+    """
+    yield prefix, model
+    for name, field in model.model_fields.items():
+        for inner, is_list in _models_in(field.annotation):
+            yield from sections(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
 
 
 def table() -> str:
     """Markdown, one row per key, in the order of the models."""
     rows = ["| key | default | accepts | meaning |", "|---|---|---|---|"]
-    for prefix, model in SECTIONS:
+    for prefix, model in sections(GradientPruningConfig):
         for name, field in model.model_fields.items():
             cells = (f"`{prefix}{name}`", _default(field), _accepts(field), field.description)
             rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(rows)
 
 
+def _models_in(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    """Every model in an annotation, and whether a list holds it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, is_list
+    for member in get_args(annotation):
+        yield from _models_in(member, is_list or get_origin(annotation) is list)
+
+
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "must be given"
-    if isinstance(field.default_factory, type):
+    if field.default_factory is not None:
         return "see below"
     return f"`{json.dumps(field.default)}`"
 
@@ -86,7 +97,7 @@ def _bound(item: Any) -> str:
     return ", ".join(parts)
 
 
-TABLE = ReadmeTable("config table", "docs/config_table.py", table)
+TABLES = (MarkedTable("docs/configuration.md", "config table", "docs/config_table.py", table),)
 
 if __name__ == "__main__":
-    TABLE.main(sys.argv[1:])
+    run(TABLES, sys.argv[1:])

@@ -1,7 +1,7 @@
-"""The README's table of control laws, made from the newest results.
+"""The table of control laws in docs/control.md, made from the newest results.
 
 python docs/control_table.py            prints the table
-python docs/control_table.py --write    puts it between the markers in README.md
+python docs/control_table.py --write    puts it between the markers in docs/control.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     # The root instead of this folder, whose files are scripts and no modules.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from docs.readme_table import ROOT, ReadmeTable, markdown
+from docs.marked_table import ROOT, MarkedTable, markdown, run
 
 RESULTS = ROOT / "results" / "control_cpu_202611.json"
 
@@ -27,6 +27,7 @@ COLUMNS = (
     ("stationary_changes", "stationary changes", ".0f"),
     ("false_miss", "false P missed", ".2%"),
 )
+"""Key in the results, title, format."""
 
 
 def table() -> str:
@@ -41,7 +42,7 @@ def table() -> str:
     return markdown(["law", *(head for _, head, _ in COLUMNS)], rows)
 
 
-TABLE = ReadmeTable("control figures", "docs/control_table.py", table)
+TABLES = (MarkedTable("docs/control.md", "control figures", "docs/control_table.py", table),)
 
 if __name__ == "__main__":
-    TABLE.main(sys.argv[1:])
+    run(TABLES, sys.argv[1:])
