@@ -1,23 +1,21 @@
 """What a delivered block does to a vector, and to the two copies of an island's weights.
 
 Every product is rounded to float32 before it is added, so the bits are the same on every device.
-All functions are local; nothing as large as a block is allocated.
+All functions are local; nothing as large as a block is allocated. `apply_torch` is the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from ds_gradprune.bucket import apply_torch
 from ds_gradprune.bucket.block import SparseBlock, check_block
+from ds_gradprune.bucket.dispatch import addresses, kernels_on, tables, threads
 from ds_gradprune.bucket.layout import BucketLayout
-
-_CPU_SPAN_NUMEL = 1 << 16
-"""Elements worked on at a time: 8 bytes each for their positions, 4 for a product."""
-
-_DEVICE_SPAN_NUMEL = 1 << 22
-"""The same on an accelerator: large enough to fill it, small beside a model."""
+from ds_gradprune.native.library import Block, Kernels
 
 
 @torch.no_grad()
@@ -35,13 +33,12 @@ def scatter_add(vector: torch.Tensor, block: SparseBlock, factor: float = 1.0) -
     """
     _check_vector("vector", vector, block.layout)
     _check_device(block, vector.device)
-    for segment, kept, positions in _spans(block):
-        origin = block.layout.segments[segment].offset
-        product = block.values[kept].mul(factor).to(vector.dtype)
-        vector.index_add_(0, positions.add_(origin), product)
-    for segment, start, dense in _dense_spans(block):
-        origin = block.layout.segments[segment].offset + start
-        vector[origin : origin + dense.numel()].add_(dense.mul(factor).to(vector.dtype))
+    native = kernels_on(vector.device)
+    if native is None or vector.dtype is not torch.float32 or not vector.is_contiguous():
+        apply_torch.scatter_add(vector, block, factor)
+        return
+    rows, pieces, *_ = tables(block.layout, block.k)
+    native.scatter_add(rows, pieces, vector.detach().numpy(), _plain(block, factor), threads())
 
 
 class Move:
@@ -80,11 +77,15 @@ class Move:
         for number, (tensor, segment) in enumerate(zip(own, layout.segments, strict=True)):
             _check_weights(f"own[{number}]", tensor, segment.numel, shared.device)
         _check_weights("shared", shared, layout.numel, shared.device)
-        self._own = [tensor.detach() for tensor in own]
-        self._shared = shared.detach()
+        parts, flat = [tensor.detach() for tensor in own], shared.detach()
         self._layout = layout
-        self._touched = torch.zeros(layout.numel, dtype=torch.bool, device=shared.device)
-        self._dense_touched = False
+        self._device = shared.device
+        native = kernels_on(shared.device)
+        self._how: _NativeMove | apply_torch.TorchMove
+        if native is None:
+            self._how = apply_torch.TorchMove(parts, flat, layout)
+        else:
+            self._how = _NativeMove(native, parts, flat, layout)
 
     @torch.no_grad()
     def sent(self, block: SparseBlock) -> None:
@@ -97,12 +98,7 @@ class Move:
             ValueError: the block is of another layout or device.
         """
         self._check(block)
-        for segment, kept, positions in _spans(block):
-            beyond = self._beyond(segment, positions)
-            beyond.sub_(block.values[kept])
-            self._own[segment].index_copy_(0, positions, beyond)
-        for segment, start, dense in self._dense(block):
-            self._own[segment][start : start + dense.numel()].sub_(dense)
+        self._how.sent(block)
 
     @torch.no_grad()
     def add(self, block: SparseBlock, factor: float) -> None:
@@ -116,86 +112,69 @@ class Move:
             ValueError: the block is of another layout or device.
         """
         self._check(block)
-        for segment, _, positions in _spans(block):
-            self._own[segment].index_copy_(0, positions, self._beyond(segment, positions))
-        for _ in self._dense(block):
-            pass
-        scatter_add(self._shared, block, factor)
+        self._how.add(block, factor)
 
     @torch.no_grad()
     def close(self) -> None:
         """Put the own weights where they belong: own = shared + beyond. The move is over."""
-        step = _span_numel(self._shared.device)
-        for segment, own in zip(self._layout.segments, self._own, strict=True):
-            for start in range(0, segment.numel, step):
-                stop = min(segment.numel, start + step)
-                shared = self._shared[segment.offset + start : segment.offset + stop]
-                part = own[start:stop]
-                if not segment.pruned:
-                    if self._dense_touched:
-                        part.add_(shared)
-                    continue
-                touched = self._touched[segment.offset + start : segment.offset + stop]
-                part.copy_(torch.where(touched, part + shared, part))
-
-    def _beyond(self, segment: int, positions: torch.Tensor) -> torch.Tensor:
-        """The own progress at positions of a segment; they count as touched from now on."""
-        own = self._own[segment].index_select(0, positions)
-        in_bucket = positions + self._layout.segments[segment].offset
-        known = self._touched.index_select(0, in_bucket)
-        before = self._shared.index_select(0, in_bucket).masked_fill_(known, 0.0)
-        self._touched.index_fill_(0, in_bucket, True)
-        return own.sub_(before)
-
-    def _dense(self, block: SparseBlock) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """`_dense_spans`; the first time, own becomes own - shared there."""
-        for segment, start, dense in _dense_spans(block):
-            if not self._dense_touched:
-                origin = self._layout.segments[segment].offset + start
-                stop = start + dense.numel()
-                self._own[segment][start:stop].sub_(self._shared[origin : origin + dense.numel()])
-            yield segment, start, dense
-        self._dense_touched = True
+        self._how.close()
 
     def _check(self, block: SparseBlock) -> None:
         if block.layout is not self._layout:
             raise ValueError(f"block must be of {self._layout}, got {block.layout}.")
-        _check_device(block, self._shared.device)
+        _check_device(block, self._device)
 
 
-def _spans(block: SparseBlock) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """The kept elements in pieces: segment, where among the kept, (n,) int64 places in the segment.
+class _NativeMove:
+    """`Move` by the kernels: one bit per element notes what has been touched."""
 
-    Positions are distinct inside a piece and the caller's to change.
-    """
-    device = block.device
-    most = _span_numel(device)
-    for run in block.layout.runs(block.k):
-        first = run.bucket_start - block.layout.segments[run.segment].offset
-        step = max(1, most // run.row_kept)
-        for row in range(0, run.num_rows, step):
-            part = run.rows(row, min(run.num_rows, row + step))
-            kept = slice(part.kept_start, part.kept_stop)
-            rows = torch.arange(row, row + part.num_rows, device=device).mul_(run.row_numel)
-            places = block.indices[kept].view(part.num_rows, run.row_kept)
-            yield run.segment, kept, (rows.add_(first)[:, None] + places).view(-1)
+    def __init__(
+        self,
+        native: Kernels,
+        own: Sequence[torch.Tensor],
+        shared: torch.Tensor,
+        layout: BucketLayout,
+    ) -> None:
+        self._native = native
+        self._own = own
+        self._shared = shared
+        self._layout = layout
+        self._k = 1
+        rows, pieces, *_ = tables(layout, self._k)
+        self._touched = np.zeros(native.touched_words(rows, pieces), dtype=np.uint64)
+
+    def sent(self, block: SparseBlock) -> None:
+        """Beyond -= block."""
+        self._k = block.k
+        self._move([_plain(block, None, sent=True)])
+
+    def add(self, block: SparseBlock, factor: float) -> None:
+        """Shared += factor * block."""
+        self._k = block.k
+        self._move([_plain(block, factor)])
+
+    def close(self) -> None:
+        """Own = shared + beyond."""
+        self._move([], close=True)
+
+    def _move(self, blocks: list[Block], *, close: bool = False) -> None:
+        rows, pieces, row_segments, piece_segments = tables(self._layout, self._k)
+        self._native.move(
+            rows,
+            pieces,
+            addresses(self._own, self._layout, rows, row_segments),
+            addresses(self._own, self._layout, pieces, piece_segments),
+            self._shared.numpy(),
+            self._touched,
+            blocks,
+            close=close,
+            threads=threads(),
+        )
 
 
-def _dense_spans(block: SparseBlock) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """The dense elements in pieces: segment, first element in the segment, values."""
-    most = _span_numel(block.device)
-    done = 0
-    for number, segment in enumerate(block.layout.segments):
-        if segment.pruned:
-            continue
-        for start in range(0, segment.numel, most):
-            stop = min(segment.numel, start + most)
-            yield number, start, block.dense[done + start : done + stop]
-        done += segment.numel
-
-
-def _span_numel(device: torch.device) -> int:
-    return _CPU_SPAN_NUMEL if device.type == "cpu" else _DEVICE_SPAN_NUMEL
+def _plain(block: SparseBlock, factor: float | None, *, sent: bool = False) -> Block:
+    """The block as the kernels take it."""
+    return Block(block.indices.numpy(), block.values.numpy(), block.dense.numpy(), factor, sent)
 
 
 def _check_vector(name: str, vector: torch.Tensor, layout: BucketLayout) -> None:

@@ -6,13 +6,16 @@ Knows nothing of bytes, ranks and residuals. All functions are local.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict
 
 import torch
 
 from ds_gradprune.bucket.block import SparseBlock, check_block, empty_block
+from ds_gradprune.bucket.dispatch import addresses, kernels_on, tables, threads
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout, Run
 from ds_gradprune.bucket.topk_cpu import CpuTopK
 from ds_gradprune.bucket.topk_torch import top_k
+from ds_gradprune.native.library import Floats, Kernels
 
 Vector = torch.Tensor | Sequence[torch.Tensor]
 """One (numel,) tensor, or one 1-D contiguous fp32 tensor per segment."""
@@ -24,6 +27,17 @@ _DEVICE_BLOCK_ROWS = 1024
 """The same on an accelerator: large enough to fill it, small beside a model."""
 
 _Pick = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class _Sums(TypedDict):
+    """Of t = (x + a * y) + b * z what two kernels are told alike."""
+
+    y: Floats | None
+    a: float
+    z: Floats | None
+    b: float
+    dtype: str
+    threads: int
 
 
 @torch.no_grad()
@@ -73,7 +87,6 @@ def select(
         arXiv 2411.19870, section 3; here without a transform.
     """
     source = _Source(vector, layout, ((plus, plus_scale, "plus"), (more, more_scale, "more")))
-    runs = layout.runs(k)
     if out is None:
         out = empty_block(layout, k, source.device)
     elif out.layout is not layout or out.k != k or out.device != source.device:
@@ -82,12 +95,22 @@ def select(
             f"k = {out.k} on {out.device}."
         )
     check_block(out, "out")
+    native = kernels_on(source.device)
+    if native is not None:
+        source.select(native, out)
+    else:
+        _reference(source, out)
+    return out
+
+
+def _reference(source: _Source, out: SparseBlock) -> None:
+    """`select` in torch and numpy: for accelerators, and where no kernels are."""
+    runs = out.layout.runs(out.k)
     _take_dense(source, out)
     for run in runs:
         if run.row_kept == run.row_numel:
             _keep_all(run, source, out)
     _prune([run for run in runs if run.row_kept < run.row_numel], source, out)
-    return out
 
 
 class _Source:
@@ -117,6 +140,18 @@ class _Source:
                 self._terms.append((tensor.detach(), scale))
         self.block_rows = _CPU_BLOCK_ROWS if self.device.type == "cpu" else _DEVICE_BLOCK_ROWS
         self._product = torch.empty(0)
+
+    def select(self, native: Kernels, out: SparseBlock) -> None:
+        """Fill `out` by the kernels; everything is on the CPU."""
+        rows, pieces, row_segments, piece_segments = tables(self.layout, out.k)
+        terms = [(tensor.numpy(), scale) for tensor, scale in self._terms]
+        (y, a), (z, b) = [*terms, (None, 1.0), (None, 1.0)][:2]
+        dtype = str(self._parts[0].dtype).removeprefix("torch.") if self._parts else "float32"
+        sums: _Sums = {"y": y, "a": a, "z": z, "b": b, "dtype": dtype, "threads": threads()}
+        at = addresses(self._parts, self.layout, pieces, piece_segments)
+        native.load(pieces, at, out.dense.numpy(), **sums)
+        at = addresses(self._parts, self.layout, rows, row_segments)
+        native.select(rows, at, out.indices.numpy(), out.values.numpy(), **sums)
 
     def load(self, segment: int, start: int, out: torch.Tensor) -> None:
         """Write t[start : start + out.numel()] into `out`, float32, contiguous.

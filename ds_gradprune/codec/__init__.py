@@ -1,6 +1,6 @@
 """Blocks to bytes and back: the table of codecs, and the way in for any payload.
 
-The codec id in a payload's header says how to read it. `base` draws the header.
+The codec id in a payload's header says how to read it. `header` draws the header.
 """
 
 from __future__ import annotations
@@ -8,29 +8,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ds_gradprune.codec.base import (
-    HEADER_BYTES,
-    SIGNALS_ID,
-    Header,
-    layout_crc,
-    parse,
-    seal,
-)
+from ds_gradprune.bucket.block import SparseBlock
+from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout
 from ds_gradprune.codec.body import Codec
+from ds_gradprune.codec.header import HEADER_BYTES, SIGNALS_ID, Header, parse, seal
 from ds_gradprune.codec.levels import Levels
 from ds_gradprune.codec.values import Bfloat16, Float32
 from ds_gradprune.errors import WireFormatError
-from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals, SparseBlock
+from ds_gradprune.law.signals import RankSignals
 
 __all__ = [
     "CODECS",
     "HEADER_BYTES",
+    "SIGNALS_ID",
     "Codec",
     "Header",
     "codec_for",
     "decode",
     "encode_signals",
-    "layout_crc",
     "read_header",
 ]
 
@@ -104,8 +99,16 @@ def read_header(payload: torch.Tensor) -> Header:
     return header
 
 
-def encode_signals(*, step: int, rank: int, signals: RankSignals) -> torch.Tensor:
-    """A payload without a body, for steps whose gradients go another way.
+def encode_signals(
+    *, step: int, rank: int, signals: RankSignals, k: int = CHUNK_NUMEL
+) -> torch.Tensor:
+    """An announcement: a header without a body, sent before payloads or instead of them.
+
+    Args:
+        step: optimizer step, 0 .. 2**32 - 1.
+        rank: this rank, 0 .. 65535.
+        signals: what this rank measured. Here alone `written` travels.
+        k: kept elements per full row that this rank has decided on.
 
     Returns:
         (HEADER_BYTES,) uint8, CPU.
@@ -113,6 +116,8 @@ def encode_signals(*, step: int, rank: int, signals: RankSignals) -> torch.Tenso
     Raises:
         ValueError: a number does not fit its field.
     """
+    if not 1 <= k <= CHUNK_NUMEL:
+        raise ValueError(f"k must be in 1 .. {CHUNK_NUMEL}, got {k}.")
     payload = np.empty(HEADER_BYTES, dtype=np.uint8)
-    seal(Header(step, 0, rank, SIGNALS_ID, CHUNK_NUMEL, 0, 0, signals), payload)
+    seal(Header(step, 0, rank, SIGNALS_ID, k, 0, 0, signals), payload)
     return torch.from_numpy(payload)

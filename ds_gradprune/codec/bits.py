@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ds_gradprune.codec.base import Bytes
+from ds_gradprune.codec.header import Bytes
 from ds_gradprune.errors import WireFormatError
 
 _LANES = (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF)

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from ds_gradprune.codec.base import Bytes
 from ds_gradprune.codec.bits import pack, packed_bytes, unpack
+from ds_gradprune.codec.header import Bytes
 from ds_gradprune.codec.values import (
     MAX_BFLOAT16,
     Floats,
     ValueFormat,
-    little_endian,
+    check_finite,
     narrow,
     spans,
     widen,
 )
 from ds_gradprune.errors import WireFormatError
+from ds_gradprune.native import library
 
 BLOCK_NUMEL = 128
 """Values that share two ends."""
@@ -74,42 +74,54 @@ class Levels(ValueFormat):
     def _ends_bytes(self, count: int) -> int:
         return -(-count // BLOCK_NUMEL) * 4
 
-    def rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """Choose levels and look them up, on the CPU: every device has the same bits."""
-        result = torch.empty(len(values), dtype=torch.float32)
-        for span in spans(len(values)):
-            ends, codes = self._choose(values[span].cpu().numpy())
-            result[span] = torch.from_numpy(self._look_up(ends, codes))
-        return result.to(values.device)
-
-    def write(self, values: torch.Tensor, out: Bytes) -> None:
+    def reference_write(self, values: Floats, out: Bytes) -> None:
         """Choose levels, span by span: nothing as large as a model is made."""
         split = self._ends_bytes(len(values))
         for span in spans(len(values)):
-            ends, codes = self._choose(values[span].cpu().numpy())
+            ends, codes = self._choose(values[span])
+            bits = narrow(ends.reshape(-1))
             start = self._ends_bytes(span.start)
-            bits = narrow(torch.from_numpy(ends.reshape(-1))).view(torch.int16).numpy()
-            out[start : start + 2 * len(bits)] = little_endian(bits, "<i2")
-            first, last = (split + packed_bytes(n, self.bits) for n in (span.start, span.stop))
-            pack(codes, self.bits, out[first:last])
+            out[start : start + len(bits)] = bits
+            pack(codes, self.bits, self._codes(out[split:], span))
 
-    def read(self, data: Bytes, count: int) -> torch.Tensor:
+    def reference_read(self, data: Bytes, out: Floats) -> None:
         """Look the levels up."""
+        split = self._ends_bytes(len(out))
+        for span in spans(len(out)):
+            codes = unpack(self._codes(data[split:], span), span.stop - span.start, self.bits)
+            blocks = slice(self._ends_bytes(span.start), self._ends_bytes(span.stop))
+            out[span] = self._look_up(_wide(data[blocks]), codes)
+
+    def check(self, data: Bytes, count: int, *, finite: bool) -> None:
+        """Scales must be in order, unused bits zeros."""
+        native = library.kernels()
+        if native is None or native.check_values(self.bits, data, count):
+            self.reference_check(data, count)
+        if finite:
+            check_finite(data[: self._ends_bytes(count)].view("<u2"), 0x7F80)
+
+    def reference_check(self, data: Bytes, count: int) -> None:
+        """`check` in numpy, but for inf and nan, of which nan is no fault.
+
+        Raises:
+            WireFormatError: see `check`.
+        """
         split = self._ends_bytes(count)
-        ends = widen(data[:split]).reshape(-1, 2)
-        wrong = (ends < 0.0) | (ends > MAX_BFLOAT16) | (ends[:, :1] > ends[:, 1:])
-        if wrong.any():  # nan is none of these: not finite gradients are told by the header
-            low, high = ends[wrong.any(axis=1)][0].tolist()
-            raise WireFormatError(
-                f"payload's scales must be finite, >= 0 and in order, got {low} and {high}."
-            )
-        result = np.empty(count, dtype=np.float32)
-        for span in spans(count):
-            first, last = (split + packed_bytes(n, self.bits) for n in (span.start, span.stop))
-            codes = unpack(data[first:last], span.stop - span.start, self.bits)
-            blocks = slice(span.start // BLOCK_NUMEL, -(-span.stop // BLOCK_NUMEL))
-            result[span] = self._look_up(ends[blocks], codes)
-        return torch.from_numpy(result)
+        for span in spans(split // 4):
+            ends = _wide(data[4 * span.start : 4 * span.stop])
+            wrong = (ends < 0.0) | (ends > MAX_BFLOAT16) | (ends[:, :1] > ends[:, 1:])
+            if wrong.any():  # nan is none of these: the header tells of it
+                low, high = ends[wrong.any(axis=1)][0].tolist()
+                raise WireFormatError(
+                    f"payload's scales must be finite, >= 0 and in order, got {low} and {high}."
+                )
+        used_bits = count * self.bits % 8
+        if used_bits and data[-1] >> used_bits:
+            raise WireFormatError("payload's unused bits must be zeros.")
+
+    def _codes(self, data: Bytes, span: slice) -> Bytes:
+        """The bytes of the levels' numbers of a span."""
+        return data[packed_bytes(span.start, self.bits) : packed_bytes(span.stop, self.bits)]
 
     def _choose(self, values: Floats) -> tuple[Floats, Bytes]:
         """Ends of all blocks, (blocks, 2), and the (n,) numbers of the nearest levels."""
@@ -136,7 +148,7 @@ class Levels(ValueFormat):
             low = _mean(share, ~above)
             high = np.maximum(_mean(share, above), low)  # none is above if all are equal
             low = np.minimum(low, np.minimum(least, MAX_BFLOAT16 / 2) * np.float32(1.9))
-        ends = narrow(torch.from_numpy(np.stack((low, high), axis=1))).to(torch.float32).numpy()
+        ends = _wide(narrow(np.stack((low, high), axis=1).reshape(-1)))
         ends[ends[:, 1] / self._widest > ends[:, 0], 0] = 0.0
         return ends
 
@@ -158,6 +170,13 @@ class Levels(ValueFormat):
         bits = flat.view(np.uint32)
         bits |= (codes >> (self.bits - 1)).astype(np.uint32) << 31
         return flat
+
+
+def _wide(data: Bytes) -> Floats:
+    """(4 * blocks,) bytes as the (blocks, 2) ends in them."""
+    ends = np.empty(len(data) // 2, dtype=np.float32)
+    widen(data, ends)
+    return ends.reshape(-1, 2)
 
 
 def _mean(shares: Floats, chosen: npt.NDArray[np.bool_]) -> Floats:

@@ -21,16 +21,19 @@ References:
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ds_gradprune.codec.base import Bytes
+from ds_gradprune.bucket.dispatch import threads
+from ds_gradprune.bucket.layout import BucketLayout, Run
 from ds_gradprune.codec.bits import pack, packed_bytes, unpack
+from ds_gradprune.codec.header import Bytes
 from ds_gradprune.errors import WireFormatError
-from ds_gradprune.records import BucketLayout
-from ds_gradprune.rows import Run, runs
+from ds_gradprune.native import library
+from ds_gradprune.native.library import Longs, Shorts
 
 _BLOCK_BITS = 1 << 19
 """About so many bits are written or read at a time, so that nothing as large as a model is made."""
@@ -67,50 +70,52 @@ class PlaceCode:
         """Bytes of so many rows."""
         return self.low_bytes(num_rows) + -(-num_rows * self.row_bits // 8)
 
-    def write(self, table: npt.NDArray[np.int16], out: Bytes) -> None:
-        """Fill `out`, (nbytes,), with the indices of (num_rows, row_kept).
+    def write(self, start: int, rows: Shorts, num_rows: int, out: Bytes) -> None:
+        """Write the indices of some rows where they belong among those of all.
+
+        Args:
+            start: number of the first of the rows, a multiple of 8.
+            rows: (n, row_kept) indices; n a multiple of 8, or these are the last rows.
+            num_rows: number of all rows.
+            out: (nbytes,) of all rows; written in part.
 
         Raises:
             ValueError: an index is outside its row, or they do not rise.
         """
-        split = self.low_bytes(len(table))
-        for start in range(0, len(table), self._block_rows):
-            rows = table[start : start + self._block_rows]
-            fault = _fault(rows, self.row_numel)
-            if fault:
-                raise ValueError(f"block's {fault}")
-            low, high = self._block(start, len(rows))
-            pack(rows.reshape(-1), self.low_bits, out[:split][low])
-            if self.row_bits:
-                flags = np.zeros(-(-len(rows) * self.row_bits // 8) * 8, dtype=np.bool_)
-                flags[(self._origins(len(rows)) + (rows >> self.low_bits)).reshape(-1)] = True
-                out[split:][high] = np.packbits(flags, bitorder="little")
+        fault = _fault(rows, self.row_numel)
+        if fault:
+            raise ValueError(f"block's {fault}")
+        low, high = self._parts(start, len(rows), num_rows, out)
+        pack(rows.reshape(-1), self.low_bits, low)
+        if self.row_bits:
+            flags = np.zeros(len(high) * 8, dtype=np.bool_)
+            flags[(self._origins(len(rows)) + (rows >> self.low_bits)).reshape(-1)] = True
+            high[:] = np.packbits(flags, bitorder="little")
 
-    def read(self, data: Bytes, table: npt.NDArray[np.int16]) -> None:
-        """Fill (num_rows, row_kept) `table` from what `write` made.
+    def read(self, start: int, rows: Shorts, num_rows: int, data: Bytes) -> None:
+        """Fill `rows` from what `write` made of them.
 
         Args:
-            data: (nbytes,), arbitrary.
-            table: overwritten; after an error with anything.
+            start: as in `write`.
+            rows: (n, row_kept), overwritten; after an error with anything.
+            num_rows: as in `write`.
+            data: (nbytes,) of all rows, arbitrary.
 
         Raises:
             WireFormatError: these are no indices of such rows.
         """
         if self.row_kept == self.row_numel:
-            table[:] = np.arange(self.row_numel, dtype=np.int16)
+            rows[:] = np.arange(self.row_numel, dtype=np.int16)
             return
-        split = self.low_bytes(len(table))
-        for start in range(0, len(table), self._block_rows):
-            rows = table[start : start + self._block_rows]
-            low, high = self._block(start, len(rows))
-            rows[:] = unpack(data[:split][low], rows.size, self.low_bits).reshape(rows.shape)
-            if self.row_bits:
-                self._add_upper(data[split:][high], rows)
-            fault = _fault(rows, self.row_numel)
-            if fault:
-                raise WireFormatError(f"payload's {fault}")
+        low, high = self._parts(start, len(rows), num_rows, data)
+        rows[:] = unpack(low, rows.size, self.low_bits).reshape(rows.shape)
+        if self.row_bits:
+            self._add_upper(high, rows)
+        fault = _fault(rows, self.row_numel)
+        if fault:
+            raise WireFormatError(f"payload's {fault}")
 
-    def _add_upper(self, data: Bytes, rows: npt.NDArray[np.int16]) -> None:
+    def _add_upper(self, data: Bytes, rows: Shorts) -> None:
         """Add the upper parts that the set bits of `data` stand for."""
         found = np.flatnonzero(np.unpackbits(data, bitorder="little").view(np.bool_))
         if len(found) != rows.size:
@@ -126,15 +131,16 @@ class PlaceCode:
         rows |= (upper << self.low_bits).astype(np.int16)
 
     @property
-    def _block_rows(self) -> int:
+    def block_rows(self) -> int:
         """Rows worked on at a time: a multiple of 8, so every block begins with a whole byte."""
         return max(8, _BLOCK_BITS // (8 * self.row_kept + self.row_bits) // 8 * 8)
 
-    def _block(self, start: int, num_rows: int) -> tuple[slice, slice]:
-        """Where rows start .. start + num_rows - 1 lie in the lower and in the upper parts."""
-        stop = start + num_rows
-        low = slice(self.low_bytes(start), self.low_bytes(stop))
-        return low, slice(start * self.row_bits // 8, -(-stop * self.row_bits // 8))
+    def _parts(self, start: int, count: int, num_rows: int, data: Bytes) -> tuple[Bytes, Bytes]:
+        """Views: the lower and the upper parts of rows start .. start + count - 1 of all."""
+        stop, split = start + count, self.low_bytes(num_rows)
+        low = data[self.low_bytes(start) : self.low_bytes(stop)]
+        high = data[split + start * self.row_bits // 8 : split + -(-stop * self.row_bits // 8)]
+        return low, high
 
     def _origins(self, num_rows: int) -> npt.NDArray[np.intp]:
         """(num_rows, row_kept or 1): the bit that an element with upper part 0 sets."""
@@ -143,15 +149,42 @@ class PlaceCode:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """All rows of one shape, wherever they lie in the bucket."""
+class Group:
+    """All rows of one shape, wherever they lie in the bucket.
+
+    Attributes:
+        code: how their indices are written.
+        runs: the rows, in the bucket's order.
+        num_rows: their number.
+    """
 
     code: PlaceCode
     runs: tuple[Run, ...]
     num_rows: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.code.nbytes(self.num_rows)
 
-@functools.lru_cache(maxsize=256)
+    def blocks(self) -> Iterator[tuple[int, list[Run]]]:
+        """Rows to be worked on together: the number of the first, and where they lie."""
+        first, parts, room = 0, [], self.code.block_rows
+        for run in self.runs:
+            start = 0
+            while start < run.num_rows:
+                stop = min(run.num_rows, start + room)
+                parts.append(run.rows(start, stop))
+                room -= stop - start
+                start = stop
+                if not room:
+                    yield first, parts
+                    first, parts, room = first + self.code.block_rows, [], self.code.block_rows
+        if parts:
+            yield first, parts
+
+
+@functools.lru_cache(maxsize=4096)
 def code_of(row_numel: int, row_kept: int) -> PlaceCode:
     """The cheapest code for such rows, 1 <= row_kept <= row_numel <= 4096."""
     n, m = row_numel, row_kept
@@ -164,60 +197,102 @@ def code_of(row_numel: int, row_kept: int) -> PlaceCode:
     return min(codes, key=lambda code: code.bits_per_row)
 
 
+def groups(layout: BucketLayout, k: int) -> tuple[Group, ...]:
+    """Rows by their shape, in the order in which shapes first occur; kept with the layout.
+
+    Raises:
+        ValueError: k is outside 1 .. CHUNK_NUMEL.
+    """
+    return layout.derived(("groups", k), lambda: _groups(layout, k))
+
+
 def places_bytes(layout: BucketLayout, k: int) -> int:
     """Bytes of all indices of a block."""
-    return sum(group.code.nbytes(group.num_rows) for group in _groups(layout, k))
+    return sum(group.nbytes for group in groups(layout, k))
 
 
-def write_places(layout: BucketLayout, k: int, indices: npt.NDArray[np.int16], out: Bytes) -> None:
+def write_places(layout: BucketLayout, k: int, indices: Shorts, out: Bytes) -> None:
     """Fill `out`, (places_bytes,), from (num_kept,) indices, shape of row after shape of row.
 
     Raises:
         ValueError: an index is outside its row, or they do not rise.
     """
-    for group in _groups(layout, k):
-        tables = [_table(indices, run) for run in group.runs]
-        nbytes = group.code.nbytes(group.num_rows)
-        group.code.write(tables[0] if len(tables) == 1 else np.concatenate(tables), out[:nbytes])
-        out = out[nbytes:]
+    native = library.kernels()
+    if native is None or native.write_places(_table(layout, k), indices, out, threads()):
+        reference_write(layout, k, indices, out)
 
 
-def read_places(layout: BucketLayout, k: int, data: Bytes) -> npt.NDArray[np.int16]:
-    """(num_kept,) indices out of (places_bytes,) bytes.
+def read_places(layout: BucketLayout, k: int, data: Bytes, indices: Shorts) -> None:
+    """Fill (num_kept,) `indices` from (places_bytes,) bytes.
+
+    Args:
+        layout: the bucket's layout.
+        k: kept elements per full row.
+        data: arbitrary bytes.
+        indices: overwritten; after an error with anything.
 
     Raises:
         WireFormatError: these are no indices of such a block.
     """
-    all_runs = runs(layout, k)
-    indices = np.empty(all_runs[-1].kept_stop if all_runs else 0, dtype=np.int16)
-    for group in _groups(layout, k):
-        nbytes = group.code.nbytes(group.num_rows)
-        if len(group.runs) == 1:
-            group.code.read(data[:nbytes], _table(indices, group.runs[0]))
-        else:
-            table = np.empty((group.num_rows, group.code.row_kept), dtype=np.int16)
-            group.code.read(data[:nbytes], table)
-            start = 0
-            for run in group.runs:
-                _table(indices, run)[:] = table[start : start + run.num_rows]
-                start += run.num_rows
-        data = data[nbytes:]
-    return indices
+    native = library.kernels()
+    if native is None or native.read_places(_table(layout, k), data, indices, threads()):
+        reference_read(layout, k, data, indices)
 
 
-@functools.lru_cache(maxsize=128)
-def _groups(layout: BucketLayout, k: int) -> tuple[_Group, ...]:
-    """Rows by their shape, in the order in which shapes first occur."""
+def check_places(layout: BucketLayout, k: int, data: Bytes) -> None:
+    """Find everything that `read_places` may find; nothing is kept.
+
+    Raises:
+        WireFormatError: as `read_places`.
+    """
+    native = library.kernels()
+    if native is None or native.check_places(_table(layout, k), data, threads()):
+        reference_read(layout, k, data, None)
+
+
+def reference_write(layout: BucketLayout, k: int, indices: Shorts, out: Bytes) -> None:
+    """`write_places` in numpy; also has the words for what the kernels find."""
+    for group in groups(layout, k):
+        for first, parts in group.blocks():
+            tables = [_rows(indices, run) for run in parts]
+            rows = tables[0] if len(tables) == 1 else np.concatenate(tables)
+            group.code.write(first, rows, group.num_rows, out[: group.nbytes])
+        out = out[group.nbytes :]
+
+
+def reference_read(layout: BucketLayout, k: int, data: Bytes, indices: Shorts | None) -> None:
+    """`read_places` in numpy; None: as `check_places`."""
+    for group in groups(layout, k):
+        for first, parts in group.blocks():
+            count = sum(run.num_rows for run in parts)
+            rows = np.empty((count, group.code.row_kept), dtype=np.int16)
+            group.code.read(first, rows, group.num_rows, data[: group.nbytes])
+            if indices is not None:
+                for run in parts:
+                    _rows(indices, run)[:] = rows[: run.num_rows]
+                    rows = rows[run.num_rows :]
+        data = data[group.nbytes :]
+
+
+def _groups(layout: BucketLayout, k: int) -> tuple[Group, ...]:
     shapes: dict[tuple[int, int], list[Run]] = {}
-    for run in runs(layout, k):
+    for run in layout.runs(k):
         shapes.setdefault((run.row_numel, run.row_kept), []).append(run)
     return tuple(
-        _Group(code_of(*shape), tuple(same), sum(run.num_rows for run in same))
+        Group(code_of(*shape), tuple(same), sum(run.num_rows for run in same))
         for shape, same in shapes.items()
     )
 
 
-def _table(indices: npt.NDArray[np.int16], run: Run) -> npt.NDArray[np.int16]:
+def _table(layout: BucketLayout, k: int) -> Longs:
+    """The kernels' table of places, kept with the layout."""
+    return layout.derived(
+        ("places table", k),
+        lambda: library.places_table((group.code, group.runs) for group in groups(layout, k)),
+    )
+
+
+def _rows(indices: Shorts, run: Run) -> Shorts:
     """The run's part of all kept elements, a view of (num_rows, row_kept)."""
     return indices[run.kept_start : run.kept_stop].reshape(run.num_rows, run.row_kept)
 
@@ -226,7 +301,7 @@ def _rising(count: int) -> npt.NDArray[np.intp]:
     return np.arange(count, dtype=np.intp)
 
 
-def _fault(rows: npt.NDArray[np.int16], row_numel: int) -> str:
+def _fault(rows: Shorts, row_numel: int) -> str:
     """What is wrong with indices, which must rise inside every row, so that none occurs twice."""
     if (rows[:, 1:] <= rows[:, :-1]).any():
         return "indices must rise inside every row."

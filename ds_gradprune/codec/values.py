@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ds_gradprune.codec.base import Bytes
+from ds_gradprune.bucket.dispatch import kernels_on, threads
+from ds_gradprune.codec.header import Bytes
+from ds_gradprune.errors import WireFormatError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -21,7 +23,7 @@ _SPAN_NUMEL = 1 << 16
 
 
 class ValueFormat(abc.ABC):
-    """A width of values on the wire.
+    """A width of values on the wire. A subclass gives the reference, which the kernels equal.
 
     Attributes:
         name: short name for logs and file names.
@@ -35,21 +37,42 @@ class ValueFormat(abc.ABC):
     def nbytes(self, count: int) -> int:
         """Bytes that `count` values take."""
 
-    @abc.abstractmethod
-    def rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """(n,) float32 as what `read` makes of what `write` wrote; may be `values` itself."""
-
-    @abc.abstractmethod
     def write(self, values: torch.Tensor, out: Bytes) -> None:
-        """Fill `out`, (nbytes,), from (n,) float32 values on any device."""
+        """Fill `out`, (nbytes,), from (n,) float32 values on the CPU, contiguous."""
+        native = kernels_on(values.device)
+        if native is None:
+            self.reference_write(values.numpy(), out)
+        else:
+            native.write_values(self.bits, values.numpy(), out, threads())
+
+    def read(self, data: Bytes, out: torch.Tensor) -> None:
+        """Fill (n,) float32 `out` on the CPU, contiguous, from (nbytes,) that `check` accepts."""
+        native = kernels_on(out.device)
+        if native is None:
+            self.reference_read(data, out.numpy())
+        else:
+            native.read_values(self.bits, data, out.numpy(), threads())
 
     @abc.abstractmethod
-    def read(self, data: Bytes, count: int) -> torch.Tensor:
-        """(count,) float32 out of (nbytes,) bytes; a new tensor.
+    def check(self, data: Bytes, count: int, *, finite: bool) -> None:
+        """Find everything that may be wrong with (nbytes,) bytes.
+
+        Args:
+            data: arbitrary bytes.
+            count: how many values they hold.
+            finite: refuse inf and nan.
 
         Raises:
-            WireFormatError: an unused bit is not zero.
+            WireFormatError: these are no such values.
         """
+
+    @abc.abstractmethod
+    def reference_write(self, values: Floats, out: Bytes) -> None:
+        """`write` in numpy."""
+
+    @abc.abstractmethod
+    def reference_read(self, data: Bytes, out: Floats) -> None:
+        """`read` in numpy."""
 
 
 class Float32(ValueFormat):
@@ -62,17 +85,18 @@ class Float32(ValueFormat):
         """Four each."""
         return 4 * count
 
-    def rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """The values themselves."""
-        return values
+    def check(self, data: Bytes, count: int, *, finite: bool) -> None:
+        """Any bits are a number."""
+        if finite:
+            check_finite(data.view("<u4"), 0x7F800000)
 
-    def write(self, values: torch.Tensor, out: Bytes) -> None:
+    def reference_write(self, values: Floats, out: Bytes) -> None:
         """Copy the bits."""
-        out[:] = little_endian(values.contiguous().view(torch.int32).cpu().numpy(), "<i4")
+        out[:] = little_endian(values, "<f4")
 
-    def read(self, data: Bytes, count: int) -> torch.Tensor:
+    def reference_read(self, data: Bytes, out: Floats) -> None:
         """Copy the bits."""
-        return torch.from_numpy(data.view("<i4").astype(np.int32)).view(torch.float32)
+        np.copyto(out.view(np.uint32), data.view("<u4"))
 
 
 class Bfloat16(ValueFormat):
@@ -89,19 +113,19 @@ class Bfloat16(ValueFormat):
         """Two each."""
         return 2 * count
 
-    def rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """Round there and back."""
-        return narrow(values).to(torch.float32)
+    def check(self, data: Bytes, count: int, *, finite: bool) -> None:
+        """Any bits are a number."""
+        if finite:
+            check_finite(data.view("<u2"), 0x7F80)
 
-    def write(self, values: torch.Tensor, out: Bytes) -> None:
+    def reference_write(self, values: Floats, out: Bytes) -> None:
         """Round and copy the bits, span by span: nothing as large as a model is made."""
         for span in spans(len(values)):
-            bits = narrow(values[span]).view(torch.int16).cpu().numpy()
-            out[2 * span.start : 2 * span.stop] = little_endian(bits, "<i2")
+            out[2 * span.start : 2 * span.stop] = narrow(values[span])
 
-    def read(self, data: Bytes, count: int) -> torch.Tensor:
+    def reference_read(self, data: Bytes, out: Floats) -> None:
         """The bits are the upper half of a float32."""
-        return torch.from_numpy(widen(data))
+        widen(data, out)
 
 
 def spans(count: int) -> Iterator[slice]:
@@ -110,17 +134,29 @@ def spans(count: int) -> Iterator[slice]:
         yield slice(start, min(count, start + _SPAN_NUMEL))
 
 
-def narrow(values: torch.Tensor) -> torch.Tensor:
-    """To the nearest finite bfloat16; nan stays nan."""
-    return values.clamp(-float(MAX_BFLOAT16), float(MAX_BFLOAT16)).to(torch.bfloat16)
+def check_finite(words: npt.NDArray[np.unsignedinteger[Any]], exponent: int) -> None:
+    """Refuse floating point numbers whose bits `exponent` are all set: inf and nan.
+
+    Raises:
+        WireFormatError: there is one.
+    """
+    for span in spans(len(words)):
+        if ((words[span] & exponent) == exponent).any():
+            raise WireFormatError(
+                "payload's values must be finite unless its header says otherwise, got inf or nan."
+            )
 
 
-def widen(data: Bytes) -> Floats:
-    """Bytes of bfloat16 numbers as float32."""
-    bits = data.view("<u2").astype(np.uint32)
-    np.left_shift(bits, 16, out=bits)
-    numbers: Floats = bits.view(np.float32)
-    return numbers
+def narrow(values: Floats) -> Bytes:
+    """(n,) numbers as the (2 * n,) bytes of the nearest finite bfloat16; nan stays nan."""
+    most = float(MAX_BFLOAT16)
+    rounded = torch.from_numpy(values).clamp(-most, most).to(torch.bfloat16)
+    return little_endian(rounded.view(torch.int16).numpy(), "<i2")
+
+
+def widen(data: Bytes, out: Floats) -> None:
+    """Fill (n,) `out` with the bfloat16 numbers in (2 * n,) bytes."""
+    np.left_shift(data.view("<u2"), np.uint32(16), out=out.view(np.uint32))
 
 
 def little_endian(numbers: npt.NDArray[np.generic], dtype: str) -> Bytes:

@@ -9,13 +9,13 @@ offset bytes type meaning
 ====== ===== ==== ==================================================================================
 0      4     char magic, "DSGP"
 4      1     u8   format version, 2
-5      1     u8   codec id, see `codec.CODECS`; 0: no body, the header's signals only
-6      2     u16  flags; bit 0: gradient not finite, bit 1: loss known, bit 2: compute time known;
-                  all others 0
+5      1     u8   codec id, see `codec.CODECS`; 0: an announcement, a header without a body
+6      2     u16  flags; bit 0: not finite, bit 1: loss known, bit 2: compute time known, bit 3: the
+                  weights were written outside (with codec 0 only); all others 0
 8      4     u32  step
 12     2     u16  bucket
 14     2     u16  rank of the sender
-16     2     u16  k, kept elements per full row, 1 .. 4096
+16     2     u16  k, kept elements per full row, 1 .. 4096; with codec 0 what the sender decided
 18     2     u16  reserved, 0
 20     4     u32  crc32c of the bucket's layout; 0 with codec 0
 24     8     u64  elements of the bucket; 0 with codec 0
@@ -31,7 +31,8 @@ offset bytes type meaning
 
 The body is the values of the kept elements in row order and of the dense segments, as `values` and
 `levels` write them; then the places of the kept ones, as `places` writes them; then zeros up to a
-multiple of 4 bytes. For a given layout, k and codec it has one size.
+multiple of 4 bytes. For a given layout, k and codec it has one size. Values of the body are finite
+unless flag bit 0 is set.
 
 Format 1 had 12 bits for every index. Payloads do not outlive their step, and all ranks of a job are
 checked for one release before the first: another format's payload is refused, not read.
@@ -39,7 +40,6 @@ checked for one release before the first: another format's payload is refused, n
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 from dataclasses import dataclass
@@ -50,8 +50,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.errors import WireFormatError
-from ds_gradprune.records import CHUNK_NUMEL, BucketLayout, RankSignals
+from ds_gradprune.law.signals import RankSignals
 
 HEADER_BYTES = 64
 MAGIC = b"DSGP"
@@ -62,7 +63,7 @@ SIGNALS_ID = 0
 
 _FIELDS = struct.Struct("<4sBBHIHHHHIQIIfffff")
 _CRC = struct.Struct("<I")
-_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN = 1, 2, 4
+_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN, _WRITTEN = 1, 2, 4, 8
 _FLAGS = _NONFINITE | _LOSS_KNOWN | _TIME_KNOWN
 _F32_MAX = float(np.finfo(np.float32).max)
 
@@ -80,11 +81,11 @@ class Header:
         step: optimizer step, counted from 1.
         bucket: index of the bucket inside the step.
         rank: the sender.
-        codec_id: how the body is written.
+        codec_id: how the body is written; SIGNALS_ID: there is none.
         k: kept elements per full row.
-        numel: elements of the bucket.
-        layout_crc: of the bucket's layout.
-        signals: what the sender measured.
+        numel: elements of the bucket; 0 without a body.
+        layout_crc: of the bucket's layout; 0 without a body.
+        signals: what the sender measured; `written` is False unless there is no body.
     """
 
     step: int
@@ -95,15 +96,6 @@ class Header:
     numel: int
     layout_crc: int
     signals: RankSignals
-
-
-@functools.lru_cache(maxsize=64)
-def layout_crc(layout: BucketLayout) -> int:
-    """crc32c over the chunk size, the bucket's size and every segment; equal layouts, equal crc."""
-    numbers = [CHUNK_NUMEL, layout.numel]
-    for segment in layout.segments:
-        numbers += [segment.offset, segment.numel, int(segment.pruned)]
-    return int(google_crc32c.value(np.array(numbers, dtype="<u8").tobytes()))
 
 
 def seal(header: Header, payload: Bytes) -> None:
@@ -127,6 +119,7 @@ def seal(header: Header, payload: Bytes) -> None:
         _NONFINITE * signals.nonfinite
         | _LOSS_KNOWN * (signals.loss is not None)
         | _TIME_KNOWN * (signals.compute_time_s is not None)
+        | _WRITTEN * (signals.written and header.codec_id == SIGNALS_ID)
     )
     fields = _FIELDS.pack(
         MAGIC,
@@ -217,8 +210,9 @@ def parse(payload: torch.Tensor) -> Header:
 def _check_fields(
     codec_id: int, flags: int, k: int, reserved: int, crc: int, numel: int, body_bytes: int
 ) -> None:
-    if flags & ~_FLAGS:
-        raise WireFormatError(f"payload's flags must be within {_FLAGS:#x}, got {flags:#x}.")
+    allowed = _FLAGS | _WRITTEN if codec_id == SIGNALS_ID else _FLAGS
+    if flags & ~allowed:
+        raise WireFormatError(f"payload's flags must be within {allowed:#x}, got {flags:#x}.")
     if reserved:
         raise WireFormatError(f"payload's reserved field must be 0, got {reserved}.")
     if not 1 <= k <= CHUNK_NUMEL:
@@ -248,6 +242,7 @@ def _signals(flags: int, agreement: int, loss: float, amounts: list[float]) -> R
         comm_time_s=comm_time_s,
         wire_bytes=int(wire_bytes),
         agreement=agreement,
+        written=bool(flags & _WRITTEN),
     )
 
 
