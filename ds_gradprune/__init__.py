@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = ["attach", "detach", "initialize", "register", "unregister"]
 
 if TYPE_CHECKING:
-    from ds_gradprune.integration.engine import Handle
+    from ds_gradprune.deepspeed.engine import Handle
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -62,7 +62,7 @@ def detach(engine: Any) -> None:
 def _integration(name: str) -> Any:
     """Import a module that needs deepspeed, at the moment it is needed."""
     try:
-        return importlib.import_module(f"ds_gradprune.integration.{name}")
+        return importlib.import_module(f"ds_gradprune.deepspeed.{name}")
     except ModuleNotFoundError as exc:
         if exc.name != "deepspeed":
             raise

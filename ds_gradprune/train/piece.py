@@ -33,15 +33,35 @@ class Piece:
     pruned: bool
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What the model holds beyond the pieces: frozen parameters and buffers.
+
+    Nothing of it is exchanged, so it must be equal on all islands from the start.
+
+    Attributes:
+        sharded: this rank's part of what the island's ranks divide among them.
+        whole: what every rank of the island holds.
+    """
+
+    sharded: list[torch.Tensor]
+    whole: list[torch.Tensor]
+
+
 class Shards(Protocol):
     """The fp32 weights of an island, as far as this rank exchanges them.
 
     Attributes:
         has_masters: the model's weights are copies of what the optimizer steps. A user's write to
             them is lost at the next step, as in plain DeepSpeed.
+        averages_by_groups: the dense warm-up needs no `gradients`: DeepSpeed's own reduction
+            averages over all ranks while the island's groups are not in force.
+        warmup_fault: one sentence, why a dense warm-up is impossible here; None: it is possible.
     """
 
     has_masters: bool
+    averages_by_groups: bool
+    warmup_fault: str | None
 
     def pieces(self) -> list[Piece]:
         """What the optimizer steps now, in an order that is the same on all islands. Local.
@@ -52,13 +72,17 @@ class Shards(Protocol):
     def every_piece(self) -> list[Piece]:
         """The same, parameters included that are frozen now. Local."""
 
+    def rest(self) -> Rest:
+        """What is never exchanged. Local."""
+
     def publish(self) -> None:
         """Bring the fp32 weights into the model. Collective: all ranks of the island."""
 
     def gradients(self) -> list[torch.Tensor]:
         """What the optimizer is about to step with: means over the island, this rank's part.
 
-        Contiguous; may be changed in place before `gradients_changed` is called. Local.
+        1-D and contiguous, one per piece of `pieces`, in its order. They may be changed in place
+        before `gradients_changed` is called. Local.
         """
 
     def gradients_changed(self) -> None:
@@ -68,4 +92,11 @@ class Shards(Protocol):
         """The optimizer's state without the weights: tensors, numbers, texts. Local."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, in place; the weights stay. Local."""
+        """Take over what `state_dict` gave, in place; the weights stay. Local.
+
+        Raises:
+            CheckpointError: the state is of other tensors; nothing has changed then.
+        """
+
+    def close(self) -> None:
+        """Give DeepSpeed back what was changed in it. Local."""

@@ -1,4 +1,4 @@
-"""The three ways in: `initialize`, `register`, `attach` (engine.py)."""
+"""The three ways in: `initialize`, `register`, `attach` (attach.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from ds_gradprune.config import BLOCK, load_block
+from ds_gradprune.deepspeed.attach import attach
+from ds_gradprune.deepspeed.groups import Groups, kept
 from ds_gradprune.errors import ConfigError, UnsupportedError
-from ds_gradprune.integration.engine import attach
-from ds_gradprune.integration.mpu import IslandGroups, kept
 
 _original = deepspeed.initialize
 
@@ -22,7 +22,8 @@ _original = deepspeed.initialize
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize` with pruned gradients or updates: same arguments, same return.
 
-    The block is validated before DeepSpeed opens anything.
+    The block is validated before DeepSpeed opens anything. An engine without an optimizer, as a
+    reference model has, exchanges nothing and is left alone.
 
     Returns:
         engine, optimizer, training_dataloader, lr_scheduler; `engine.gradprune` is the handle.
@@ -32,23 +33,19 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Collective: all ranks.
     """
-    result = create(*args, **kwargs)
-    if getattr(result[0], "gradprune", None) is None:
-        attach(result[0])
+    given = inspect.signature(_original).bind(*args, **kwargs)
+    ds_config = _ds_config(given.arguments)
+    if not _has_optimizer(given.arguments, ds_config):
+        return _call(given)
+    result = _create(given, ds_config)
+    attach(result[0])
     return result
 
 
-def create(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """What `initialize` does before `attach`: the engine, with an mpu if its ranks are islands.
-
-    Raises:
-        ConfigError: the block is missing or wrong.
-        UnsupportedError: the ranks cannot be islands.
-
-    Collective: all ranks.
-    """
-    given = inspect.signature(_original).bind(*args, **kwargs)
-    ds_config = _ds_config(given.arguments)
+def _create(
+    given: inspect.BoundArguments, ds_config: dict[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    """The engine, with an mpu if there are islands."""
     config = load_block(ds_config)
     if not (config.enabled and config.prune == "update"):
         return _call(given)
@@ -59,7 +56,7 @@ def create(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         **{name: given.arguments[name] for name in names if name in given.arguments},
     )
     if comm.get_world_size() > 1:
-        given.arguments["mpu"] = IslandGroups()
+        given.arguments["mpu"] = Groups(config.island.ranks)
     with kept():
         return _call(given)
 
@@ -82,6 +79,10 @@ def unregister() -> None:
 def _call(given: inspect.BoundArguments) -> tuple[Any, Any, Any, Any]:
     result: tuple[Any, Any, Any, Any] = _original(*given.args, **given.kwargs)
     return result
+
+
+def _has_optimizer(given: dict[str, Any], ds_config: dict[str, Any]) -> bool:
+    return given.get("optimizer") is not None or bool(ds_config.get("optimizer"))
 
 
 def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any]) -> None:
@@ -108,6 +109,8 @@ def _ds_config(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("deepspeed.initialize must be given config (a path or a dict), got none.")
     try:
         parsed: dict[str, Any] = load_ds_config(config)
-    except ValueError as exc:
+    except (ValueError, OverflowError, RecursionError, IndexError) as exc:
+        raise ConfigError(f"the DeepSpeed configuration cannot be read: {exc}") from exc
+    except OSError as exc:
         raise ConfigError(f"the DeepSpeed configuration cannot be read: {exc}") from exc
     return parsed

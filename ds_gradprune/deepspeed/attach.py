@@ -1,0 +1,144 @@
+"""attach(engine): the checks before anything is hooked, and which handle an engine gets."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from ds_gradprune.config import GradientPruningConfig, load_block
+from ds_gradprune.deepspeed import checkpoint, compat
+from ds_gradprune.deepspeed.agree import check_peers
+from ds_gradprune.deepspeed.gradient_handle import GradientHandle
+from ds_gradprune.deepspeed.groups import Groups
+from ds_gradprune.deepspeed.handle import Clock, Handle, IdleHandle
+from ds_gradprune.deepspeed.island_handle import IslandHandle
+from ds_gradprune.deepspeed.shards import make_shards
+from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.train.piece import Shards
+from ds_gradprune.wire.all_gather import AllGather
+from ds_gradprune.wire.channel import Channel
+from ds_gradprune.wire.mpi import MpiTransport
+from ds_gradprune.wire.owner_reduce import OwnerReduce
+from ds_gradprune.wire.throttle import RatePoint, ThrottledTransport
+from ds_gradprune.wire.torchdist import TorchDistTransport
+from ds_gradprune.wire.transport import Transport
+
+__all__ = ["AnyHandle", "Clock", "Handle", "IdleHandle", "attach"]
+
+logger = logging.getLogger(__name__)
+
+AnyHandle: TypeAlias = Handle | IdleHandle
+
+ALL_GATHER_MOST = 8
+"""Ranks up to which "auto" gathers everything from everybody: the traffic grows with them."""
+
+
+def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
+    """Prune what a DeepSpeed engine exchanges, from its next step on.
+
+    Reads the `gradient_pruning` block from the engine's own configuration. With `enabled: false`,
+    with one rank or one island, and without an optimizer (a reference model) the engine is left
+    alone.
+
+    Args:
+        engine: what `deepspeed.initialize` returned first.
+        clock: where time comes from; for tests.
+
+    Returns:
+        The handle, also found as `engine.gradprune`.
+
+    Raises:
+        ConfigError: the block is missing or wrong.
+        UnsupportedError: the engine uses what we cannot serve.
+        RankMismatchError: hosts differ in versions, model or configuration.
+
+    Collective: all ranks.
+    """
+    if not isinstance(engine.config, dict):
+        raise UnsupportedError(f"engine.config must be a dict, got {type(engine.config).__name__}")
+    config = load_block(engine.config)
+    handle = _handle(engine, config, clock or Clock())
+    engine.gradprune = handle
+    return handle
+
+
+def _handle(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
+    if not config.enabled or not compat.has_optimizer(engine):
+        return IdleHandle(engine, config)
+    compat.check(engine, config.prune)
+    if config.prune == "gradient":
+        return _gradients(engine, config, clock)
+    return _islands(engine, config, clock)
+
+
+def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
+    group = engine.seq_data_parallel_group
+    if dist.get_world_size(group) == 1:
+        return _idle(engine, config, "there is only one rank")
+    check_peers(engine, config, group)
+    seat = checkpoint.Seat.of_ranks(group)
+    return GradientHandle(engine, config, _channel(config, group, clock), clock, seat)
+
+
+def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
+    groups = engine.mpu
+    if not isinstance(groups, Groups):
+        if dist.get_world_size() == 1:
+            return _idle(engine, config, "there is only one rank")
+        raise UnsupportedError(
+            'gradient_pruning.prune = "update", the default, needs an engine whose data-parallel '
+            "group is its island, and this one was made without. Make it with "
+            "ds_gradprune.initialize, or call ds_gradprune.register() before "
+            'deepspeed.initialize, or set prune to "gradient".'
+        )
+    if groups.num_islands == 1:
+        return _idle(engine, config, "there is only one island")
+    check_peers(engine, config, groups.everyone)
+    shards = make_shards(engine, groups, config.min_numel)
+    equalize(engine, groups, shards)
+    seat = checkpoint.Seat.of_islands(groups)
+    channel = _channel(config, groups.outer_cpu, clock)
+    return IslandHandle(engine, config, channel, clock, seat, groups, shards)
+
+
+def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:
+    logger.warning("gradient pruning is idle: %s, nothing to exchange", why)
+    return IdleHandle(engine, config)
+
+
+@torch.no_grad()
+def equalize(engine: Any, groups: Groups, shards: Shards) -> None:
+    """Weights and buffers of island 0 for all: DeepSpeed did so within the island only.
+
+    Collective: all ranks.
+    """
+    module = engine.module
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [piece.own for piece in shards.every_piece()]
+    source = dist.get_global_rank(groups.outer, 0)
+    for tensor in {id(tensor): tensor for tensor in tensors if tensor.numel()}.values():
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=source, group=groups.outer)
+        tensor.copy_(whole)
+    shards.publish()
+
+
+def _channel(config: GradientPruningConfig, group: Any, clock: Clock) -> Channel:
+    transport: Transport = TorchDistTransport(group, config.timeout_s)
+    if config.transport == "mpi":
+        transport = MpiTransport(transport, config.timeout_s)
+    if config.throttle is not None:
+        schedule = [
+            RatePoint(point.step, point.rate_mbit * 1e6 / 8, point.latency_s, point.outage_s)
+            for point in config.throttle.schedule
+        ]
+        transport = ThrottledTransport(
+            transport, schedule, config.timeout_s, now_s=clock.now_s, sleep=clock.sleep
+        )
+    kind = config.exchange
+    if kind == "auto":
+        kind = "all_gather" if transport.world_size <= ALL_GATHER_MOST else "owner_reduce"
+    return AllGather(transport) if kind == "all_gather" else OwnerReduce(transport)

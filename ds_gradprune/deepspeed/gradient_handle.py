@@ -1,0 +1,197 @@
+"""Gradient mode in DeepSpeed's step loop, ZeRO stage 0.
+
+Beyond what `Handle` hooks:
+
+- `buffered_allreduce_fallback`: all gradients are complete; the ranks announce what they send;
+- `allreduce_bucket`: its one all-reduce is marked for our backend; DeepSpeed's averaging and
+  data-type casts around it stay in force;
+- `step`: after an optimizer step the residuals are committed, and the law decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed import backend as backends
+from ds_gradprune.deepspeed import checkpoint
+from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.gradients import Gradient, GradientPruning
+from ds_gradprune.wire.channel import Announcement, Channel
+
+UNREDUCED = (
+    "step {step} ended without reducing any gradient; was engine.backward called, and outside "
+    "engine.no_sync?"
+)
+
+
+class GradientHandle(Handle):
+    """`engine.gradprune` of an engine that prunes gradients.
+
+    Attributes:
+        pruning: the algorithm, with the residuals.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: GradientPruningConfig,
+        channel: Channel,
+        clock: Clock,
+        seat: checkpoint.Seat,
+    ) -> None:
+        super().__init__(engine, config, channel, clock, seat)
+        self.pruning = GradientPruning(
+            channel,
+            self.loop.stopwatch,
+            value_bits=config.value_bits,
+            error_feedback=config.error_feedback,
+        )
+        self._backend = backends.install()
+        self._names: dict[int, str] = {}
+        self._announcement: Announcement | None = None
+        self._signals: RankSignals | None = None
+        self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
+        self.hooks.replace("allreduce_bucket", self._reduce_bucket)
+
+    def _before_detach(self) -> None:
+        backends.uninstall(self._backend)
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def _reduce_gradients(
+        self,
+        original: Callable[..., Any],
+        grads: list[torch.Tensor] | None = None,
+        elements_per_buffer: int = 500_000_000,
+    ) -> Any:
+        stopwatch = self.loop.stopwatch
+        with stopwatch.phase("codec"):
+            if grads is None:
+                grads, _ = self.engine._get_gradients_for_reduction()
+            self._names = gradient_names(self.engine.module)
+            self.channel.advance(self.loop.exchange_step)
+            self.pruning.begin()
+            self._signals = self.loop.signals(
+                self.losses.so_far(), nonfinite=not all_finite(grads)
+            )
+            self._announcement = self.announce(self._signals, self.pruning.codec_id(self.k))
+        return original(grads=grads, elements_per_buffer=elements_per_buffer)
+
+    def _reduce_bucket(
+        self,
+        original: Callable[..., Any],
+        bucket: list[torch.Tensor],
+        dp_group: Any,
+        dp_world_size: int | None = None,
+    ) -> Any:
+        gradients = [self._gradient(tensor) for tensor in bucket]
+        with self._backend.gradient_bucket(lambda flat: self._reduce(flat, gradients)):
+            return original(bucket, dp_group, dp_world_size)
+
+    def _reduce(self, vector: torch.Tensor, gradients: Sequence[Gradient]) -> None:
+        """Replace one bucket by its sum over the ranks."""
+        assert self._announcement is not None and self._signals is not None
+        scale = loss_scale(self.engine)
+        with self.loop.stopwatch.phase("codec"):
+            if self.loop.decision.density == 1.0:
+                bad = any(signals.nonfinite for signals in self._agreed())
+                self.pruning.reduce_dense(vector, gradients, nonfinite=bad, scale=scale)
+                return
+            self.pruning.reduce(
+                vector,
+                gradients,
+                self.k,
+                step=self.loop.exchange_step,
+                signals=self._signals,
+                scale=scale,
+                agreed=self._agreed,
+            )
+
+    def _agreed(self) -> list[RankSignals]:
+        """What all ranks have announced; raises where they disagree."""
+        assert self._announcement is not None
+        with self.loop.stopwatch.phase("wire"):
+            return [header.signals for header in self._announcement.headers()]
+
+    def _gradient(self, tensor: torch.Tensor) -> Gradient:
+        name = self._names.get(tensor.data_ptr())
+        if name is None:
+            raise UnsupportedError(
+                "DeepSpeed reduces a gradient that belongs to none of the model's parameters; "
+                "gradient pruning cannot tell whose residual it is"
+            )
+        pruned = tensor.dim() > 1 and tensor.numel() >= self.config.min_numel
+        return Gradient(name, tensor.numel(), pruned)
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.engine.global_steps
+        try:
+            result = original(*args, **kwargs)
+        except BaseException:
+            self.pruning.abort()
+            raise
+        if self.engine.global_steps == before:
+            return result
+        if self._announcement is None:
+            raise UnsupportedError(UNREDUCED.format(step=self.loop.exchange_step))
+        self.pruning.commit(applied=bool(self.engine._step_applied))
+        ranks, self._announcement = self._agreed(), None
+        self.losses.reset()
+        self.finish(ranks, self.pruning.take_dense_bytes())
+        return result
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {"loop": self.loop.state_dict(), "residuals": self.pruning.residuals.state_dict()}
+
+    def _read(self, state: checkpoint.Loaded) -> Callable[[], None]:
+        mine = state.state
+        loop = self.loop.read(mine["loop"])
+        residuals = self.pruning.residuals.read(mine["residuals"])
+
+        def take() -> None:
+            self._forget()
+            self.loop.take(loop)
+            self.pruning.residuals.take(residuals)
+            checkpoint.set_random_state(state.random)
+
+        return take
+
+    def _restart(self) -> None:
+        self._forget()
+        self.loop.restart()
+        self.pruning.residuals.take({})
+
+    def _forget(self) -> None:
+        self.pruning.abort()
+        self._announcement = None
+
+
+def gradient_names(module: torch.nn.Module) -> dict[int, str]:
+    """Address of every gradient -> name of its parameter."""
+    return {
+        parameter.grad.data_ptr(): name
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None and parameter.numel()
+    }
+
+
+def all_finite(grads: list[torch.Tensor]) -> bool:
+    """One read of the gradients, no copy: the largest magnitude is finite iff all are."""
+    if not grads:
+        return True
+    return math.isfinite(float(torch.nn.utils.get_total_norm(grads, norm_type=math.inf)))
+
+
+def loss_scale(engine: Any) -> float:
+    """By how much the gradients are too large."""
+    scale = engine._get_optimizer_loss_scale() if engine.fp16_enabled() else None
+    return 1.0 if scale is None else float(scale)

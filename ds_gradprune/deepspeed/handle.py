@@ -1,0 +1,351 @@
+"""`engine.gradprune`: the tie between a DeepSpeed engine and the step loop, for both modes.
+
+What is hooked (deepspeed 0.19.8, runtime/engine.py), all on the instance, all given back by
+`detach`:
+
+- forward, through module hooks: the step's clock starts, the model's own loss is noted;
+- `backward`: the loss is noted, still on its device;
+- `step`, `save_checkpoint`, `load_checkpoint`: what a mode needs there.
+
+`gradient_handle` and `island_handle` say what is exchanged, and when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import google_crc32c
+import torch
+
+from ds_gradprune import codec
+from ds_gradprune.bucket.layout import kept_per_chunk
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed import checkpoint, monitor
+from ds_gradprune.deepspeed.hooks import Hooks
+from ds_gradprune.deepspeed.losses import StepLosses
+from ds_gradprune.errors import CheckpointError, UnsupportedError
+from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.loop import Loop
+from ds_gradprune.train.report import StepReport, Totals
+from ds_gradprune.wire.channel import Announcement, Channel
+
+IDLE_WORDS = "gradient pruning is idle here: there is no loop"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Clock:
+    """Where time comes from; tests put a virtual one in.
+
+    Attributes:
+        now_s: seconds, monotonic.
+        sleep: waits so many seconds (only emulated links do).
+    """
+
+    now_s: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], object] = time.sleep
+
+
+class IdleHandle:
+    """`engine.gradprune` where nothing is exchanged: DeepSpeed is left alone.
+
+    The block is disabled, there is only one rank, or the engine has no optimizer.
+
+    Attributes:
+        engine: the DeepSpeed engine.
+        config: the validated block.
+        idle: true.
+        report: None.
+        totals: zeros.
+    """
+
+    idle = True
+
+    def __init__(self, engine: Any, config: GradientPruningConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.report: StepReport | None = None
+        self.totals = Totals()
+
+    @property
+    def loop(self) -> Loop:
+        """There is none.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(IDLE_WORDS)
+
+    session = loop
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """The model holds its own weights, which are the only ones. Local."""
+        yield
+
+    def weight_sets(self) -> Iterator[None]:
+        """There is one set of weights. Local."""
+        yield
+
+    def parameters_crc(self) -> int:
+        """crc32c over the bits of all parameters of this rank, in module order. Local."""
+        return module_crc(self.engine.module)
+
+    def detach(self) -> None:
+        """Nothing was hooked. Local."""
+        self.engine.gradprune = None
+
+
+class Handle:
+    """The tie of an engine that exchanges something.
+
+    Args:
+        engine: the DeepSpeed engine.
+        config: the validated block.
+        channel: to the peers.
+        clock: where time comes from.
+        seat: this rank's place, for its checkpoint file.
+
+    Attributes:
+        engine: see there.
+        config: see there.
+        channel: see there.
+        loop: counts, measures, decides.
+        losses: of the step under way.
+        idle: false.
+    """
+
+    idle = False
+
+    def __init__(
+        self,
+        engine: Any,
+        config: GradientPruningConfig,
+        channel: Channel,
+        clock: Clock,
+        seat: checkpoint.Seat,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.channel = channel
+        self.loop = Loop(config, clock.now_s)
+        self.losses = StepLosses()
+        self._seat = seat
+        self._is_first = seat.is_first
+        self._log = monitor.StepLog(config.log_path if self._is_first else None)
+        self.hooks = Hooks(engine)
+        self.hooks.keep(engine.register_forward_pre_hook(self._before_forward))
+        self.hooks.keep(engine.register_forward_hook(self._after_forward))
+        self.hooks.replace("backward", self._backward)
+        self.hooks.replace("step", self._step)
+        self.hooks.replace("save_checkpoint", self._save_checkpoint)
+        self.hooks.replace("load_checkpoint", self._load_checkpoint)
+
+    @property
+    def session(self) -> Loop:
+        """The loop, under its former name."""
+        return self.loop
+
+    @property
+    def report(self) -> StepReport | None:
+        """The last finished exchange; None before the first."""
+        return self.loop.report
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the run."""
+        return self.loop.totals
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """The model holds what all ranks agree on; with pruned gradients it always does. Local."""
+        yield
+
+    def weight_sets(self) -> Iterator[None]:
+        """One turn for every set of weights: `for _ in handle.weight_sets(): change them`. Local.
+
+        With pruned gradients there is one set.
+        """
+        yield
+
+    def parameters_crc(self) -> int:
+        """crc32c over the bits of what must be equal on all ranks. Local."""
+        return module_crc(self.engine.module)
+
+    def detach(self) -> None:
+        """Give DeepSpeed back everything that was hooked; a second call does nothing. Local.
+
+        Raises:
+            UnsupportedError: somebody has hooked the engine after us; nothing is given back.
+        """
+        if self.engine.gradprune is not self:
+            return
+        self.hooks.check()
+        self._before_detach()
+        self.hooks.remove()
+        self._log.close()
+        self.channel.close()
+        self.engine.gradprune = None
+
+    # ---- what a mode does ----------------------------------------------------------------------
+
+    def _before_detach(self) -> None:
+        """Give back what the mode has hooked."""
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Shadow `engine.step`."""
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        """What this rank's file holds of the run."""
+        raise NotImplementedError
+
+    def _read(self, state: checkpoint.Loaded) -> Callable[[], None]:
+        """Check a state, change nothing; returns what puts it into force and cannot fail."""
+        raise NotImplementedError
+
+    def _restart(self) -> None:
+        """A checkpoint without our state was loaded: the run begins anew from its weights."""
+        raise NotImplementedError
+
+    # ---- hooks ---------------------------------------------------------------------------------
+
+    def _trains(self) -> bool:
+        return bool(self.engine.module.training) and torch.is_grad_enabled()
+
+    def _before_forward(self, _module: Any, _inputs: Any) -> None:
+        if self._trains():
+            self.loop.begin_step()
+
+    def _after_forward(self, _module: Any, _inputs: Any, output: Any) -> None:
+        if self._trains():
+            self.losses.forward(output)
+
+    def _backward(
+        self,
+        original: Callable[..., Any],
+        loss: torch.Tensor,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+    ) -> Any:
+        engine = self.engine
+        self.loop.begin_step()
+        self.losses.backward(
+            loss,
+            is_managed=engine.managed_gradient_accumulation(),
+            is_scaled_by_us=scale_wrt_gas,
+        )
+        result = original(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
+            self.losses.close_group()
+        return result
+
+    # ---- an exchange ---------------------------------------------------------------------------
+
+    @property
+    def k(self) -> int:
+        """Kept elements per chunk in the exchange that is next or under way."""
+        return kept_per_chunk(self.loop.decision.density)
+
+    def announce(
+        self, signals: RankSignals, codec_id: int, sizes: Sequence[int] = ()
+    ) -> Announcement:
+        """Tell all ranks what this one is about to send. Collective.
+
+        Args:
+            signals: what this rank, or its island, measured.
+            codec_id: of the payloads that follow.
+            sizes: their bytes; empty: not compared.
+        """
+        header = codec.encode_signals(
+            step=self.loop.exchange_step,
+            rank=self.channel.rank,
+            k=self.k,
+            signals=signals,
+        )
+        return self.channel.announce(header, sizes)
+
+    def finish(self, ranks: Sequence[RankSignals], dense_bytes: int) -> None:
+        """The step with an exchange is over: decide, compare and write down."""
+        before = self.loop.last_exchange
+        report = self.loop.finish_exchange(
+            ranks, wire_bytes=self.channel.take_wire_bytes(), dense_bytes=dense_bytes
+        )
+        every = self.config.verify_every_steps
+        if every is not None and report.step // every > before // every:
+            self.loop.note_weights(self.parameters_crc())
+        self._log.write(report)
+        if self._is_first:
+            monitor.write_events(self.engine, report)
+            monitor.log_decision(report)
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _save_checkpoint(
+        self,
+        original: Callable[..., Any],
+        save_dir: str,
+        tag: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
+        if save_dir:
+            checkpoint.save(save_dir, tag, self._seat, self._state())
+        return original(save_dir, tag, *args, **kwargs)
+
+    def _load_checkpoint(
+        self,
+        original: Callable[..., Any],
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        if tag is None:
+            tag = checkpoint.latest_tag(load_dir)
+        resumes = load_optimizer_states and not load_module_only and tag is not None
+        # Ours is read, checked and agreed on first: what cannot be resumed changes nothing.
+        saved = checkpoint.load(load_dir, str(tag), self._seat) if resumes else None
+        fault: CheckpointError | None = None
+        take: Callable[[], None] | None = None
+        if saved is not None:
+            try:
+                take = self._read(saved)
+            except CheckpointError as exc:
+                fault = exc
+            checkpoint.agree_on(fault, self._seat)
+        result = original(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
+        self.losses.reset()
+        if result[0] is None:
+            return result
+        if take is None:
+            self._restart()
+        else:
+            take()
+            self._log.rewind(self.loop.step)
+        return result
+
+
+def module_crc(module: torch.nn.Module) -> int:
+    """crc32c over the bits of all parameters, in module order. Local."""
+    crc = 0
+    for parameter in module.parameters():
+        flat = parameter.detach().reshape(-1).contiguous().cpu()
+        if flat.numel():
+            crc = google_crc32c.extend(crc, flat.view(torch.uint8).numpy())
+    return int(crc)

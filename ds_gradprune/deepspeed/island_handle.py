@@ -1,0 +1,248 @@
+"""Update mode in DeepSpeed's step loop: every island steps alone, and rounds end in an exchange.
+
+Beyond what `Handle` hooks:
+
+- `buffered_allreduce_fallback`, `allreduce_bucket` (stage 0): dense in the warm-up, inside the
+  island after it;
+- `step`: after an optimizer step the islands exchange what their fp32 weights have gained;
+- the model's forward and `state_dict`: which weights it holds (`island_weights`).
+
+An island's checkpoint holds, beside DeepSpeed's files with the shared weights (island 0 writes
+them), its own weights, its optimizer's state, its schedule and its buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed import checkpoint
+from ds_gradprune.deepspeed.consensus import InsideIsland
+from ds_gradprune.deepspeed.groups import Groups
+from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.deepspeed.island_state import IslandState
+from ds_gradprune.deepspeed.island_weights import IslandWeights
+from ds_gradprune.deepspeed.warmup import Warmup
+from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.islands import Islands, refuse
+from ds_gradprune.train.outer import make_rule, update_scale
+from ds_gradprune.train.piece import Shards
+from ds_gradprune.train.shared_weights import SharedWeights
+from ds_gradprune.wire.channel import Channel
+
+
+class IslandHandle(Handle):
+    """`engine.gradprune` of an engine that prunes updates.
+
+    Args:
+        engine: the DeepSpeed engine, made with `groups` as its mpu.
+        config: the validated block.
+        channel: between the same-index ranks of all islands.
+        clock: where time comes from.
+        seat: this rank's place, for its checkpoint file.
+        groups: the islands.
+        shards: the fp32 weights of this rank; equal on all islands.
+
+    Attributes:
+        islands: the algorithm, with own and shared weights.
+        weights: which of them the model holds.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        config: GradientPruningConfig,
+        channel: Channel,
+        clock: Clock,
+        seat: checkpoint.Seat,
+        groups: Groups,
+        shards: Shards,
+    ) -> None:
+        super().__init__(engine, config, channel, clock, seat)
+        self.groups = groups
+        self.shards = shards
+        shared = SharedWeights(shards, on_cpu=config.shared_device == "cpu")
+        self.islands = Islands(
+            shared,
+            channel,
+            self.loop.stopwatch,
+            value_bits=config.value_bits,
+            scale=update_scale(groups.num_islands, config.update_scale),
+            rule=make_rule(config.slow_momentum, config.sync_every),
+        )
+        self._inside = InsideIsland(groups.inner, groups.device_of(engine))
+        self.weights = IslandWeights(engine, self.islands, shards)
+        self._warmup = Warmup(self)
+        self._state_of = IslandState(engine, self.islands, shards)
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """The model holds the weights that all islands agree on. Training must wait.
+
+        Collective: all ranks of the island.
+        """
+        with self.weights.shared():
+            yield
+
+    def weight_sets(self) -> Iterator[None]:
+        """One turn with the own weights in the model, one with the shared ones.
+
+        For changes that are no plain assignment, a clamp for example, which all ranks make::
+
+            for _ in engine.gradprune.weight_sets():
+                weight.clamp_(-0.1, 0.1)
+
+        Collective: all ranks of the island.
+        """
+        return self.weights.each()
+
+    def parameters_crc(self) -> int:
+        """crc32c over what must be equal on the same-index ranks of all islands. Local."""
+        if not self.islands.have_parted:
+            return super().parameters_crc()
+        return self.islands.weights.crc()
+
+    def _before_detach(self) -> None:
+        self.weights.leave_shared()
+        self._warmup.close()
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    @property
+    def is_warmup(self) -> bool:
+        """The step under way belongs to the dense warm-up.
+
+        Never again once the islands have parted, whatever the configuration says: their own weights
+        differ, and averaged gradients would not bring them together.
+        """
+        return (
+            self.config.warmup == "dense"
+            and not self.islands.have_parted
+            and self.loop.step < self.config.warmup_steps
+        )
+
+    def _backward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.weights.hold_own()
+        if not int(self.engine.zero_optimization_stage()):
+            return super()._backward(original, *args, **kwargs)
+        with self.groups.in_force():
+            return super()._backward(original, *args, **kwargs)
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.is_warmup:
+            return self._warmup.step(original, *args, **kwargs)
+        self.weights.hold_own()
+        if not self.islands.have_parted:
+            self.islands.weights.capture()
+            self.islands.have_parted = True
+        self.weights.notice_writes()
+        before = self.engine.global_steps
+        with self.groups.in_force():
+            result = original(*args, **kwargs)
+        if self.engine.global_steps != before:
+            self._end_step()
+        self.weights.note()
+        return result
+
+    def _end_step(self) -> None:
+        self.losses.end_step()
+        self.channel.advance(self.loop.exchange_step)
+        if not self.loop.is_due(self.islands.have_parted):
+            self.loop.skip_exchange()
+            return
+        with self.loop.stopwatch.phase("codec"):
+            ranks, dense_bytes = self._exchange()
+        self.finish(ranks, dense_bytes)
+
+    def _exchange(self) -> tuple[list[RankSignals], int]:
+        """Prepare, start, deliver and commit; all or nothing."""
+        islands, step, k = self.islands, self.loop.exchange_step, self.k
+        is_dense = self.loop.decision.density == 1.0
+        signals, dense_bytes = self._inside.agree(
+            self.loop.signals(
+                self.losses.take(),
+                nonfinite=is_dense and not islands.weights.is_finite(),
+                written=bool(self.weights.written),
+            ),
+            islands.dense_bytes(),
+        )
+        prepared = None if is_dense else islands.prepare(k, step=step, signals=signals)
+        sizes = () if prepared is None else prepared.sizes
+        announcement = self.announce(signals, islands.codec_id(k), sizes)
+        if prepared is not None:
+            prepared.write()
+        with self.loop.stopwatch.phase("wire"):
+            ranks = [header.signals for header in announcement.headers()]
+        if any(rank.written for rank in ranks):
+            self._compare_written(signals)
+        if prepared is None:
+            bad = [island for island, rank in enumerate(ranks) if rank.nonfinite]
+            prepared = islands.prepare_dense(bad)
+        prepared.start()
+        bad = self._inside.union(prepared.deliver(), self.groups.num_islands)
+        if bad:
+            prepared.abort()
+            refuse(bad, step)
+        prepared.commit()
+        self.shards.publish()
+        return ranks, dense_bytes
+
+    def _compare_written(self, signals: RankSignals) -> None:
+        """Somebody has written weights: all islands must have written the same.
+
+        Raises:
+            RankMismatchError: they have not.
+        """
+        crc = self.islands.weights.crc()
+        header = dataclasses.replace(signals, agreement=crc, written=False)
+        announcement = self.announce(header, self.islands.codec_id(self.k))
+        with self.loop.stopwatch.phase("wire"):
+            self.weights.check_written(announcement)
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.weights.shared(), self.groups.writing(self.engine):
+            return super()._save_checkpoint(original, *args, **kwargs)
+
+    def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.weights.hold_own()
+        with self.groups.reading(self.engine):
+            result = super()._load_checkpoint(original, *args, **kwargs)
+        self.weights.note()
+        return result
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "loop": self.loop.state_dict(),
+            "losses": self.losses.state_dict(),
+            "num_islands": self.groups.num_islands,
+            "island": self._state_of.save(),
+        }
+
+    def _read(self, state: checkpoint.Loaded) -> Callable[[], None]:
+        loop = self.loop.read(state.state["loop"])
+        restore = self._state_of.read(state.state["island"], is_resized=state.is_resized)
+
+        def take() -> None:
+            self.losses.load_state_dict([] if state.is_resized else state.state["losses"])
+            self.loop.take(loop)
+            restore()
+            if not state.is_resized:
+                checkpoint.set_random_state(state.random)
+
+        return take
+
+    def _restart(self) -> None:
+        self.loop.restart()
+        self._state_of.restart()
+
+    @property
+    def signals_of(self) -> Callable[[RankSignals, int], tuple[RankSignals, int]]:
+        """How the ranks of the island agree on their signals."""
+        return self._inside.agree

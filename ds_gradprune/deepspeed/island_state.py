@@ -1,0 +1,108 @@
+"""What an island's checkpoint holds beside DeepSpeed's files, and how it is put back.
+
+`read` checks everything and changes nothing; what it returns cannot fail. All functions are local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ds_gradprune.errors import CheckpointError
+from ds_gradprune.train.islands import Islands
+from ds_gradprune.train.piece import Shards
+
+
+class IslandState:
+    """Saves and restores one island.
+
+    Args:
+        engine: the DeepSpeed engine.
+        islands: the algorithm.
+        shards: the fp32 weights of this rank.
+    """
+
+    def __init__(self, engine: Any, islands: Islands, shards: Shards) -> None:
+        self._engine = engine
+        self._islands = islands
+        self._shards = shards
+
+    def save(self) -> dict[str, Any]:
+        """Everything of the island that affects the next step."""
+        scheduler = self._engine.lr_scheduler
+        return {
+            "have_parted": self._islands.have_parted,
+            "own": self._islands.weights.own_state(),
+            "rule": self._islands.rule.state_dict(),
+            "optimizer": self._shards.state_dict(),
+            "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+            "skipped_steps": self._engine.skipped_steps,
+            "buffers": dict(_persistent_buffers(self._engine.module)),
+        }
+
+    def read(self, island: Mapping[str, Any], *, is_resized: bool) -> Callable[[], None]:
+        """Check a state.
+
+        Args:
+            island: what `save` gave.
+            is_resized: it is another island's, because their number has changed: its own weights
+                are left out, and this island begins with the shared ones.
+
+        Returns:
+            What puts it into force, after DeepSpeed has loaded the shared weights.
+
+        Raises:
+            CheckpointError: it is of another model or rule.
+        """
+        buffers = dict(_persistent_buffers(self._engine.module))
+        if buffers.keys() != island["buffers"].keys():
+            raise CheckpointError(
+                f"the checkpoint's buffers must be the model's, got {sorted(island['buffers'])} "
+                f"for {sorted(buffers)}. Resume with the model that saved it."
+            )
+        if not self._islands.weights.fits(island["own"]):
+            raise CheckpointError(
+                "the checkpoint's weights must be those that the optimizer steps: their number or "
+                "their sizes differ. Resume with the model, the ZeRO stage and the parameters in "
+                "the optimizer that saved it."
+            )
+        if (island["lr_scheduler"] is None) != (self._engine.lr_scheduler is None):
+            was, now = ("none", "one") if island["lr_scheduler"] is None else ("one", "none")
+            raise CheckpointError(
+                f"the checkpoint has {was} learning rate schedule, and this run has {now}. Resume "
+                "with the schedule that saved it."
+            )
+        rule = self._islands.rule.read(island["rule"])
+        return lambda: self._take(island, rule, is_resized)
+
+    def restart(self) -> None:
+        """A checkpoint without our state was loaded: its weights are everybody's."""
+        self._islands.have_parted = False
+        self._islands.weights.capture()
+        self._islands.rule.reset()
+
+    @torch.no_grad()
+    def _take(self, island: Mapping[str, Any], rule: Any, is_resized: bool) -> None:
+        islands, weights = self._islands, self._islands.weights
+        weights.capture()  # what DeepSpeed has loaded are the shared weights
+        islands.rule.take(rule)
+        islands.have_parted = bool(island["have_parted"])
+        self._shards.load_state_dict(island["optimizer"])
+        if self._engine.lr_scheduler is not None:
+            self._engine.lr_scheduler.load_state_dict(island["lr_scheduler"])
+        self._engine.skipped_steps = island["skipped_steps"]
+        if not is_resized:
+            for name, buffer in _persistent_buffers(self._engine.module):
+                buffer.copy_(island["buffers"][name])
+            weights.set_own(island["own"])
+        self._shards.publish()
+
+
+def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a state_dict holds."""
+    for prefix, inner in module.named_modules():
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and name not in inner._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer

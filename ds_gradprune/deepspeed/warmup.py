@@ -1,0 +1,163 @@
+"""The dense warm-up of update mode: gradients are averaged over all islands, as DeepSpeed does.
+
+At ZeRO stage 0 DeepSpeed's own all-reduce of a gradient bucket is done over our channel, between
+the steps that it makes around it, so the result has the bits of a run without us. With several
+ranks in an island, each of them carries its share of the bucket over the slow link. At stages 1 to
+3 DeepSpeed averages inside the island, and what every rank is about to step with is averaged
+between the islands before the optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ds_gradprune.deepspeed import backend as backends
+from ds_gradprune.deepspeed.gradient_handle import UNREDUCED, all_finite
+from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.wire.channel import Announcement
+from ds_gradprune.wire.traffic import ring_all_reduce_bytes
+
+if TYPE_CHECKING:
+    from ds_gradprune.deepspeed.island_handle import IslandHandle
+
+
+class Warmup:
+    """Hooks gradient reduction of one engine in update mode.
+
+    Args:
+        handle: the engine's handle.
+    """
+
+    def __init__(self, handle: IslandHandle) -> None:
+        self._handle = handle
+        self._groups = handle.groups
+        self._announcement: Announcement | None = None
+        self._dense_bytes = 0
+        self._is_partitioned = int(handle.engine.zero_optimization_stage()) > 0
+        self._backend = backends.install()
+        if self._is_partitioned:
+            handle.hooks.replace("_take_model_step", self._before_model_step)
+        else:
+            handle.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
+            handle.hooks.replace("allreduce_bucket", self._reduce_bucket)
+
+    def close(self) -> None:
+        """Give DeepSpeed its backend back. Local."""
+        backends.uninstall(self._backend)
+
+    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A whole `engine.step` in the warm-up. Collective: all ranks."""
+        handle = self._handle
+        before = handle.engine.global_steps
+        if self._is_partitioned:
+            with self._groups.in_force():
+                result = original(*args, **kwargs)
+        else:
+            result = original(*args, **kwargs)
+        if handle.engine.global_steps == before:
+            return result
+        if self._announcement is None:
+            raise UnsupportedError(UNREDUCED.format(step=handle.loop.exchange_step))
+        ranks = [header.signals for header in self._announcement.headers()]
+        dense_bytes, self._dense_bytes, self._announcement = self._dense_bytes, 0, None
+        handle.losses.reset()
+        handle.finish(ranks, dense_bytes)
+        return result
+
+    # ---- stage 0 -------------------------------------------------------------------------------
+
+    def _reduce_gradients(
+        self,
+        original: Callable[..., Any],
+        grads: list[torch.Tensor] | None = None,
+        elements_per_buffer: int = 500_000_000,
+    ) -> Any:
+        handle = self._handle
+        if handle.is_warmup:
+            with handle.loop.stopwatch.phase("codec"):
+                if grads is None:
+                    grads, _ = handle.engine._get_gradients_for_reduction()
+                nbytes = sum(grad.numel() * grad.element_size() for grad in grads)
+                self._announce(nonfinite=not all_finite(grads), gradient_bytes=nbytes)
+            return original(grads=grads, elements_per_buffer=elements_per_buffer)
+        if self._groups.inner is None:
+            handle.engine._get_gradients_for_reduction()  # as DeepSpeed: zeros where is none
+            return None
+        with self._groups.in_force():
+            return original(grads=grads, elements_per_buffer=elements_per_buffer)
+
+    def _reduce_bucket(
+        self,
+        original: Callable[..., Any],
+        bucket: list[torch.Tensor],
+        dp_group: Any,
+        dp_world_size: int | None = None,
+    ) -> Any:
+        if not self._handle.is_warmup:
+            return original(bucket, dp_group, dp_world_size)
+        with self._backend.gradient_bucket(self._sum):
+            return original(bucket, dp_group, dp_world_size)
+
+    def _sum(self, vector: torch.Tensor) -> None:
+        """Replace a bucket by its sum over all ranks."""
+        groups, stopwatch = self._groups, self._handle.loop.stopwatch
+        with stopwatch.phase("wire"):
+            if groups.inner is None:
+                self._handle.channel.start_all_reduce(vector).wait()
+                return
+            dist.all_reduce(vector, group=groups.inner)
+            shares = _equal_shares(vector, groups.num_shards)
+            if shares[groups.shard].numel():
+                self._handle.channel.start_all_reduce(shares[groups.shard]).wait()
+            for shard, share in enumerate(shares):
+                if share.numel():
+                    source = dist.get_global_rank(groups.inner, shard)
+                    dist.broadcast(share, src=source, group=groups.inner)
+
+    # ---- stages 1 to 3 -------------------------------------------------------------------------
+
+    def _before_model_step(
+        self, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        handle = self._handle
+        if handle.is_warmup:
+            with handle.loop.stopwatch.phase("codec"):
+                self._average()
+        return original(*args, **kwargs)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        handle = self._handle
+        gradients = [g for g in handle.shards.gradients() if g.numel()]
+        nbytes = sum(g.numel() * g.element_size() for g in gradients)
+        self._announce(nonfinite=not all_finite(gradients), gradient_bytes=nbytes)
+        with handle.loop.stopwatch.phase("wire"):
+            works = [handle.channel.start_all_reduce(gradient) for gradient in gradients]
+            for work in works:
+                work.wait()
+        for gradient in gradients:
+            gradient.mul_(1.0 / self._groups.num_islands)
+        handle.shards.gradients_changed()
+
+    def _announce(self, *, nonfinite: bool, gradient_bytes: int) -> None:
+        handle = self._handle
+        handle.channel.advance(handle.loop.exchange_step)
+        signals = handle.loop.signals(handle.losses.so_far(), nonfinite=nonfinite)
+        mine = ring_all_reduce_bytes(gradient_bytes, self._groups.num_islands)
+        if not self._is_partitioned and self._groups.inner is not None:
+            mine //= self._groups.num_shards  # its share of every bucket
+        signals, dense_bytes = handle.signals_of(signals, mine)
+        self._dense_bytes += dense_bytes
+        self._announcement = handle.announce(signals, 0)
+        with handle.loop.stopwatch.phase("wire"):
+            self._announcement.headers()
+
+
+def _equal_shares(vector: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Contiguous views of a vector, one for each rank of an island; some may be empty."""
+    cuts = [vector.numel() * i // count for i in range(count + 1)]
+    return [vector[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]

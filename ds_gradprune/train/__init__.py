@@ -1,0 +1,1 @@
+"""One step after the other: what is exchanged, when, and how it is applied; no DeepSpeed."""

@@ -1,0 +1,230 @@
+"""Gradient mode: a gradient bucket is replaced by the sum of what all ranks send of theirs.
+
+Every rank adds the same decoded payloads in rank order, so all get equal bits. The result is a
+*sum*, as an all-reduce gives, so that DeepSpeed's own averaging, pre-division and clipping stay in
+force around it. What is not sent stays in the residual; it is staged until the step was applied, so
+a step that is skipped, or that fails in a later bucket, touches no residual. Until then the old and
+the new residual exist side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ds_gradprune import codec
+from ds_gradprune.bucket.apply import scatter_add
+from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
+from ds_gradprune.train.message import Memory, Message, Source, Stamp
+from ds_gradprune.train.residual import Residuals
+from ds_gradprune.train.stopwatch import Stopwatch
+from ds_gradprune.wire.channel import Channel
+from ds_gradprune.wire.traffic import ring_all_reduce_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gradient:
+    """One parameter's share of a bucket.
+
+    Attributes:
+        key: the parameter's name; stable over the run.
+        numel: its elements.
+        pruned: its elements are selected; False: always sent whole.
+    """
+
+    key: str
+    numel: int
+    pruned: bool
+
+
+class GradientPruning:
+    """The algorithm of gradient mode on one rank.
+
+    Args:
+        channel: between all ranks.
+        stopwatch: waiting counts as "wire" there.
+        value_bits: bits of a value on the wire.
+        error_feedback: keep what was not sent and add it to the next gradient.
+        bucket_numel: elements that are selected and applied at a time.
+
+    Attributes:
+        residuals: what this rank owes.
+        channel: see there.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        stopwatch: Stopwatch,
+        *,
+        value_bits: int,
+        error_feedback: bool,
+        bucket_numel: int = BUCKET_NUMEL,
+    ) -> None:
+        self.residuals = Residuals()
+        self.channel = channel
+        self._stopwatch = stopwatch
+        self.value_bits = value_bits
+        self._error_feedback = error_feedback
+        self._bucket_numel = bucket_numel
+        self._cuts: dict[tuple[Gradient, ...], tuple[Bucket, ...]] = {}
+        self._memory = Memory()
+        self._number = 0
+        self._dense_bytes = 0
+
+    def codec_id(self, k: int) -> int:
+        """Which codec writes the payloads."""
+        return codec.codec_for(k, self.value_bits).codec_id
+
+    def begin(self) -> None:
+        """A reduction of all gradients begins. Local."""
+        self._number = 0
+
+    def commit(self, *, applied: bool) -> None:
+        """The optimizer has stepped, or has skipped its step. Local."""
+        if applied:
+            self.residuals.commit()
+        else:
+            self.residuals.drop()
+
+    def abort(self) -> None:
+        """The step failed: nothing of it counts. Local."""
+        self.residuals.drop()
+
+    def take_dense_bytes(self) -> int:
+        """What this rank would have sent without pruning since the last call. Local."""
+        total, self._dense_bytes = self._dense_bytes, 0
+        return total
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        vector: torch.Tensor,
+        gradients: Sequence[Gradient],
+        k: int,
+        *,
+        step: int,
+        signals: RankSignals,
+        scale: float = 1.0,
+        agreed: Callable[[], object] = bool,
+    ) -> None:
+        """Replace `vector` by the sum of what all ranks send of theirs.
+
+        Args:
+            vector: (numel,) fp32, bf16 or fp16, contiguous; changed in place. If some rank's
+                gradient is not finite it becomes nan everywhere, and no residual is staged.
+            gradients: what lies in it, in order.
+            k: kept elements per full chunk.
+            step: optimizer step under way, counted from 1.
+            signals: this rank's measurements, for the headers.
+            scale: loss scale of `vector`.
+            agreed: called before the payloads leave; raises where the ranks disagree about them.
+
+        Raises:
+            TransportError, WireFormatError, RankMismatchError: the exchange failed; no residual
+                has changed.
+
+        Collective: all ranks, same order.
+        """
+        buckets = self._buckets(gradients)
+        keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
+        self._count(vector)
+        owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
+        sources = [
+            Source(
+                bucket.layout,
+                vector[bucket.start : bucket.stop],
+                None if owed is None else owed[bucket.start : bucket.stop],
+                scale,
+            )
+            for bucket in buckets
+        ]
+        stamp = Stamp(step, self.channel.rank, k, signals, self._number)
+        self._number += len(buckets)
+        message = Message(sources, stamp, self.value_bits, self.channel, self._memory)
+        payloads = message.write()
+        agreed()
+        pending = self.channel.start(payloads, message.sizes, message.layouts)
+        try:
+            with self._stopwatch.phase("wire"):
+                pending.wait()
+        except Exception:
+            self._memory.abandon()
+            raise
+        arrived = message.arrived(pending)
+        if arrived.nonfinite:
+            vector.fill_(float("nan"))
+            arrived.finish(applied=False)
+            return
+        staged = _unscaled(vector, owed, scale) if self._error_feedback else None
+        vector.zero_()
+        for number, bucket in enumerate(buckets):
+            here = slice(bucket.start, bucket.stop)
+            for block, is_own in arrived.deliveries(number, vector.device):
+                if staged is not None and is_own:
+                    scatter_add(staged[here], block, -1.0 / scale)
+                scatter_add(vector[here], block)
+            apart = arrived.sent(number, vector.device)
+            if staged is not None and apart is not None:
+                scatter_add(staged[here], apart, -1.0 / scale)
+        arrived.finish(applied=True)
+        if self._error_feedback:
+            self.residuals.stage(keys, numels, staged)
+
+    @torch.no_grad()
+    def reduce_dense(
+        self,
+        vector: torch.Tensor,
+        gradients: Sequence[Gradient],
+        *,
+        nonfinite: bool,
+        scale: float = 1.0,
+    ) -> None:
+        """Replace `vector` by its plain sum over ranks; the residual is sent with it.
+
+        Args:
+            vector: (numel,) any floating dtype; changed in place.
+            gradients: what lies in it, in order.
+            nonfinite: some rank's gradient is not finite: the residual is left alone.
+            scale: loss scale of `vector`.
+
+        Raises:
+            TransportError: the exchange failed; no residual has changed.
+
+        Collective: all ranks, same order; `nonfinite` must be agreed.
+        """
+        self._count(vector)
+        keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
+        owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
+        if owed is not None and not nonfinite:
+            vector.add_(owed, alpha=scale)
+        with self._stopwatch.phase("wire"):
+            self.channel.start_all_reduce(vector).wait()
+        if owed is not None and not nonfinite:
+            self.residuals.stage(keys, numels, None)
+
+    # ---- details -------------------------------------------------------------------------------
+
+    def _count(self, vector: torch.Tensor) -> None:
+        tensor_bytes = vector.numel() * vector.element_size()
+        self._dense_bytes += ring_all_reduce_bytes(tensor_bytes, self.channel.world_size)
+
+    def _buckets(self, gradients: Sequence[Gradient]) -> tuple[Bucket, ...]:
+        together = tuple(gradients)
+        buckets = self._cuts.get(together)
+        if buckets is None:
+            numels = [g.numel for g in together]
+            offsets = [sum(numels[:i]) for i in range(len(numels))]
+            buckets = cut(numels, [g.pruned for g in together], offsets, self._bucket_numel)
+            self._cuts[together] = buckets
+        return buckets
+
+
+def _unscaled(vector: torch.Tensor, owed: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """owed + vector / scale, in new memory."""
+    if owed is None:
+        return vector.to(torch.float32, copy=True).mul_(1.0 / scale)
+    return owed.clone().add_(vector, alpha=1.0 / scale)

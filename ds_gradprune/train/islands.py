@@ -1,0 +1,276 @@
+"""Update mode: what an island has gained over the shared weights is pruned and exchanged.
+
+A round, from the exchange that ends it::
+
+    prepare   select what moved most in own - shared, and encode it       nothing has changed
+    start     the payloads travel
+    deliver   wait, and check everything that has arrived                 nothing has changed
+    commit    every delivery moves the shared weights by factor * value, in rank order; the own
+              weights keep their residual, own - shared - sent             cannot fail
+
+So a failure, wherever it happens, leaves own and shared weights as they were. Between start and
+commit the island may go on training: `own` is read again at the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ds_gradprune import codec
+from ds_gradprune.bucket.apply import Move
+from ds_gradprune.errors import NonFiniteError
+from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
+from ds_gradprune.train.outer import OuterRule
+from ds_gradprune.train.shared_weights import Bound, SharedWeights
+from ds_gradprune.train.stopwatch import Stopwatch
+from ds_gradprune.wire.channel import Channel, Pending
+from ds_gradprune.wire.traffic import ring_all_reduce_bytes
+from ds_gradprune.wire.transport import Work
+
+
+class Prepared(Protocol):
+    """One exchange of all buckets, from its preparation to its commit.
+
+    Attributes:
+        sizes: bytes of every payload; equal on all islands. Empty: they need not be compared.
+    """
+
+    sizes: Sequence[int]
+
+    def write(self) -> None:
+        """Select and encode; nothing but scratch memory changes. Local."""
+
+    def start(self) -> None:
+        """Let the payloads travel. Collective: all islands."""
+
+    def done(self) -> bool:
+        """Everything has arrived, so `deliver` does not wait. Local."""
+
+    def deliver(self) -> list[int]:
+        """Wait and check everything; raises, or returns the islands with inf or nan. Collective."""
+
+    def commit(self) -> None:
+        """Apply everything; nothing in it can fail. Local."""
+
+    def abort(self) -> None:
+        """Apply nothing: some rank could not deliver. Local."""
+
+
+class Islands:
+    """The algorithm of update mode on one rank.
+
+    Args:
+        weights: own and shared weights.
+        channel: between the same-index ranks of all islands.
+        stopwatch: waiting counts as "wire" there.
+        value_bits: bits of a value on the wire.
+        scale: factor on the islands' mean update.
+        rule: what moves the shared weights besides.
+
+    Attributes:
+        weights: see there.
+        channel: see there.
+        stopwatch: see there.
+        value_bits: see there.
+        scale: see there.
+        rule: see there.
+        memory: scratch memory, kept.
+        have_parted: the islands have stepped alone, so their own weights differ. A fact of the
+            run, kept in its checkpoints, not derived from the configuration.
+    """
+
+    def __init__(
+        self,
+        weights: SharedWeights,
+        channel: Channel,
+        stopwatch: Stopwatch,
+        *,
+        value_bits: int,
+        scale: float,
+        rule: OuterRule,
+    ) -> None:
+        self.weights = weights
+        self.rule = rule
+        self.have_parted = False
+        self.scale = scale
+        self.channel = channel
+        self.stopwatch = stopwatch
+        self.value_bits = value_bits
+        self.memory = Memory()
+
+    @property
+    def factor(self) -> float:
+        """Weight of one island's update in the move of the shared weights."""
+        return self.scale / self.channel.world_size
+
+    def dense_bytes(self) -> int:
+        """What this rank would send in an exchange without pruning."""
+        return ring_all_reduce_bytes(4 * self.weights.numel, self.channel.world_size)
+
+    def codec_id(self, k: int) -> int:
+        """Which codec writes the payloads."""
+        return codec.codec_for(k, self.value_bits).codec_id
+
+    def prepare(self, k: int, *, step: int, signals: RankSignals) -> Prepared:
+        """Select and encode the progress of this island; changes nothing. Local.
+
+        Args:
+            k: kept elements per chunk.
+            step: optimizer step that the exchange follows.
+            signals: this rank's measurements, for the headers.
+        """
+        return _Pruned(self, Stamp(step, self.channel.rank, k, signals))
+
+    def prepare_dense(self, nonfinite: Sequence[int]) -> Prepared:
+        """Prepare to send the whole progress as it is. Local.
+
+        Args:
+            nonfinite: the islands whose weights hold inf or nan, agreed on.
+        """
+        return _Dense(self, nonfinite)
+
+
+class _Pruned:
+    """A pruned exchange."""
+
+    def __init__(self, islands: Islands, stamp: Stamp) -> None:
+        self._islands = islands
+        sources = [Source(b.layout, b.own, b.beside(), -1.0) for b in islands.weights.bound()]
+        self._message = Message(
+            sources, stamp, islands.value_bits, islands.channel, islands.memory
+        )
+        self.sizes: Sequence[int] = self._message.sizes
+        self._payloads: torch.Tensor | None = None
+        self._pending: Pending | None = None
+        self._arrived: Arrived | None = None
+
+    def write(self) -> None:
+        self._payloads = self._message.write()
+
+    def start(self) -> None:
+        assert self._payloads is not None
+        self._pending = self._islands.channel.start(
+            self._payloads, self.sizes, self._message.layouts
+        )
+
+    def done(self) -> bool:
+        return self._pending is not None and self._pending.done()
+
+    def deliver(self) -> list[int]:
+        assert self._pending is not None
+        try:
+            with self._islands.stopwatch.phase("wire"):
+                self._pending.wait()
+        except Exception:
+            self._islands.memory.abandon()
+            raise
+        self._arrived = self._message.arrived(self._pending)
+        return self._arrived.nonfinite
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        assert self._arrived is not None
+        # Own weights may have moved to other memory meanwhile: ask for them again.
+        for number, bound in enumerate(self._islands.weights.bound()):
+            self._apply(self._arrived, number, bound)
+        self._arrived.finish(applied=True)
+
+    def abort(self) -> None:
+        if self._arrived is not None:
+            self._arrived.finish(applied=False)
+
+    def _apply(self, arrived: Arrived, number: int, bound: Bound) -> None:
+        islands = self._islands
+        rule, factor, device = islands.rule, islands.factor, bound.own[0].device
+        shared = bound.beside()
+        rule.begin(bound.store, islands.weights.stores[bound.store], bound.start, bound.stop)
+        move = Move(bound.own, shared, bound.layout)
+        for block, is_own in arrived.deliveries(number, device):
+            if is_own:
+                move.sent(block)
+            move.add(block, factor)
+            rule.note(block, factor)
+        apart = arrived.sent(number, device)
+        if apart is not None:
+            move.sent(apart)
+        move.close()
+        drift = rule.drift()
+        if drift is not None:
+            bound.shift(shared, drift)
+        bound.give_back(shared)
+
+
+class _Dense:
+    """An exchange of everything: the progress of all islands is summed in fp32.
+
+    Needs 4 bytes per parameter while it is under way, because nothing may move before all of it is
+    there.
+    """
+
+    def __init__(self, islands: Islands, nonfinite: Sequence[int]) -> None:
+        self.sizes: Sequence[int] = ()
+        self._islands = islands
+        self._bounds = islands.weights.bound()
+        self._nonfinite = list(nonfinite)
+        self._moves: list[torch.Tensor] = []
+        self._works: list[Work] = []
+
+    def write(self) -> None:
+        """Nothing to do."""
+
+    def abort(self) -> None:
+        """Nothing to give back."""
+
+    @torch.no_grad()
+    def start(self) -> None:
+        if self._nonfinite:
+            return
+        for bound in self._bounds:
+            move = torch.cat(bound.own).sub_(bound.beside())
+            self._moves.append(move)
+            self._works.append(self._islands.channel.start_all_reduce(move))
+
+    def done(self) -> bool:
+        return all(work.done() for work in self._works)
+
+    def deliver(self) -> list[int]:
+        with self._islands.stopwatch.phase("wire"):
+            for work in self._works:
+                work.wait()
+        return self._nonfinite
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        islands = self._islands
+        for bound, move in zip(self._bounds, self._moves, strict=True):
+            move.mul_(islands.factor)
+            shared = bound.beside()
+            store = islands.weights.stores[bound.store]
+            islands.rule.begin(bound.store, store, bound.start, bound.stop)
+            islands.rule.note_dense(move)
+            shared.add_(move)
+            drift = islands.rule.drift()
+            if drift is not None:
+                shared.add_(drift)
+            for own, part in zip(bound.own, bound.split(shared), strict=True):
+                own.copy_(part)
+            bound.give_back(shared)
+
+
+def refuse(nonfinite: Sequence[int], step: int) -> None:
+    """End an exchange in which some island's weights are not finite.
+
+    Raises:
+        NonFiniteError: `nonfinite` names an island.
+    """
+    if nonfinite:
+        raise NonFiniteError(
+            f"the weights of island {', '.join(map(str, nonfinite))} hold inf or nan after step "
+            f"{step}; the shared weights are still those of the exchange before. Resume from the "
+            "last checkpoint with a lower learning rate or with gradient_clipping."
+        )
+

@@ -1,0 +1,288 @@
+"""Counts steps, measures them, and decides what the next exchange may send.
+
+The loop does not know what is exchanged, nor how: an algorithm and a channel do that. It gives the
+rank's signals for the headers, takes back the headers of all ranks, and asks the law. What decides
+travelled in the headers, so every rank decides from the same numbers and no rank asks another.
+
+All functions are local.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ds_gradprune import law
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.errors import CheckpointError
+from ds_gradprune.law.consensus import aggregate
+from ds_gradprune.law.decision import Decision
+from ds_gradprune.law.signals import RankSignals, StepSignals
+from ds_gradprune.law.state import from_plain, to_plain
+from ds_gradprune.train.report import StepReport, Totals
+from ds_gradprune.train.stopwatch import Stopwatch
+
+FORMAT = 2
+"""Of the state in a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timed:
+    """What this rank measured in its last exchange; rides in the next one's headers.
+
+    Attributes:
+        density: kept / all, as used.
+        compute_time_s: None: not seen from its start.
+        codec_time_s: select, encode, decode, apply.
+        comm_time_s: waiting for the exchange.
+        wire_bytes: sent by this rank.
+        dense_bytes: what it would have sent without pruning.
+    """
+
+    density: float
+    compute_time_s: float | None
+    codec_time_s: float
+    comm_time_s: float
+    wire_bytes: int
+    dense_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoopState:
+    """Everything of a loop that affects the next step.
+
+    Attributes:
+        step: finished optimizer steps.
+        last_exchange: the step that the last exchange followed; 0: none yet.
+        agreement: running crc of decisions and of hashes of the weights.
+        law: state of the law.
+        decision: what holds for the next exchange.
+        timed: see there; None before the first exchange.
+        totals: sums over the run.
+        stopwatch: of the interval under way.
+    """
+
+    step: int
+    last_exchange: int
+    agreement: int
+    law: law.State
+    decision: Decision
+    timed: Timed | None
+    totals: Totals
+    stopwatch: Mapping[str, Any]
+
+
+class Loop:
+    """The step loop of one rank.
+
+    Args:
+        config: the validated block.
+        clock: seconds, monotonic; a virtual one in tests.
+
+    Attributes:
+        stopwatch: where the time goes.
+        decision: what holds for the exchange that is next or under way.
+        step: finished optimizer steps.
+        last_exchange: the step that the last exchange followed.
+        totals: sums over the run.
+        report: the last exchange; None before the first.
+    """
+
+    def __init__(self, config: GradientPruningConfig, clock: Callable[[], float]) -> None:
+        self._config = config
+        self._every = config.sync_every if config.prune == "update" else 1
+        self._law_config = config
+        if config.step_time_budget_s is not None and self._every > 1:
+            # The law compares its budget with the time from one exchange to the next.
+            budget_s = config.step_time_budget_s * self._every
+            self._law_config = config.model_copy(update={"step_time_budget_s": budget_s})
+        self.stopwatch = Stopwatch(clock)
+        self.report: StepReport | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """As before the first step: nothing is known."""
+        state, decision = law.start(self._law_config)
+        empty = Stopwatch(lambda: 0.0).state_dict()
+        self.take(LoopState(0, 0, 0, state, decision, None, Totals(), empty))
+
+    @property
+    def exchange_step(self) -> int:
+        """The step under way, which an exchange in it follows; counted from 1."""
+        return self.step + 1
+
+    def is_due(self, has_parted: bool) -> bool:
+        """The step under way ends with an exchange.
+
+        Args:
+            has_parted: the islands step alone; else every step exchanges gradients.
+        """
+        return not has_parted or self.exchange_step - self.last_exchange >= self._every
+
+    def begin_step(self) -> None:
+        """The step's first forward begins; further calls in the same step change nothing."""
+        self.stopwatch.start()
+
+    def skip_exchange(self) -> None:
+        """The optimizer has stepped and no exchange is due."""
+        self.stopwatch.pause()
+        self.step += 1
+
+    def signals(
+        self, loss: float | None, *, nonfinite: bool = False, written: bool = False
+    ) -> RankSignals:
+        """What this rank says in the headers of the exchange under way.
+
+        Args:
+            loss: training loss, mean over this rank's micro-steps since the last exchange.
+            nonfinite: this rank's gradients or weights hold inf or nan.
+            written: somebody else has written this rank's weights.
+        """
+        timed = self._timed
+        compute_s = None if timed is None else timed.compute_time_s
+        if self._every > 1 and self.last_exchange <= self._config.warmup_steps:
+            compute_s = None  # of single dense steps: not those of an interval
+        return RankSignals(
+            loss=loss,
+            nonfinite=nonfinite,
+            compute_time_s=compute_s,
+            codec_time_s=0.0 if timed is None else timed.codec_time_s,
+            comm_time_s=0.0 if timed is None else timed.comm_time_s,
+            wire_bytes=0 if timed is None else timed.wire_bytes,
+            agreement=self._agreement,
+            written=written,
+        )
+
+    def finish_exchange(
+        self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int
+    ) -> StepReport:
+        """The step with an exchange is over: decide for the next one.
+
+        Args:
+            ranks: what all ranks said, in rank order; equal everywhere.
+            wire_bytes: sent by this rank since the last exchange.
+            dense_bytes: what it would have sent without pruning.
+
+        Returns:
+            What the exchange was, and what holds next.
+        """
+        used, before = self.decision, self._timed
+        times, is_whole = self.stopwatch.lap()
+        timed = Timed(
+            used.density,
+            times.compute_s if is_whole else None,
+            times.codec_s,
+            times.wire_s,
+            wire_bytes,
+            dense_bytes,
+        )
+        signals = aggregate(
+            self.exchange_step,
+            ranks,
+            None if before is None else before.density,
+            0 if before is None else before.dense_bytes,
+        )
+        self._law, self.decision = law.update(self._law_config, self._law, self._ahead(signals))
+        self.step += 1
+        steps, self.last_exchange = self.step - self.last_exchange, self.step
+        self._timed = timed
+        self._agree(struct.pack("<Id", self.decision.step, self.decision.density))
+        self.report = StepReport(
+            step=signals.step,
+            steps=steps,
+            loss=signals.loss,
+            performance=self.decision.performance,
+            density=used.density,
+            cause=used.cause,
+            step_time_s=times.wall_s if is_whole else None,
+            compute_time_s=timed.compute_time_s,
+            codec_time_s=times.codec_s,
+            comm_time_s=times.wire_s,
+            hidden_time_s=times.hidden_s,
+            wire_bytes=wire_bytes,
+            dense_bytes=dense_bytes,
+            nonfinite=signals.nonfinite,
+            signals=signals,
+            decision=self.decision,
+        )
+        self.totals = self.totals.plus(self.report)
+        return self.report
+
+    def note_weights(self, crc: int) -> None:
+        """Fold a hash of the weights into what the next headers compare.
+
+        A rank whose weights differ is found by all ranks in the next exchange.
+        """
+        self._agree(struct.pack("<I", crc))
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that affects the next step, as plain types."""
+        return {
+            "format": FORMAT,
+            "prune": self._config.prune,
+            "step": self.step,
+            "last_exchange": self.last_exchange,
+            "agreement": self._agreement,
+            "law": law.to_plain(self._law),
+            "decision": to_plain(self.decision),
+            "timed": None if self._timed is None else to_plain(self._timed),
+            "totals": to_plain(self.totals),
+            "stopwatch": self.stopwatch.state_dict(),
+        }
+
+    def read(self, state: Mapping[str, Any]) -> LoopState:
+        """The state that `state_dict` wrote; changes nothing.
+
+        Raises:
+            CheckpointError: it is of another format or mode, or is none.
+        """
+        for key, own in (("format", FORMAT), ("prune", self._config.prune)):
+            if state.get(key) != own:
+                raise CheckpointError(
+                    f"the pruning state's {key} must be {own!r}, got {state.get(key)!r}. Resume "
+                    "with the release and the configuration that saved it."
+                )
+        timed = state["timed"]
+        return LoopState(
+            int(state["step"]),
+            int(state["last_exchange"]),
+            int(state["agreement"]),
+            law.restore(self._law_config, state["law"]),
+            from_plain(Decision, state["decision"]),
+            None if timed is None else from_plain(Timed, timed),
+            from_plain(Totals, state["totals"]),
+            state["stopwatch"],
+        )
+
+    def take(self, state: LoopState) -> None:
+        """Continue from a state; its report is not kept."""
+        self.step, self.last_exchange = state.step, state.last_exchange
+        self._agreement = state.agreement
+        self._law, self.decision = state.law, state.decision
+        self._timed, self.totals = state.timed, state.totals
+        self.stopwatch.load_state_dict(state.stopwatch)
+        self.report = None
+
+    # ---- details -------------------------------------------------------------------------------
+
+    def _agree(self, data: bytes) -> None:
+        self._agreement = zlib.crc32(data, self._agreement)
+
+    def _ahead(self, signals: StepSignals) -> StepSignals:
+        """The signals as of the step before the next exchange: the law decides for the one after.
+
+        The exchange that passes the ramp's end is decided for that end, so that none is skipped.
+        """
+        position = signals.step - self._config.warmup_steps
+        if position < 0 or self._every == 1:
+            return signals
+        ahead, ramp_end = position + self._every, max(1, self._config.ramp_steps)
+        if position < ramp_end:
+            ahead = min(ahead, ramp_end)
+        return dataclasses.replace(signals, step=self._config.warmup_steps + ahead - 1)
+

@@ -1,0 +1,116 @@
+"""Where the time of a step goes. The parts always sum to the wall clock.
+
+Time is counted from `start` to `pause`, over any number of such spans, until `lap`. Every moment in
+it belongs to exactly one phase: "compute" unless a `phase` block says otherwise. Work of another
+thread is not counted here but noted with `add_hidden`: it does not lengthen the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Phase = Literal["compute", "codec", "wire"]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of an interval.
+
+    Attributes:
+        compute_s: forward, backward, optimizer, and all that the framework does between them.
+        codec_s: select, encode, decode, apply.
+        wire_s: waiting for an exchange, so for the link and for peers.
+        hidden_s: of exchanges, while the computation went on; not part of the sum.
+    """
+
+    compute_s: float = 0.0
+    codec_s: float = 0.0
+    wire_s: float = 0.0
+    hidden_s: float = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        """The whole interval."""
+        return self.compute_s + self.codec_s + self.wire_s
+
+
+class Stopwatch:
+    """Measures one interval after the other.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._times = Times()
+        self._phase: Phase = "compute"
+        self._since_s: float | None = None
+        self._is_whole = True
+
+    def start(self) -> None:
+        """The clock runs; nothing changes if it does already."""
+        if self._since_s is None:
+            self._since_s = self._clock()
+
+    def pause(self) -> None:
+        """The clock stands. If it did not run, the interval's computation is unknown."""
+        if self._since_s is None:
+            self._is_whole = False
+            return
+        self._count()
+        self._since_s = None
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """What happens inside belongs to `phase`; blocks may be nested."""
+        outer = self._phase
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+
+    def add_hidden(self, seconds: float) -> None:
+        """An exchange took so long beside the computation."""
+        self._times = replace(self._times, hidden_s=self._times.hidden_s + seconds)
+
+    def lap(self) -> tuple[Times, bool]:
+        """End the interval and begin the next one, with the clock standing.
+
+        Returns:
+            The times, and whether the computation was seen from its start.
+        """
+        self.pause()
+        times, is_whole = self._times, self._is_whole
+        self._times, self._is_whole, self._phase = Times(), True, "compute"
+        return times, is_whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured of the interval under way."""
+        return asdict(self._times) | {"is_whole": self._is_whole}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave; the clock stands."""
+        self.lap()
+        self._is_whole = bool(state["is_whole"])
+        self._times = Times(**{k: float(v) for k, v in state.items() if k != "is_whole"})
+
+    def _enter(self, phase: Phase) -> None:
+        if self._since_s is not None:
+            self._count()
+        elif phase != "compute":
+            # Work outside a step that was seen from its start still has its own time.
+            self._since_s = self._clock()
+            self._is_whole = False
+        self._phase = phase
+
+    def _count(self) -> None:
+        assert self._since_s is not None
+        now_s = self._clock()
+        spent_s, self._since_s = now_s - self._since_s, now_s
+        field = f"{self._phase}_s"
+        self._times = replace(self._times, **{field: getattr(self._times, field) + spent_s})
