@@ -1,0 +1,109 @@
+"""What of an engine must be equal on all ranks, read before its first step."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import numbers
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+
+import ds_gradprune
+from ds_gradprune.codec.header import VERSION as WIRE_FORMAT
+from ds_gradprune.config import BLOCK, GradientPruningConfig
+from ds_gradprune.deepspeed.agree import Facts
+
+
+def facts_of(engine: Any, config: GradientPruningConfig) -> Facts:
+    """Versions, configuration, model, optimizer and batches of this rank. Local.
+
+    The seed and the data cannot be seen here, and functions (a schedule's, say) cannot be compared.
+
+    Args:
+        engine: a DeepSpeed engine with an optimizer.
+        config: the validated block; `log_path` may differ, because only rank 0 uses it.
+    """
+    values = _versions()
+    values |= dict(_flat(BLOCK, config.model_dump(mode="json", exclude={"log_path"})))
+    values |= _training(engine)
+    values |= dict(_optimizer(engine))
+    return Facts(values, {"parameter": [*_parameters(engine.module)]})
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "ds_gradprune": ds_gradprune.__version__,
+        "wire format": str(WIRE_FORMAT),
+        "deepspeed": str(deepspeed.__version__),
+        "torch": torch.__version__.split("+")[0],
+        "numpy": np.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "law arithmetic": importlib.import_module("ds_gradprune.law.arithmetic").fingerprint(),
+    }
+
+
+def _training(engine: Any) -> dict[str, str]:
+    precision = "bf16" if engine.bfloat16_enabled() else "fp32"
+    precision = "fp16" if engine.fp16_enabled() else precision
+    if engine.torch_autocast_enabled():
+        precision += f" with torch_autocast {engine.torch_autocast_dtype()}"
+    return {
+        "zero_optimization.stage": str(int(engine.zero_optimization_stage())),
+        "precision": precision,
+        "train_micro_batch_size_per_gpu": str(engine.train_micro_batch_size_per_gpu()),
+        "gradient_accumulation_steps": str(engine.gradient_accumulation_steps()),
+        "gradient_clipping": _plain(engine.gradient_clipping()),
+        "lr_scheduler": type(engine.lr_scheduler).__name__,
+    }
+
+
+def _optimizer(engine: Any) -> Iterator[tuple[str, str]]:
+    """Class and hyper-parameters; the learning rates are those of now."""
+    optimizer = engine.basic_optimizer
+    yield "optimizer", type(optimizer).__name__
+    for index, group in enumerate(optimizer.param_groups):
+        for name in sorted(group, key=str):
+            if name != "params":
+                yield f"optimizer.param_groups[{index}].{name}", _plain(group[name])
+
+
+def _parameters(module: torch.nn.Module) -> Iterator[str]:
+    """One line per parameter. At ZeRO stage 3 the tensor is empty, and `ds_shape` is its shape."""
+    for name, parameter in module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        trained = "trained" if parameter.requires_grad else "frozen"
+        yield f"{name} {str(parameter.dtype).removeprefix('torch.')} {shape} {trained}"
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{path}.{key}", item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _flat(f"{path}[{index}]", item)
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """Text that is equal where the value is: 1 is 1.0 is numpy's and torch's."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain(value[key])}" for key in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_plain(item) for item in value) + ")"
+    return f"a {type(value).__name__}"
