@@ -9,15 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_gradprune.records import CHUNK_NUMEL
-from ds_gradprune.topk import MAX_ROW_NUMEL, CpuTopK, top_k
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
+from ds_gradprune.bucket.topk_cpu import MAX_ROW_NUMEL, CpuTopK
+from ds_gradprune.bucket.topk_torch import top_k
+from tests.helpers.buckets import bits
 
 ROWS = 6
 Pick = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.int32)
 
 
 def sorted_top_k(t: torch.Tensor, k: int) -> torch.Tensor:
