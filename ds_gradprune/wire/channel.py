@@ -1,4 +1,4 @@
-"""The channel protocol: one exchange of bucket payloads between the ranks of a group.
+"""The channel: one exchange of bucket payloads between the ranks of a group.
 
 An exchange, as all ranks make it::
 
@@ -32,34 +32,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from ds_gradprune.bucket.layout import BucketLayout
-from ds_gradprune.codec import Header
+from ds_gradprune.wire.announcement import ROW_BYTES, Announcement
 from ds_gradprune.wire.shares import Share
-from ds_gradprune.wire.transport import Work
-
-
-class Announcement(abc.ABC):
-    """The headers of all ranks, under way."""
-
-    @abc.abstractmethod
-    def headers(self) -> list[Header]:
-        """Wait for them.
-
-        Returns:
-            Every rank's header, in rank order; again and again if asked.
-
-        Raises:
-            TransportError, TransportTimeout: the announcement failed.
-            WireFormatError: a header is damaged; the rank is named.
-            RankMismatchError: step, k, codec, history (`agreement`) or payload sizes differ, or a
-                rank sits in another's place. The first field and rank that differ are named.
-
-        Collective: all ranks get a list, or all get the same error.
-        """
+from ds_gradprune.wire.traffic import all_gather_bytes, ring_all_reduce_bytes
+from ds_gradprune.wire.transport import Transport, Work
 
 
 class Pending(abc.ABC):
@@ -78,7 +58,8 @@ class Pending(abc.ABC):
         Raises:
             TransportError, TransportTimeout: the first half failed.
             WireFormatError: a payload of the first half is damaged.
-            RankMismatchError: a rank's payload is of another step, bucket, k or codec than the own.
+            RankMismatchError: a payload of the first half is of another step, bucket, k or codec
+                than the own.
 
         Collective: all ranks, at the same place among their collectives.
         """
@@ -108,7 +89,8 @@ class Pending(abc.ABC):
         Returns:
             uint8 tensors on the CPU, views of kept receive memory, valid until `finish`. With
             `AllGather` one per rank, in rank order, the own included. With `OwnerReduce` one per
-            share, in order: that share's sum over ranks. Each is a payload of the codec.
+            share, in order: that share's sum over ranks. Each is a payload of the codec, whose
+            header names the rank that wrote it.
         """
 
     @abc.abstractmethod
@@ -122,7 +104,7 @@ class Pending(abc.ABC):
     def finish(self, *, applied: bool) -> None:
         """The exchange is over: its payloads are not looked at any more. Local.
 
-        Left out, as after an error, nothing is kept and no memory is used again.
+        Left out, as after an error, no memory is used again.
 
         Args:
             applied: the deliveries were applied, on all ranks. False: on none; what the channel
@@ -130,31 +112,29 @@ class Pending(abc.ABC):
         """
 
 
-class Channel(Protocol):
+class Channel(abc.ABC):
     """One rank's end of an exchange. Several exchanges may be under way.
+
+    Args:
+        transport: this rank's end of the group; closed with the channel.
 
     Attributes:
         rank: this rank, 0 .. world_size - 1.
         world_size: number of ranks.
     """
 
-    rank: int
-    world_size: int
+    def __init__(self, transport: Transport) -> None:
+        self.rank = transport.rank
+        self.world_size = transport.world_size
+        self._transport = transport
+        self._announced: tuple[int, ...] = ()
+        self._wire_bytes = 0
 
+    @abc.abstractmethod
     def shares(self, layout: BucketLayout) -> tuple[Share, ...]:
         """In which payloads a bucket of this layout travels, in the order of the message. Local."""
 
-    def announce(self, header: torch.Tensor, sizes: Sequence[int] = ()) -> Announcement:
-        """Start the exchange of headers.
-
-        Args:
-            header: (64,) uint8, CPU, contiguous; see `codec.encode_signals`.
-            sizes: bytes of the payloads that `start` will be given. They are compared over ranks,
-                and `start` refuses others. Empty: no message follows, or sizes are not compared.
-
-        Collective: all ranks, same order.
-        """
-
+    @abc.abstractmethod
     def start(
         self, message: torch.Tensor, sizes: Sequence[int], layouts: Sequence[BucketLayout]
     ) -> Pending:
@@ -172,14 +152,82 @@ class Channel(Protocol):
         Collective: all ranks, same order.
         """
 
+    def announce(self, header: torch.Tensor, sizes: Sequence[int] = ()) -> Announcement:
+        """Start the exchange of headers.
+
+        Args:
+            header: (64,) uint8, CPU; see `codec.encode_signals`.
+            sizes: bytes of the payloads that `start` will be given next. They are compared over
+                ranks, and `start` refuses others. Empty: none follow, or they are not compared.
+
+        Raises:
+            ValueError: the header has another size.
+            TransportError: the transport is closed, or an earlier call of it has failed.
+
+        Collective: all ranks, same order.
+        """
+        announcement = Announcement(self._transport, header, sizes)
+        self._announced = tuple(sizes)
+        self._wire_bytes += all_gather_bytes(ROW_BYTES, self.world_size)
+        return announcement
+
     def start_all_reduce(self, tensor: torch.Tensor) -> Work:
         """See `Transport.start_all_reduce`: the dense path. Collective: all ranks, same order."""
+        work = self._transport.start_all_reduce(tensor)
+        tensor_bytes = tensor.numel() * tensor.element_size()
+        self._wire_bytes += ring_all_reduce_bytes(tensor_bytes, self.world_size)
+        return work
+
+    def pay(  # noqa: B027 - a channel that keeps nothing owes nothing
+        self, bucket: int, layout: BucketLayout, vector: torch.Tensor, scale: float = 1.0
+    ) -> None:
+        """Add what this rank owes as an owner to what it puts into a dense sum. Local.
+
+        Args:
+            bucket: the number in the headers of its payloads.
+            layout: of the bucket.
+            vector: (layout.numel,) any floating dtype; changed in place.
+            scale: loss scale of `vector`.
+        """
+
+    def settle(self, *, applied: bool) -> None:  # noqa: B027 - as `pay`
+        """The dense sums since the last call are over. Local.
+
+        Args:
+            applied: on all ranks: what was paid is owed no more. False: on none.
+        """
 
     def take_wire_bytes(self) -> int:
         """Bytes that this rank has begun to send since the last call, announcements too. Local."""
+        taken, self._wire_bytes = self._wire_bytes, 0
+        return taken
 
     def advance(self, step: int) -> None:
         """Optimizer step `step` begins. Local; only emulated links care."""
+        self._transport.advance(step)
 
     def close(self) -> None:
         """Close the transport. Local."""
+        self._transport.close()
+
+    def _check_message(
+        self, message: torch.Tensor, sizes: Sequence[int], layouts: Sequence[BucketLayout]
+    ) -> None:
+        """Raise ValueError unless the message is what `start` says and what was announced."""
+        if message.dtype is not torch.uint8 or message.shape != (sum(sizes),):
+            raise ValueError(
+                f"message must be uint8 of shape ({sum(sizes)},), the sum of its sizes, got "
+                f"{message.dtype} of shape {tuple(message.shape)}"
+            )
+        num_payloads = sum(len(self.shares(layout)) for layout in layouts)
+        if len(sizes) != num_payloads:
+            raise ValueError(
+                f"sizes must have one entry for each of the {num_payloads} shares of all buckets, "
+                f"got {len(sizes)}"
+            )
+        announced, self._announced = self._announced, ()
+        if announced and announced != tuple(sizes):
+            raise ValueError(
+                f"sizes must be those that were announced: {len(announced)} payloads of "
+                f"{sum(announced)} bytes, got {len(sizes)} of {sum(sizes)}"
+            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,31 +22,58 @@ def open_group() -> None:
     )
 
 
-def transport_contract(name: str) -> list[Any]:
-    """Run one contract check over the torch transport."""
-    from ds_gradprune.transport.torchdist import TorchDistTransport
-    from tests import test_transport_contract as contract
+def transport_contract(names: list[str]) -> dict[str, Any]:
+    """Run the checks of every transport over torch.distributed."""
+    from ds_gradprune.wire.torchdist import TorchDistTransport
+    from tests.helpers.transport_checks import run_check
 
     open_group()
-    try:
-        with TorchDistTransport(timeout_s=20.0) as transport:
-            return getattr(contract, name)(transport)
-    finally:
-        dist.destroy_process_group()
+    with TorchDistTransport(timeout_s=20.0) as transport:
+        return {name: run_check(name, transport) for name in names}
 
 
-def transport_timeout() -> str:
-    """Rank 1 never comes: what does rank 0 get?"""
+def transport_faults(fault: str) -> list[str]:
+    """Rank 1 is absent, or its process ends: what does rank 0 get, twice?"""
     from ds_gradprune.errors import TransportError
-    from ds_gradprune.transport.torchdist import TorchDistTransport
+    from ds_gradprune.wire.torchdist import TorchDistTransport
 
     open_group()
-    transport = TorchDistTransport(timeout_s=1.0)
+    transport = TorchDistTransport(timeout_s=1.0 if fault == "absent" else 20.0)
+    gone = Path(os.environ["DS_TEST_STORE"]).with_name("gone")
     if transport.rank == 1:
-        return "absent"
-    out = torch.empty((2, 4), dtype=torch.uint8)
+        while fault == "absent" and not gone.exists():
+            threading.Event().wait(0.01)
+        return []
+    heard = []
+    for _ in range(2):
+        out = torch.empty((transport.world_size, 4), dtype=torch.uint8)
+        try:
+            transport.all_gather(torch.zeros(4, dtype=torch.uint8), out)
+        except TransportError as exc:
+            heard.append(f"{type(exc).__name__}: {exc}")
+    gone.touch()
+    return heard
+
+
+def channel_disagrees(what: str) -> list[str]:
+    """Rank 1 decides for another k, or has a message of another size: what do both hear?"""
+    from ds_gradprune import codec
+    from ds_gradprune.errors import GradPruneError
+    from ds_gradprune.wire.all_gather import AllGather
+    from ds_gradprune.wire.torchdist import TorchDistTransport
+    from tests.helpers.wire import announcement_of
+
+    open_group()
+    channel = AllGather(TorchDistTransport(timeout_s=20.0))
+    odd = channel.rank == 1
+    sizes = [100, 120 if odd and what == "sizes" else 110]
+    header = announcement_of(channel.rank, k=42 if odd and what == "k" else 41)
+    heard = []
     try:
-        transport.all_gather(torch.zeros(4, dtype=torch.uint8), out)
-    except TransportError as exc:
-        return f"{type(exc).__name__}: {exc}"
-    return "no error"
+        assert len(header) == codec.HEADER_BYTES
+        channel.announce(header, sizes).headers()
+    except GradPruneError as exc:
+        heard.append(f"{type(exc).__name__}: {exc}")
+    # The transport is whole: the same ranks may go on, or end in order.
+    again = channel.announce(announcement_of(channel.rank, k=41)).headers()
+    return [*heard, str([header.rank for header in again])]
