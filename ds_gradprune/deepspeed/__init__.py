@@ -1,0 +1,1 @@
+"""The tie between DeepSpeed and the rest: groups, shards, hooks, checkpoints."""
