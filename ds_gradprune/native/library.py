@@ -1,68 +1,77 @@
 """The kernels as Python functions: numpy arrays and addresses in, nothing allocated per call.
 
-All functions work on CPU memory and equal their numpy or torch references bit for bit, whatever
-`threads` is. They release the interpreter lock. The bits of nan results are not promised.
-
-Tables say where things lie. They are (n, columns) int64 and C-contiguous; make them once for a
-layout and k, with `rows_table`, `pieces_table` and `places_table`:
-
-* rows: one line per `Run`: bucket_start, num_rows, row_numel, row_kept, kept_start.
-* pieces: one line per stretch of dense elements, in order: bucket_start, numel. A stretch lies in
-  one memory: one line per dense segment where segments lie apart.
-* places: one line per run, the runs of one shape together, shapes in order of first occurrence:
-  row_numel, row_kept, low_bits, row_bits, run_length (0 or 1), num_rows, kept_start.
-
-Addresses are (n,) int64, one per line of a table: of the first element of the run or piece. For a
-flat tensor that is ``data_ptr() + itemsize * table[:, 0]``. The caller keeps the memory alive.
+`tables` says how memory is described. `kernels` gives the functions where they can be had.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+import functools
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float32]
-Shorts: TypeAlias = npt.NDArray[np.int16]
-Longs: TypeAlias = npt.NDArray[np.int64]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-Words: TypeAlias = npt.NDArray[np.uint64]
+from ds_gradprune.native.abi import (
+    KINDS,
+    blocks_of,
+    load,
+    num_kept,
+    num_places,
+    pointer,
+    source,
+    table,
+    values_bytes,
+)
+from ds_gradprune.native.build import BuildError, build
+from ds_gradprune.native.tables import (
+    Block,
+    Bytes,
+    Fault,
+    Floats,
+    Longs,
+    Shorts,
+    Words,
+    pieces_table,
+    places_table,
+    rows_table,
+)
 
+__all__ = [
+    "Block",
+    "Bytes",
+    "Fault",
+    "Floats",
+    "Kernels",
+    "Longs",
+    "Shorts",
+    "Words",
+    "kernels",
+    "pieces_table",
+    "places_table",
+    "rows_table",
+]
 
-class Fault(enum.IntEnum):
-    """What is wrong with a body or a block; the reference has the words for it."""
-
-    NONE = 0
-    SCALES = 1  # a block's ends are negative, infinite or out of order
-    UNUSED_BITS = 2  # an unused bit is not zero
-    UPPER_BITS = 3  # the bits set in a row's upper parts are not as many as it keeps
-    ORDER = 4  # indices do not rise inside a row
-    RANGE = 5  # an index is outside its row
-
-
-class Block(NamedTuple):
-    """What one rank sent, and what `Kernels.move` does with it.
-
-    Attributes:
-        indices: (num_kept,) int16.
-        values: (num_kept,) float32.
-        dense: (dense_numel,) float32.
-        factor: shared += factor * value; None: the shared weights stay.
-        sent: this is the own block: own progress loses it.
-    """
-
-    indices: Shorts
-    values: Floats
-    dense: Floats
-    factor: float | None
-    sent: bool = False
+_LOG = logging.getLogger(__name__)
+_LOCK = threading.Lock()
+"""Held while the library is built: threads of one process build and warn once."""
 
 
 class Kernels:
-    """The functions of one loaded library."""
+    """The functions of one loaded library.
+
+    All work on CPU memory and equal their numpy or torch references bit for bit, whatever `threads`
+    is; the bits of nan results are not promised. They release the interpreter lock. Sizes and
+    dtypes of arrays are checked; tables and addresses are believed.
+
+    Args:
+        path: the library's file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._call = load(path)
 
     def select(
         self,
@@ -95,7 +104,16 @@ class Kernels:
         Returns:
             All of t is finite (if some are not, some of them are kept).
         """
-        raise NotImplementedError
+        kept = num_kept(rows)
+        return bool(
+            self._call.gp_select(
+                *table(rows, 5),
+                *source(len(rows), x, y, a, z, b, dtype),
+                pointer(indices, np.int16, kept),
+                pointer(values, np.float32, kept),
+                threads,
+            )
+        )
 
     def load(
         self,
@@ -111,36 +129,67 @@ class Kernels:
         threads: int = 1,
     ) -> bool:
         """Write t of the dense pieces into `out`, (dense_numel,); as `select`."""
-        raise NotImplementedError
+        return bool(
+            self._call.gp_load(
+                *table(pieces, 2),
+                *source(len(pieces), x, y, a, z, b, dtype),
+                pointer(out, np.float32, int(pieces[:, 1].sum())),
+                threads,
+            )
+        )
 
     def write_values(self, bits: int, values: Floats, out: Bytes, threads: int = 1) -> None:
         """Fill `out`, exactly the format's bytes, with (n,) values of 2, 4, 16 or 32 bits."""
-        raise NotImplementedError
+        count, size = values.size, values_bytes(bits, values.size)
+        self._call.gp_write_values(
+            bits, pointer(values, np.float32), count, pointer(out, np.uint8, size), threads
+        )
 
     def read_values(self, bits: int, data: Bytes, values: Floats, threads: int = 1) -> Fault:
         """Fill (n,) `values` from what `write_values` made; after a fault with anything."""
-        raise NotImplementedError
+        count, size = values.size, values_bytes(bits, values.size)
+        return Fault(
+            self._call.gp_read_values(
+                bits, pointer(data, np.uint8, size), count, pointer(values, np.float32), threads
+            )
+        )
 
     def check_values(self, bits: int, data: Bytes, count: int) -> Fault:
         """What `read_values` would return; nothing is written."""
-        raise NotImplementedError
+        size = values_bytes(bits, count)
+        return Fault(self._call.gp_check_values(bits, pointer(data, np.uint8, size), count))
 
     def write_places(self, places: Longs, indices: Shorts, out: Bytes, threads: int = 1) -> Fault:
         """Fill `out`, (places_bytes,), from (num_kept,) indices; after a fault with anything."""
-        raise NotImplementedError
+        return Fault(
+            self._call.gp_write_places(
+                *table(places, 7),
+                pointer(indices, np.int16, num_places(places)),
+                pointer(out, np.uint8, self._places_bytes(places)),
+                threads,
+            )
+        )
 
     def read_places(self, places: Longs, data: Bytes, indices: Shorts, threads: int = 1) -> Fault:
         """Fill (num_kept,) `indices` from arbitrary bytes; after a fault with anything."""
-        raise NotImplementedError
+        return Fault(
+            self._call.gp_read_places(
+                *table(places, 7),
+                pointer(data, np.uint8, self._places_bytes(places)),
+                pointer(indices, np.int16, num_places(places)),
+                threads,
+            )
+        )
 
     def check_places(self, places: Longs, data: Bytes, threads: int = 1) -> Fault:
         """What `read_places` would return; nothing is written."""
-        raise NotImplementedError
+        where = pointer(data, np.uint8, self._places_bytes(places))
+        return Fault(self._call.gp_read_places(*table(places, 7), where, None, threads))
 
     def scatter_add(
         self, rows: Longs, pieces: Longs, vector: Floats, block: Block, threads: int = 1
     ) -> None:
-        """vector[position] += factor * value over a block; the product is rounded first.
+        """Add a block: vector[position] += factor * value; the product is rounded first.
 
         Args:
             rows: table.
@@ -149,11 +198,17 @@ class Kernels:
             block: its factor must be given.
             threads: at most so many work at once.
         """
-        raise NotImplementedError
+        self._call.gp_scatter_add(
+            *table(rows, 5),
+            *table(pieces, 2),
+            pointer(vector, np.float32),
+            blocks_of(rows, pieces, [block]),
+            threads,
+        )
 
     def touched_words(self, rows: Longs, pieces: Longs) -> int:
         """Elements of the `touched` of `move`: about numel / 64, the same for every k."""
-        raise NotImplementedError
+        return int(self._call.gp_touched_words(*table(rows, 5), *table(pieces, 2)))
 
     def move(
         self,
@@ -162,7 +217,7 @@ class Kernels:
         own: Longs,
         own_dense: Longs,
         shared: Floats,
-        touched: Words,
+        touched: Words | None,
         blocks: Sequence[Block],
         *,
         close: bool,
@@ -173,8 +228,8 @@ class Kernels:
         For every block in order and every element of it: at the first touch own -= shared; if it is
         the own block, own -= value; shared += factor * value, the product rounded first. At last,
         if asked for, own += shared wherever anything was touched. All other elements keep their
-        bits. Blocks may come in one call or in several; one call with all of them reads every
-        weight once and is the fastest.
+        bits. Blocks may come in several calls, or all in one, which reads every weight once and is
+        two to three times as fast: `touched` may then be None, and one block at most the own one.
 
         Args:
             rows: table.
@@ -182,12 +237,29 @@ class Kernels:
             own: addresses of the runs' own weights, float32.
             own_dense: addresses of the pieces' own weights.
             shared: (numel,) of the whole bucket.
-            touched: (touched_words,); zeros before the first call, and again after the last.
+            touched: (touched_words,); zeros before the first call, and again after the last. None:
+                these are all blocks.
             blocks: see above; of one k.
             close: this is the last call.
             threads: at most so many work at once.
         """
-        raise NotImplementedError
+        words = None
+        if touched is not None:
+            words = pointer(touched, np.uint64, self.touched_words(rows, pieces))
+        elif not close:
+            raise ValueError("close must be True where touched is None, got False.")
+        self._call.gp_move(
+            *table(rows, 5),
+            *table(pieces, 2),
+            pointer(own, np.int64, len(rows)),
+            pointer(own_dense, np.int64, len(pieces)),
+            pointer(shared, np.float32),
+            words,
+            blocks_of(rows, pieces, blocks),
+            len(blocks),
+            close,
+            threads,
+        )
 
     def commit(
         self,
@@ -202,7 +274,7 @@ class Kernels:
         dtype: str = "float32",
         threads: int = 1,
     ) -> None:
-        """residual += gradient * inverse_scale, then -= value * inverse_scale where sent.
+        """Residual += gradient * inverse_scale, then -= value * inverse_scale where sent.
 
         Products are rounded first.
 
@@ -217,7 +289,17 @@ class Kernels:
             dtype: of the gradient: "float32", "bfloat16" or "float16".
             threads: at most so many work at once.
         """
-        raise NotImplementedError
+        self._call.gp_commit(
+            *table(rows, 5),
+            *table(pieces, 2),
+            pointer(residual, np.float32),
+            pointer(gradient, np.int64, len(rows)),
+            pointer(gradient_dense, np.int64, len(pieces)),
+            KINDS[dtype],
+            inverse_scale,
+            None if block is None else blocks_of(rows, pieces, [block]),
+            threads,
+        )
 
     def checksum(self, array: Floats, start: int = 0, threads: int = 1) -> int:
         """Sum over all bits, each element's weight given by its position, modulo 2**64.
@@ -227,45 +309,33 @@ class Kernels:
             start: position of its first element; sums of parts add up to the sum of the whole.
             threads: at most so many work at once.
         """
-        raise NotImplementedError
+        where = pointer(array, np.float32)
+        return int(self._call.gp_checksum(where, array.size, start % 2**64, threads))
 
-
-class RunLike(Protocol):
-    """What `rows_table` reads of a run."""
-
-    @property
-    def bucket_start(self) -> int: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def row_numel(self) -> int: ...
-    @property
-    def row_kept(self) -> int: ...
-    @property
-    def kept_start(self) -> int: ...
-
-
-def rows_table(runs: Iterable[RunLike]) -> Longs:
-    """The table of runs."""
-    lines = [(r.bucket_start, r.num_rows, r.row_numel, r.row_kept, r.kept_start) for r in runs]
-    return np.array(lines, dtype=np.int64).reshape(-1, 5)
-
-
-def pieces_table(pieces: Iterable[tuple[int, int]]) -> Longs:
-    """The table of dense pieces, from (bucket_start, numel) of each."""
-    return np.array(list(pieces), dtype=np.int64).reshape(-1, 2)
-
-
-def places_table(groups: Iterable[tuple[Any, Iterable[RunLike]]]) -> Longs:
-    """The table of places, from (PlaceCode, its runs) of every shape."""
-    lines = [
-        (c.row_numel, c.row_kept, c.low_bits, c.row_bits, c.run_length, r.num_rows, r.kept_start)
-        for c, runs in groups
-        for r in runs
-    ]
-    return np.array(lines, dtype=np.int64).reshape(-1, 7)
+    def _places_bytes(self, places: Longs) -> int:
+        return int(self._call.gp_places_bytes(*table(places, 7)))
 
 
 def kernels() -> Kernels | None:
-    """The kernels, built at the first call; None, with one warning, where that is impossible."""
-    return None
+    """The kernels, built at the first call, which takes a few seconds; None: use the references.
+
+    They are None if the variable DS_GRADPRUNE_NATIVE is 0, and where they cannot be built: then one
+    warning says why.
+    """
+    with _LOCK:
+        return _kernels()
+
+
+@functools.cache
+def _kernels() -> Kernels | None:
+    if os.environ.get("DS_GRADPRUNE_NATIVE") == "0":
+        return None
+    try:
+        return Kernels(build())
+    except (BuildError, OSError) as error:
+        _LOG.warning(
+            "the native kernels are off, selection and coding take about ten times as long: %s. "
+            "Install a C++ compiler (apt install g++) or set DS_GRADPRUNE_NATIVE=0.",
+            error,
+        )
+        return None
