@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import struct
 
 import google_crc32c
@@ -13,12 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_gradprune import codec
+from ds_gradprune.bucket.block import Scratch, SparseBlock, empty_block
+from ds_gradprune.bucket.layout import BucketLayout, lay_out
+from ds_gradprune.bucket.select import select
 from ds_gradprune.codec import CODECS, HEADER_BYTES, Codec, codec_for
 from ds_gradprune.codec.places import places_bytes
 from ds_gradprune.errors import WireFormatError
-from ds_gradprune.records import BucketLayout, RankSignals, SparseBlock
-from ds_gradprune.rows import num_kept
-from ds_gradprune.sparsify import kept_positions, layout_of, select
+from ds_gradprune.law.signals import RankSignals
+from tests.helpers.buckets import bits, kept_positions, layout_by_shape
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 SIGNALS = RankSignals(
     loss=3.5,
@@ -33,7 +38,7 @@ SIGNALS = RankSignals(
 
 
 def layout(*shapes: tuple[int, ...]) -> BucketLayout:
-    return layout_of([torch.Size(shape) for shape in shapes], 100)
+    return layout_by_shape(*shapes, min_numel=100)
 
 
 LAYOUTS = {
@@ -56,12 +61,23 @@ SMALL = [pytest.param(c, k, id=f"{c.name}-{k}") for c in CODECS.values() for k i
 """In a row of 120: one index in plain bits, six by Elias-Fano, 59 in a bitmap."""
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.int32)
-
-
 def encode(written: Codec, block: SparseBlock, signals: RankSignals = SIGNALS) -> torch.Tensor:
     return written.encode(block, step=12, bucket=3, rank=1, signals=signals)
+
+
+def through(written: Codec, block: SparseBlock, signals: RankSignals = SIGNALS) -> SparseBlock:
+    """What every receiver reads."""
+    return codec.decode(encode(written, block, signals), block.layout)[1]
+
+
+def assert_refused(payload: torch.Tensor, bucket: BucketLayout, message: str) -> None:
+    """By `check` and by reading alike."""
+    header = codec.read_header(payload)
+    written = CODECS[header.codec_id]
+    with pytest.raises(WireFormatError, match=message):
+        written.check(header, payload, bucket)
+    with pytest.raises(WireFormatError, match=message):
+        written.read_body(header, payload, bucket)
 
 
 def small_payload(written: Codec, k: int) -> tuple[torch.Tensor, BucketLayout]:
@@ -74,42 +90,63 @@ def small_payload(written: Codec, k: int) -> tuple[torch.Tensor, BucketLayout]:
 
 
 @pytest.mark.parametrize(("written", "bucket", "k"), CASES)
-def test_what_arrives_is_what_the_sender_believes_was_sent(
-    written: Codec, bucket: BucketLayout, k: int
-) -> None:
+def test_what_arrives_is_what_was_sent(written: Codec, bucket: BucketLayout, k: int) -> None:
     block = select(torch.randn(bucket.numel), bucket, k)
     payload = encode(written, block)
     assert payload.dtype == torch.uint8
     assert payload.shape == (written.payload_bytes(bucket, k),)
-    for header, arrived in (written.decode(payload, bucket), codec.decode(payload, bucket)):
-        assert header == codec.Header(
-            step=12,
-            bucket=3,
-            rank=1,
-            codec_id=written.codec_id,
-            k=k,
-            numel=bucket.numel,
-            layout_crc=codec.layout_crc(bucket),
-            signals=SIGNALS,
-        )
-        assert (arrived.layout, arrived.k) == (bucket, k)
-        assert arrived.indices.dtype == torch.int16
-        assert torch.equal(arrived.indices, block.indices)
-        values, dense = written.sent_values(block)
-        assert torch.equal(bits(arrived.values), bits(values))
-        assert torch.equal(bits(arrived.dense), bits(dense))
-        assert arrived.values.dtype == arrived.dense.dtype == torch.float32
-        if written.values.bits >= 16:  # levels are chosen anew
-            # What was decoded is a fixed point: sending it again sends the same bytes.
-            assert torch.equal(encode(written, arrived), payload)
+    header, arrived = codec.decode(payload, bucket)
+    assert header == codec.Header(
+        step=12,
+        bucket=3,
+        rank=1,
+        codec_id=written.codec_id,
+        k=k,
+        numel=bucket.numel,
+        layout_crc=bucket.crc,
+        signals=SIGNALS,
+    )
+    assert (arrived.layout, arrived.k) == (bucket, k)
+    assert arrived.indices.dtype == torch.int16
+    assert torch.equal(arrived.indices, block.indices)
+    assert arrived.values.dtype == arrived.dense.dtype == torch.float32
+    for ours, theirs in ((block.values, arrived.values), (block.dense, arrived.dense)):
+        assert bool((theirs.abs() <= 2 * ours.abs()).all())
+        if written.values.bits >= 16:
+            assert bool(((theirs - ours).abs() <= ours.abs() * 2.0**-8).all())
+    if written.values.bits >= 16:  # levels are chosen anew
+        # What was decoded is a fixed point: sending it again sends the same bytes.
+        assert torch.equal(encode(written, arrived), payload)
+
+
+@pytest.mark.parametrize(("written", "k"), SMALL)
+def test_bodies_are_checked_first_and_read_into_kept_memory(written: Codec, k: int) -> None:
+    bucket = layout((1, 120), (3,))
+    scratch = Scratch()
+    for seed in range(3):
+        t = torch.randn(bucket.numel, generator=torch.Generator().manual_seed(seed))
+        payload = encode(written, select(t, bucket, k))
+        header, expected = codec.decode(payload, bucket)
+        written.check(header, payload, bucket)
+        out = scratch.block(bucket, k)
+        assert written.read_body(header, payload, bucket, out, checked=True) is out
+        for name in ("indices", "values", "dense"):
+            assert torch.equal(getattr(out, name), getattr(expected, name))
+
+
+def test_a_block_of_another_layout_or_k_is_refused() -> None:
+    payload, bucket = small_payload(codec_for(7, 16), 7)
+    header, written = codec.read_header(payload), codec_for(7, 16)
+    for out in (empty_block(bucket, 6), empty_block(layout((1, 120), (3,)), 7)):
+        with pytest.raises(ValueError, match="out must be a block of BucketLayout"):
+            written.read_body(header, payload, bucket, out)
 
 
 @pytest.mark.parametrize("value_bits", [16, 32])
 def test_rounding_is_the_best_of_the_width(value_bits: int) -> None:
     t = torch.cat([torch.randn(2000), torch.randn(2000) * 1e-30, torch.randn(96) * 1e38])
     t[:4] = torch.tensor([0.0, -0.0, 1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8])
-    bucket = layout((1, 4096))
-    sent, _ = codec_for(4096, value_bits).sent_values(select(t, bucket, 4096))
+    sent = through(codec_for(4096, value_bits), select(t, lay_out([4096], [True]), 4096)).values
     if value_bits == 32:
         assert torch.equal(bits(sent), bits(t))
         return
@@ -124,22 +161,28 @@ def test_bfloat16_saturates_and_never_becomes_infinite() -> None:
     largest = torch.finfo(torch.bfloat16).max
     beyond = torch.finfo(torch.float32).max
     t = torch.tensor([[largest, -largest, beyond, -beyond, float("inf"), -float("inf")] * 20])
-    bucket = layout((1, 120))
-    block = select(t.view(-1), bucket, 4096)
-    sent, _ = codec_for(41, 16).sent_values(block)
+    block = select(t.view(-1), layout((1, 120)), 4096)
+    sent = through(codec_for(41, 16), block).values
     assert sent.view(-1, 6)[0].tolist() == [largest, -largest] * 3
-    arrived = codec.decode(encode(codec_for(41, 16), block), bucket)[1]
-    assert torch.equal(arrived.values, sent)
 
 
 @pytest.mark.parametrize(("written", "k"), SMALL)
-def test_nan_stays_nan(written: Codec, k: int) -> None:
+def test_nan_is_refused_unless_the_header_tells(written: Codec, k: int) -> None:
     bucket = layout((1, 120), (3,))
     block = select(torch.full((bucket.numel,), float("nan")), bucket, k)
-    arrived = codec.decode(encode(written, block), bucket)[1]
+    arrived = through(written, block, dataclasses.replace(SIGNALS, nonfinite=True))
     assert bool(arrived.values.isnan().all())
     assert bool(arrived.dense.isnan().all())
-    assert torch.equal(bits(arrived.values), bits(written.sent_values(block)[0]))
+    assert_refused(encode(written, block), bucket, "payload's values must be finite unless")
+    block.values.fill_(1.0)
+    assert_refused(encode(written, block), bucket, "payload's values must be finite unless")
+
+
+def test_inf_is_refused_unless_the_header_tells() -> None:
+    block = select(torch.full((120,), -math.inf), layout((1, 120)), 7)
+    arrived = through(codec_for(7, 32), block, dataclasses.replace(SIGNALS, nonfinite=True))
+    assert torch.equal(arrived.values, block.values)
+    assert_refused(encode(codec_for(7, 32), block), block.layout, "values must be finite unless")
 
 
 @pytest.mark.parametrize("place", [0, 4095])
@@ -172,7 +215,7 @@ def test_sizes_are_what_the_format_says() -> None:
 @given(st.sampled_from(list(LAYOUTS)), st.sampled_from(K), st.sampled_from([2, 4, 16, 32]))
 def test_size_counts_what_selection_keeps(name: str, k: int, value_bits: int) -> None:
     bucket = LAYOUTS[name]
-    kept, dense = num_kept(bucket, k), bucket.dense_numel
+    kept, dense = bucket.num_kept(k), bucket.dense_numel
     scales = [4 * math.ceil(n / 128) if value_bits < 16 else 0 for n in (kept, dense)]
     body = scales[0] + math.ceil(kept * value_bits / 8) + places_bytes(bucket, k)
     body += scales[1] + math.ceil(dense * max(4, value_bits) / 8)
@@ -185,14 +228,34 @@ def test_encodes_into_the_callers_memory(written: Codec, k: int) -> None:
     bucket = layout((1, 120), (3,))
     block = select(torch.randn(bucket.numel), bucket, k)
     size = written.payload_bytes(bucket, k)
-    room = torch.full((size + 7,), 0xAA, dtype=torch.uint8)
-    for offset in range(4):  # aligned or not
+    expected = encode(written, block)
+    for offset in range(9):  # aligned or not
+        room = torch.full((size + 16,), 0xAA, dtype=torch.uint8)
         out = room[offset : offset + size]
         result = written.encode(block, step=12, bucket=3, rank=1, signals=SIGNALS, out=out)
         assert result.data_ptr() == out.data_ptr()
-        assert torch.equal(result, encode(written, block))
-        assert torch.equal(codec.decode(result, bucket)[1].indices, block.indices)
-    assert room[size + 3 :].tolist() == [0xAA] * 4
+        assert torch.equal(result, expected)
+        arrived = codec.decode(result, bucket)[1]
+        assert torch.equal(arrived.indices, block.indices)
+        assert torch.equal(arrived.values, codec.decode(expected, bucket)[1].values)
+        assert bool((room[:offset] == 0xAA).all())
+        assert bool((room[offset + size :] == 0xAA).all())
+
+
+@pytest.mark.parametrize("written", CODECS.values(), ids=lambda written: written.name)
+def test_payloads_follow_each_other_in_one_message(written: Codec) -> None:
+    """As they travel: one after the other without a gap, each at a multiple of 4 bytes."""
+    buckets = [LAYOUTS[name] for name in ("tail", "mixed", "all dense", "empty", "short")]
+    blocks = [select(torch.randn(bucket.numel), bucket, 41) for bucket in buckets]
+    sizes = [written.payload_bytes(bucket, 41) for bucket in buckets]
+    assert not any(size % 4 for size in sizes)
+    message = torch.empty(sum(sizes), dtype=torch.uint8)
+    for number, (block, row) in enumerate(zip(blocks, message.split(sizes), strict=True)):
+        written.encode(block, step=12, bucket=number, rank=1, signals=SIGNALS, out=row)
+    for number, (block, row) in enumerate(zip(blocks, message.split(sizes), strict=True)):
+        header, arrived = codec.decode(row, block.layout)
+        assert header.bucket == number
+        assert torch.equal(arrived.indices, block.indices)
 
 
 def test_choice_of_codec() -> None:
@@ -242,10 +305,21 @@ def test_signals_are_rounded_to_float32() -> None:
     assert math.isnan(loss)
 
 
-def test_layout_crc_tells_layouts_apart() -> None:
-    several = [*LAYOUTS.values(), layout((4096,)), layout((4096, 1), (7,)), layout((4097, 1), (6,))]
-    assert len({codec.layout_crc(bucket) for bucket in several}) == len(several)
-    assert codec.layout_crc(layout((2, 4096))) == codec.layout_crc(layout((4096, 2)))
+@pytest.mark.parametrize("k", [1, 41, 4096])
+@pytest.mark.parametrize("written", [False, True])
+def test_announcements_carry_k_and_whether_weights_were_written(k: int, written: bool) -> None:
+    signals = dataclasses.replace(SIGNALS, written=written)
+    header = codec.read_header(codec.encode_signals(step=9, rank=2, signals=signals, k=k))
+    assert (header.codec_id, header.k, header.signals) == (codec.SIGNALS_ID, k, signals)
+    block = select(torch.zeros(120), layout((1, 120)), 5)
+    payload = encode(codec_for(5, 16), block, signals)
+    assert codec.read_header(payload).signals == SIGNALS  # announcements alone carry it
+
+
+@pytest.mark.parametrize("k", [0, 4097])
+def test_announced_k_must_be_one(k: int) -> None:
+    with pytest.raises(ValueError, match=rf"k must be in 1 \.\. 4096, got {k}"):
+        codec.encode_signals(step=9, rank=2, signals=SIGNALS, k=k)
 
 
 # --- bad senders ----------------------------------------------------------------------------------
@@ -354,15 +428,24 @@ def test_forged_payloads_raise_one_error_or_are_harmless(
     data = bytearray(payload.numpy().tobytes())
     for offset, byte in changes:
         data[offset % len(data)] = byte
-    refused = ""
+    refused, forged_payload = "", resealed(data)
     try:
-        header, block = codec.decode(resealed(data), bucket)
+        header, block = codec.decode(forged_payload, bucket)
     except WireFormatError as error:
         refused = str(error)
     if refused:
         assert refused.startswith("payload")
+        try:
+            header = codec.read_header(forged_payload)
+        except WireFormatError:
+            return
+        if header.codec_id in CODECS:
+            assert_refused(forged_payload, bucket, re.escape(refused))
         return
-    positions = kept_positions(bucket, header.k, block.indices)  # checks the shape
+    CODECS[header.codec_id].check(header, forged_payload, bucket)
+    assert block.k == header.k
+    assert header.signals.nonfinite or block.is_finite()
+    positions = kept_positions(block)
     assert bool((positions.diff() > 0).all())
     assert not positions.numel() or (0 <= int(positions[0]) and int(positions[-1]) < bucket.numel)
     assert block.values.shape == block.indices.shape
@@ -435,7 +518,7 @@ def test_another_layout_of_the_same_size_is_refused() -> None:
 def test_another_codecs_payload_is_refused() -> None:
     payload, bucket = small_payload(codec_for(7, 16), 7)
     with pytest.raises(WireFormatError, match=r"codec id must be 5 \(fp32\), got 6"):
-        codec_for(7, 32).decode(payload, bucket)
+        codec_for(7, 32).read_body(codec.read_header(payload), payload, bucket)
     alone = codec.encode_signals(step=1, rank=0, signals=SIGNALS)
     with pytest.raises(WireFormatError, match="payload must have a body, got signals only"):
         codec.decode(alone, bucket)
