@@ -93,8 +93,12 @@ def _kinds(annotation: Any) -> list[str]:
 
 def _bound(item: Any) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    parts = [f"{signs[name]} {getattr(item, name):g}" for name in signs if hasattr(item, name)]
-    return ", ".join(parts)
+    bounds = {sign: getattr(item, name) for name, sign in signs.items() if hasattr(item, name)}
+    return ", ".join(f"{sign} {_number(bound)}" for sign, bound in bounds.items())
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,.0f}" if bound == int(bound) else f"{bound:g}"
 
 
 TABLES = (MarkedTable("docs/configuration.md", "config table", "docs/config_table.py", table),)
