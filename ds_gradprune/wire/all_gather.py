@@ -80,8 +80,8 @@ class _Gathered(Pending):
         self._rows = rows
         self._sent = sent
         self._pool = pool
-        self._memory: torch.Tensor | None = memory
-        self._waited = False
+        self._memory = memory
+        self._waited = self._finished = False
 
     def wait(self) -> None:
         """See `Pending.wait`. Collective."""
@@ -95,7 +95,8 @@ class _Gathered(Pending):
 
     def payloads(self, bucket: int) -> list[torch.Tensor]:
         """See `Pending.payloads`. Local."""
-        self._check_open()
+        if not self._waited or self._finished:
+            raise ValueError("an exchange must have been waited for, and not be finished yet")
         return list(self._rows[bucket])
 
     def sent(self, bucket: int) -> list[torch.Tensor]:
@@ -104,14 +105,11 @@ class _Gathered(Pending):
 
     def finish(self, *, applied: bool) -> None:
         """See `Pending.finish`. Local."""
-        self._check_open()
-        assert self._memory is not None
-        self._pool.give(self._memory)
-        self._memory, self._rows, self._sent = None, (), ()
-
-    def _check_open(self) -> None:
-        if not self._waited or self._memory is None:
-            raise ValueError("an exchange must have been waited for, and not be finished yet")
+        if applied and not self._waited:
+            raise ValueError("an exchange must have been waited for before it can be applied")
+        if self._waited and not self._finished:
+            self._pool.give(self._memory)
+        self._finished = True
 
 
 def _cut(sizes: Sequence[int], most: int) -> list[list[int]]:

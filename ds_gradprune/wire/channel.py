@@ -104,11 +104,14 @@ class Pending(abc.ABC):
     def finish(self, *, applied: bool) -> None:
         """The exchange is over: its payloads are not looked at any more. Local.
 
-        Left out, as after an error, no memory is used again.
+        Memory goes back only after a `wait` that returned. A second call changes nothing.
 
         Args:
-            applied: the deliveries were applied, on all ranks. False: on none; what the channel
-                itself keeps from exchange to exchange stays as it was before this one.
+            applied: the deliveries were applied, on all ranks. False: on none, or it failed; what
+                the channel itself keeps from exchange to exchange stays as it was before this one.
+
+        Raises:
+            ValueError: it was applied without having been waited for.
         """
 
 
