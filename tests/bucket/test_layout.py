@@ -28,6 +28,7 @@ sizes = st.lists(
     max_size=6,
 )
 GOLDEN = Path(__file__).parents[1] / "golden" / "v2"
+BODILESS = {"signals", "signals-unknown", "announcement"}
 
 
 def test_layout_lies_without_gaps_and_sums_up() -> None:
@@ -78,7 +79,7 @@ def test_layouts_are_told_apart_by_identity_and_compared_by_crc() -> None:
 
 def test_crc_is_that_of_the_released_format() -> None:
     """The crc of a layout stands in every golden payload."""
-    paths = [path for path in sorted(GOLDEN.glob("*.json")) if not path.stem.startswith("signals")]
+    paths = [path for path in sorted(GOLDEN.glob("*.json")) if path.stem not in BODILESS]
     assert paths
     for path in paths:
         segments = json.loads(path.read_text(encoding="utf-8"))["segments"]
