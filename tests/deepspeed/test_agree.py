@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from ds_gradprune.deepspeed import agree
 from ds_gradprune.deepspeed.agree import Facts, check_ranks, gather_texts, raise_together
 from ds_gradprune.errors import (
     CheckpointError,
-    GradPruneError,
     RankMismatchError,
     TransportTimeout,
     UnsupportedError,
 )
-from ds_gradprune.wire.loopback import LoopbackHub
 from ds_gradprune.wire.transport import Transport
-
-
-def on_ranks(
-    world_size: int, work: Callable[[Transport], Any], timeout_s: float = 30.0
-) -> list[Any]:
-    """What `work` returned, or the error of ours that it raised, on one thread per rank."""
-    hub = LoopbackHub(world_size, timeout_s)
-    answers: list[Any] = [None] * world_size
-
-    def main(rank: int) -> None:
-        try:
-            answers[rank] = work(hub.transport(rank))
-        except GradPruneError as exc:
-            answers[rank] = exc
-
-    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return answers
+from tests.helpers.loopback_ranks import on_ranks
 
 
 def compared(ranks: list[Facts]) -> str:
