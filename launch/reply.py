@@ -15,7 +15,12 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    # The root instead of this folder: launch, textgen and ds_gradprune are found there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_gradprune.errors import ConfigError, GradPruneError
 from launch.support.flags import ScriptParser

@@ -1,4 +1,4 @@
 """A small text generator: data, tokenizer, models, training loop, replies.
 
-An island: it knows nothing of pruning, and imports nothing of this package but its errors.
+It knows nothing of pruning and of launching. Of ds_gradprune it imports the errors alone.
 """

@@ -75,24 +75,25 @@ class TextSource:
     name: str
     documents: tuple[Document, ...]
 
-    def check(self) -> int:
+    def check(self) -> str:
         """Read everything once. Local.
 
         Returns:
-            Number of characters.
+            sha256 of the documents in order, hexadecimal: equal digests, equal texts.
 
         Raises:
             DataError: a file cannot be read or decoded, or the text has no visible character.
         """
-        num_chars = 0
+        digest = hashlib.sha256()
         visible = False
         for document in self.documents:
             for piece in document.pieces():
-                num_chars += len(piece)
+                digest.update(piece.encode())
                 visible = visible or not piece.isspace()
+            digest.update(b"\0")
         if not visible:
             raise DataError(f"{self.name} must hold text, but is empty. Name a text with words.")
-        return num_chars
+        return digest.hexdigest()
 
 
 def open_text(path: Path | None) -> TextSource:

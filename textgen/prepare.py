@@ -1,4 +1,4 @@
-"""From a text and a model name to a token folder: once per run, on one process per host."""
+"""From a text and a model name to a token folder: once per run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ds_gradprune.errors import DataError, RankMismatchError
+from ds_gradprune.errors import DataError
 from textgen.corpus import open_text
 from textgen.data import TokenMeta, read_meta, write_tokens
 from textgen.model import SIZES
-from launch.support.peers import Peers
 from textgen.tokenizer import VOCAB_SIZES, encode, load_tokenizer, train_tokenizer
 
 
@@ -40,32 +39,6 @@ def prepare(folder: Path, text: Path | None, model: str) -> TokenMeta:
     except OSError as exc:
         raise DataError(f"{folder} must be writable: {exc.strerror}.") from exc
     return write_tokens(folder, encode(source, tokenizer), len(tokenizer), source.name)
-
-
-def prepare_everywhere(peers: Peers, folder: Path, text: Path | None, model: str) -> None:
-    """Call `prepare` on rank 0, then on every host that does not see rank 0's files.
-
-    Raises:
-        AgreedFault: it failed on some rank.
-        RankMismatchError: the hosts made different tokens.
-
-    Collective: all ranks.
-    """
-
-    def work(is_mine: bool) -> None:
-        if is_mine:
-            prepare(folder, text, model)
-
-    peers.together(lambda: work(peers.rank == 0))
-    peers.together(lambda: work(peers.place.local_rank == 0))
-    meta = peers.together(lambda: read_meta(folder))
-    digests = peers.gather(None if meta is None else meta.digest)
-    if len(set(digests)) > 1:
-        raise RankMismatchError(
-            "All hosts must train on the same tokens, but their texts or tokenizers differ. Give "
-            "the same --text to all, and install the same versions (constraints.txt); the embedded "
-            "text also depends on the Python version."
-        )
 
 
 def prepared_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

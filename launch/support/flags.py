@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import NoReturn
 
 from ds_gradprune.errors import ConfigError
@@ -34,6 +36,24 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number from 0 on, for argparse's `type`."""
     return _at_least(0, text)
+
+
+def path(text: str) -> Path:
+    """A path that the system can look up, whether or not it is there; for argparse's `type`."""
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # whoever opens it says what is wrong
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise argparse.ArgumentTypeError(f"must be a path, got {text[:40]!r}...: {reason}") from exc
+    return Path(text)
+
+
+def name_or_path(text: str) -> str:
+    """A name that may also be a path, unchanged; for argparse's `type`."""
+    path(text)
+    return text
 
 
 def _at_least(least: int, text: str) -> int:

@@ -1,144 +1,49 @@
-"""Where this process stands among its peers, and the few things all of them must agree on.
+"""What all processes of a run agree on, and how a failure is told once.
 
-Serves torchrun, the deepspeed launcher, mpirun-style launchers and a single plain process alike.
-Knows nothing of DeepSpeed. The agreements travel in gloo groups of their own, beside the training's
-collectives, so their order never matters to each other.
+Agreements are JSON in a gloo group of their own, beside the training's collectives, so their order
+never matters to each other. Every wait ends after `timeout_s`. Knows nothing of DeepSpeed.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
+import re
 import signal
 import socket
-import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ds_gradprune.errors import ConfigError, GradPruneError
+from ds_gradprune.errors import (
+    GradPruneError,
+    RankMismatchError,
+    TransportError,
+    TransportTimeout,
+)
+from launch.support.place import Place
 
 T = TypeVar("T")
 
-# rank, world size, local rank, local world size; the first two decide whether a launcher was there.
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+BEAT_S = 0.5
+"""A rank that works while the others wait shows life so often."""
+
+TELL_LIMIT_S = 1.0
+"""So long rank 0's store may take to say who tells of a failure; it may be what has failed."""
+
+SHOWN_DIFFERENCES = 6
+
+_TOLD = "ds_gradprune/told"
+_TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_NETWORK = re.compile(
+    r"gloo|ProcessGroup|NCCL|connection (reset|closed|refused)|broken pipe|timed? ?out|timeout",
+    re.IGNORECASE,
 )
-
-_LETTING_GO_S = 0.1
-"""A thread of gloo needs microseconds once it has a core and Python's lock."""
-
-_AGREEMENT_TIMEOUT = timedelta(hours=2)
-"""One rank may tokenize a large text, or compile, while the others wait in an agreement."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One process among all.
-
-    Attributes:
-        rank: 0 .. world_size - 1.
-        world_size: processes in all.
-        local_rank: 0 .. local_world_size - 1, among the processes of this host.
-        local_world_size: processes on this host.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-
-def find_place(environ: Mapping[str, str]) -> Place:
-    """Read the place from the variables a launcher left. Local, pure.
-
-    Raises:
-        ConfigError: a launcher's variables are incomplete or contradict each other.
-    """
-    for rank, world, local_rank, local_world in _LAUNCHERS:
-        if rank not in environ or world not in environ:
-            continue
-        world_size = _number(environ, world)
-        size_name = next((name for name in local_world if name in environ), None)
-        if local_rank not in environ and world_size > 1:
-            raise ConfigError(
-                f"{local_rank} must be set beside {rank} and {world}. Launch with deepspeed, "
-                "torchrun or mpirun, or set it to this process's number on its host."
-            )
-        place = Place(
-            _number(environ, rank),
-            world_size,
-            _number(environ, local_rank) if local_rank in environ else 0,
-            _number(environ, size_name) if size_name else world_size,
-        )
-        if not (place.rank < place.world_size and place.local_rank < place.local_world_size):
-            raise ConfigError(
-                f"{rank} and {local_rank} must be below {world} and the number of processes on "
-                f"this host, got {place.rank} of {place.world_size} and {place.local_rank} of "
-                f"{place.local_world_size}."
-            )
-        return place
-    return Place()
-
-
-def export_place(place: Place, environ: MutableMapping[str, str]) -> None:
-    """Write the place under the names that torch and DeepSpeed read. Local.
-
-    A plain process gets a free port. Processes that mpirun started on one host meet at 127.0.0.1;
-    on several hosts the user must say where.
-
-    Raises:
-        ConfigError: several hosts and no MASTER_ADDR.
-    """
-    several_hosts = place.local_world_size < place.world_size
-    if several_hosts and "MASTER_ADDR" not in environ:
-        raise ConfigError(
-            "MASTER_ADDR must be set to the address of rank 0's host when the processes run on "
-            "several hosts. With Open MPI: mpirun -x MASTER_ADDR=host0 ..."
-        )
-    environ["RANK"] = str(place.rank)
-    environ["WORLD_SIZE"] = str(place.world_size)
-    environ["LOCAL_RANK"] = str(place.local_rank)
-    environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    environ.setdefault("MASTER_PORT", str(_free_port()) if place.world_size == 1 else "29500")
-
-
-def share_cores(place: Place, environ: MutableMapping[str, str]) -> None:
-    """Give each process of this host its part of the cores. Local.
-
-    A user's own OMP_NUM_THREADS stays. torch has read that variable already, so it is told, too.
-    """
-    if "OMP_NUM_THREADS" in environ:
-        return
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    threads = max(1, cores // place.local_world_size)
-    environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-
-
-def leave_group() -> None:
-    """Leave torch's process group at the end of a process; a second call does nothing. Local.
-
-    A thread of gloo drops the last collective's tensors only after the collective has returned, and
-    needs Python's lock for it. One that comes for the lock when the interpreter is already ending
-    aborts the process, and its exit code is lost. Destroying the group joins the threads; a group
-    that somebody still holds, as DeepSpeed does one, keeps its own, and those get the lock while
-    this thread sleeps.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-        time.sleep(_LETTING_GO_S)
+_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ?")
 
 
 class AgreedFault(GradPruneError):
@@ -154,30 +59,48 @@ class Peers:
 
     Args:
         place: of this process. With more than one, torch.distributed must be initialised.
+        timeout_s: longest wait for another rank.
 
     Collective: all ranks construct it.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, timeout_s: float = 600.0) -> None:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
-        self._group: Any = None
-        if self.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_AGREEMENT_TIMEOUT)
+        self.timeout_s = timeout_s
+        self._group = self.new_group()
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order. Collective."""
+    def new_group(self) -> Any:
+        """One more gloo group of all ranks; None with one process. Collective."""
+        if self.world_size == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; plain JSON types. Collective.
+
+        Raises:
+            RuntimeError: torch's own, where a rank is gone; `during` gives it a name.
+        """
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        text = torch.tensor(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([text.numel()]), group=self._group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: text.numel()] = text
+        texts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(texts, padded, group=self._group)
+        return [
+            json.loads(bytes(text[: int(size)].tolist()))
+            for text, size in zip(texts, sizes, strict=True)
+        ]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The values summed over ranks, in float64; equal on all ranks. Collective."""
-        gathered = self.gather(list(values))
-        return [sum(column) for column in zip(*gathered, strict=True)]
+        return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; if it fails on one, it has failed on all. Collective.
@@ -199,19 +122,93 @@ class Peers:
                 raise AgreedFault(message, rank)
         return result  # type: ignore[return-value] # set where no rank has a fault
 
-    def speaks_first(self) -> bool:
+    def patiently(self, work: Callable[[], T]) -> T:
+        """`together` for work that may take longer than `timeout_s` on some ranks.
+
+        The others wait as long as those ranks show life, from a thread beside their work. Ctrl-C
+        ends the wait. Collective.
+        """
+        if self.world_size == 1:
+            return self.together(work)
+        finished = threading.Event()
+        failures: list[BaseException] = []
+
+        def beat() -> None:
+            try:
+                while not all(self.gather(finished.is_set())):
+                    finished.wait(BEAT_S)
+            except BaseException as exc:  # carried to the caller's thread below
+                failures.append(exc)
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+
+        def work_and_wait() -> T:
+            try:
+                return work()
+            finally:
+                finished.set()
+                while thread.is_alive():
+                    thread.join(BEAT_S)
+                if failures:
+                    raise failures[0]
+
+        return self.together(work_and_wait)
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on where ranks were given different things. Collective.
+
+        Args:
+            facts: name to plain JSON; an inner mapping's names are joined by dots.
+
+        Raises:
+            RankMismatchError: on all ranks alike; names what differs, and where.
+        """
+        everyone = self.gather([socket.gethostname(), _flat(facts)])
+        differences = [
+            f"{name} is {_by_value(name, everyone)}"
+            for name in sorted({name for _, flat in everyone for name in flat})
+            if len({json.dumps(flat.get(name)) for _, flat in everyone}) > 1
+        ]
+        if differences:
+            more = len(differences) - SHOWN_DIFFERENCES
+            shown = differences[:SHOWN_DIFFERENCES] + ([f"{more} more differ"] if more > 0 else [])
+            raise RankMismatchError(f"All ranks must be given the same, but {'; '.join(shown)}.")
+
+    @contextlib.contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Turn what torch raises when a rank is gone into one typed line.
+
+        Args:
+            doing: "saving a checkpoint", for the message.
+
+        Raises:
+            TransportError, TransportTimeout: instead of torch's RuntimeError.
+        """
+        try:
+            yield
+        except RuntimeError as exc:
+            text = str(exc).strip() or type(exc).__name__
+            if not (isinstance(exc, dist.DistError) or _NETWORK.search(text)):
+                raise
+            kind = TransportTimeout if _TIMEOUT.search(text) else TransportError
+            reason = _SOURCE_LINE.sub("", text.splitlines()[0])[:200].rstrip(".")
+            raise kind(
+                f"rank {self.rank} of {self.world_size} on {socket.gethostname()} has lost another "
+                f"rank while {doing} (gradient_pruning.timeout_s {self.timeout_s:g}): {reason}. "
+                "Look at what the other ranks wrote first; continue with --resume."
+            ) from exc
+
+    def tells(self) -> bool:
         """True on the first rank that asks, False on all others: who tells of a failure. Local.
 
-        For failures that may have hit one rank alone, where no collective would return. If the
-        store is gone, so is rank 0, and everybody may speak.
+        For failures that may have hit one rank alone, where no collective would return. A store
+        that does not answer at once is gone with rank 0: then everybody tells.
         """
         if self.world_size == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
-        try:
-            return bool(store.add("ds_gradprune/told", 1) == 1)
-        except RuntimeError:
-            return True
+        return within(TELL_LIMIT_S, lambda: store.add(_TOLD, 1) == 1) is not False
 
 
 class StopSwitch:
@@ -228,11 +225,8 @@ class StopSwitch:
 
     def __init__(self, peers: Peers) -> None:
         self.requested = False
-        self._world_size = peers.world_size
-        self._group: Any = None
+        self._group = peers.new_group()
         self._asked: tuple[torch.Tensor, Any] | None = None
-        if self._world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_AGREEMENT_TIMEOUT)
 
     def listen(self) -> None:
         """Take SIGINT and SIGTERM as requests. A second SIGINT interrupts at once. Local."""
@@ -241,7 +235,7 @@ class StopSwitch:
 
     def agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop. Call once per step. Collective."""
-        if self._world_size == 1:
+        if self._group is None:
             return self.requested
         if self._answer():
             return True
@@ -267,14 +261,35 @@ class StopSwitch:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
-    value = environ[name]
-    if not value.isdecimal():
-        raise ConfigError(f"{name} must be a whole number, got {value!r}.")
-    return int(value)
+def within(limit_s: float, work: Callable[[], T]) -> T | None:
+    """What `work` returns; None if it fails or takes longer, and its thread is left behind."""
+    results: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            results.append(work())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return results[0] if results else None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _flat(facts: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value
+    return flat
+
+
+def _by_value(name: str, everyone: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Each value once, with the ranks that have it: "8 on rank 0 (host-a), 4 on rank 1 (...)"."""
+    ranks: dict[str, list[str]] = {}
+    for rank, (host, flat) in enumerate(everyone):
+        value = json.dumps(flat[name]) if name in flat else "absent"
+        ranks.setdefault(value[:80], []).append(f"rank {rank} ({host})")
+    return ", ".join(f"{value} on {' and '.join(who)}" for value, who in ranks.items())

@@ -2,19 +2,26 @@
 
 ::
 
-    <out>/config.json     the resolved DeepSpeed configuration
     <out>/run.json        what a resumed run must have in common with the first one
+    <out>/config.json     the resolved DeepSpeed configuration
     <out>/data/           tokens.bin, tokens.json and tokenizer/
     <out>/log.jsonl       one JSON line per step
     <out>/checkpoints/    DeepSpeed's own files; the newest two
     <out>/model/          a transformers folder, written when the run ends
     <out>/result.json     the run in numbers, written last
+
+A run claims its folder by making run.json, which succeeds once, and holds a lock on it while it
+lives. What lies in a claimed folder under these names is that run's, and nothing else is removed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +32,15 @@ from ds_gradprune.errors import CheckpointError, ConfigError, DataError
 KEPT_CHECKPOINTS = 2
 """One to resume from, and the one before in case the newest was cut."""
 
+_TAG = re.compile(r"step\d{8,}")
+_PARTS = ("config.json", "data", "log.jsonl", "checkpoints", "model", "result.json", "run.json")
+
 
 class RunFolder:
     """Paths of a run and the rules about them. All methods are local.
 
     Args:
-        path: the folder; made when something is first written.
+        path: the folder; made when it is claimed, or something is first written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,6 +53,8 @@ class RunFolder:
         self.result = path / "result.json"
         self._identity = path / "run.json"
         self._latest = self.checkpoints / "latest"
+        self._made: list[Path] = []
+        self._lock: int | None = None
 
     def check_new(self) -> None:
         """Refuse to write into a folder that holds something.
@@ -58,25 +70,69 @@ class RunFolder:
                 "run with --resume, or name another folder."
             )
 
-    def check_resumable(self, identity: Mapping[str, Any]) -> None:
-        """Refuse to resume what is not there, or what was another run.
+    def claim(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
+        """Make the folder this run's own.
 
         Args:
-            identity: flag or setting to value; must equal what `write_identity` wrote.
+            identity: flag or setting to value; what a resumed run must have in common.
+            notes: more that a resumed run wants to know.
+
+        Raises:
+            ConfigError: the folder holds something, or another run was faster.
+            DataError: the disk refuses.
+        """
+        self.check_new()
+        is_new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._identity, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileExistsError:
+            raise ConfigError(
+                f"--out must be a folder of this run alone, but another run has just begun in "
+                f"{self.path}. Name another folder."
+            ) from None
+        except OSError as exc:
+            raise DataError(f"{self.path} must be writable: {exc.strerror}.") from exc
+        self._made = [self.path / name for name in _PARTS] + ([self.path] if is_new else [])
+        self._hold()
+        try:  # into this very file: another one in its place would not be locked
+            os.write(self._lock, _as_text(dict(identity) | dict(notes or {})).encode())
+        except OSError as exc:
+            raise DataError(f"{self._identity} must be writable: {exc.strerror}.") from exc
+
+    def share(self) -> None:
+        """Remember what this host will make where it does not see rank 0's folder. For `discard`.
+
+        Before anything is made by any rank.
+        """
+        is_new = not self.path.exists()
+        if not self.data.exists():
+            self._made = [self.data] + ([self.path] if is_new else [])
+
+    def resume(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Take over the folder of a run that has ended.
+
+        Args:
+            identity: flag or setting to value; must equal what `claim` was given.
+
+        Returns:
+            Identity and notes of the run.
 
         Raises:
             CheckpointError: there is no checkpoint.
-            ConfigError: lists every setting that differs.
+            ConfigError: the run is still alive, or lists every setting that differs.
         """
-        if not self._latest.is_file():
+        if self.newest() is None:
             raise CheckpointError(
                 f"--resume must find a checkpoint, but {self.checkpoints} has none. Train without "
                 "--resume into a new folder."
             )
         try:
+            self._lock = os.open(self._identity, os.O_RDWR)
             before = dict(json.loads(self._identity.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as exc:
             raise CheckpointError(f"{self._identity} must be readable: {exc}.") from exc
+        self._hold()
         faults = [
             f"{name} must be {before.get(name)!r} as in the run that is resumed, got {value!r}."
             for name, value in identity.items()
@@ -84,38 +140,104 @@ class RunFolder:
         ]
         if faults:
             raise ConfigError(faults)
+        return before
 
-    def write_identity(self, identity: Mapping[str, Any]) -> None:
-        """Keep what `check_resumable` compares."""
-        write_json(self._identity, identity)
+    def release(self) -> None:
+        """Let another process resume the run; twice is fine."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def newest(self) -> str | None:
+        """The name of the checkpoint that a resumed run loads; None: there is none."""
+        try:
+            return self._latest.read_text(encoding="utf-8").strip() or None
+        except (OSError, ValueError):
+            return None
 
     def discard(self) -> None:
-        """Remove everything: the run failed before its first step."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove what this run has made: it failed before its first step."""
+        for path in self._made:
+            if path == self.path:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def drop_old_checkpoints(self) -> None:
-        """Remove all checkpoints but the newest ones. Names sort by step."""
-        folders = sorted(folder for folder in self.checkpoints.iterdir() if folder.is_dir())
+        """Remove this run's checkpoints but the newest, and never the one to resume from."""
+        folders = sorted(
+            folder
+            for folder in self.checkpoints.iterdir()
+            if folder.is_dir() and not folder.is_symlink() and _TAG.fullmatch(folder.name)
+        )
         for folder in folders[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.name != self.newest():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def drop_unfinished(self, tag: str) -> None:
+        """Remove a checkpoint that could not be written whole."""
+        if self.newest() != tag:
+            shutil.rmtree(self.checkpoints / tag, ignore_errors=True)
 
     def append_log(self, entry: Mapping[str, Any]) -> None:
-        """Add one line to the log."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(entry)) + "\n")
+        """Add one line to the log.
+
+        Raises:
+            DataError: the disk refuses.
+        """
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(dict(entry))) + "\n")
+        except OSError as exc:
+            raise DataError(f"{self.log} must be writable: {exc.strerror}.") from exc
 
     def rewind_log(self, step: int) -> None:
         """Drop what was logged after `step`, and a last line that was cut."""
         if not self.log.is_file():
             return
         kept = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # cut by a crash: it belongs to no step
                 continue
         _replace(self.log, "".join(kept))
+
+    def _hold(self) -> None:
+        """Lock the folder until this process ends."""
+        if not _locked(self._lock):
+            raise ConfigError(
+                f"--out must be the folder of a run that has ended, but another process trains in "
+                f"{self.path}. End it first."
+            )
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process trains in a run folder right now. Local."""
+    try:
+        lock = os.open(path / "run.json", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _locked(lock)
+    finally:
+        os.close(lock)
+
+
+def _locked(lock: int | None) -> bool:
+    """Whether this process has the lock now. A disk that knows no locks gives it to everybody."""
+    assert lock is not None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def checkpoint_tag(step: int) -> str:
@@ -126,10 +248,27 @@ def checkpoint_tag(step: int) -> str:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document; a reader sees all of it or the one before. Local.
 
+    Numbers that JSON has not, inf and nan, are written as null.
+
     Raises:
         DataError: the disk refuses.
     """
-    _replace(path, json.dumps(dict(document), indent=1) + "\n")
+    _replace(path, _as_text(document))
+
+
+def _as_text(document: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(dict(document)), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every inf and nan in it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def _replace(path: Path, text: str) -> None:
@@ -140,3 +279,6 @@ def _replace(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as exc:
         raise DataError(f"{path} must be writable: {exc.strerror}.") from exc
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

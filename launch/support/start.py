@@ -1,28 +1,28 @@
-"""Brings DeepSpeed up for a script: configuration file, accelerator, process group, CPU op.
+"""Brings DeepSpeed up for a script: configuration file, accelerator, process group.
 
 DeepSpeed is imported inside the functions, because replies on a CPU do without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.utils import cpp_extension
+import torch.distributed as dist
 
-from ds_gradprune.errors import CheckpointError, ConfigError, GradPruneError
+from ds_gradprune.errors import ConfigError
+from launch.support.peers import Peers, within
+from launch.support.place import Place
 from launch.support.rendezvous import meet
-from launch.support.peers import Peers, Place
 
-STALE_LOCK_S = 900.0
-"""A lock this old belongs to a compilation that was killed; DeepSpeed would wait for it forever."""
+LEAVE_LIMIT_S = 5.0
+"""So long threads of the process group may take to end; one that waits for a dead peer does not."""
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -37,8 +37,11 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         document = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as exc:
         raise ConfigError(f"--config must be readable, got {path}: {exc.strerror}.") from exc
-    except ValueError as exc:
-        raise ConfigError(f"--config must be JSON, got {path}: {exc}.") from exc
+    # hjson 3.1: ValueError where it notices, else what the text trips: int("inf") on 1e999, the
+    # stack on deep nesting, the end of a text that was cut.
+    except (ValueError, OverflowError, RecursionError, IndexError) as exc:
+        reason = str(exc).strip() or type(exc).__name__
+        raise ConfigError(f"--config must be JSON, got {path}: {reason}.") from exc
     if not isinstance(document, dict):
         raise ConfigError(f"--config must hold a JSON object, got {path} with {document!r:.80}.")
     return document
@@ -56,8 +59,9 @@ def choose_accelerator() -> None:
 def connect(place: Place, timeout_s: float) -> Peers:
     """Open the process group. Collective: all ranks.
 
-    On a CPU it is made here, so that ranks can agree on a fault before DeepSpeed compiles anything;
-    DeepSpeed adopts a group that exists. On a GPU DeepSpeed makes it.
+    On a CPU it is made here, so that ranks can agree on a fault before DeepSpeed does anything;
+    DeepSpeed adopts a group that exists. On a GPU DeepSpeed makes it. Either way no wait in a group
+    that torch or DeepSpeed makes later is longer than `timeout_s`.
 
     Args:
         place: of this process; its variables must be in the environment.
@@ -69,14 +73,30 @@ def connect(place: Place, timeout_s: float) -> Peers:
     """
     if place.world_size > 1:
         store = meet(place, os.environ, timeout_s)
+        limit = timedelta(seconds=timeout_s)
+        # torch gives a new group its own half hour, whatever the first group was given.
+        dist.distributed_c10d.default_pg_timeout = limit
+        dist.distributed_c10d.default_pg_nccl_timeout = limit
         if os.environ.get("DS_ACCELERATOR") == "cpu":
-            torch.distributed.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=limit)
         else:
             import deepspeed
 
-            deepspeed.init_distributed()
+            deepspeed.init_distributed(timeout=limit)
         del store  # until here, or its server would have ended
-    return Peers(place)
+    return Peers(place, timeout_s)
+
+
+def skip_shm_op() -> None:
+    """Make DeepSpeed do without its CPU shared-memory op, which only inference calls. Local.
+
+    DeepSpeed 0.19.8 compiles it for a minute when its backend is made (comm/torch.py,
+    build_shm_op), fails where there is no compiler, and waits for ever behind the lock of a start
+    that was killed.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_ds_config(ds_config: dict[str, Any]) -> Any:
@@ -102,88 +122,19 @@ def check_ds_config(ds_config: dict[str, Any]) -> Any:
         raise ConfigError(f"DeepSpeed refuses the configuration: {' '.join(lines[:4])}.") from exc
 
 
-def prepare_shm_op(peers: Peers, say: Callable[[str], None]) -> None:
-    """Build DeepSpeed's CPU shared-memory op, or make DeepSpeed do without it.
+def end_process(code: int) -> NoReturn:
+    """End this process at once; no thread of gloo that waits for a dead peer can hold it. Local.
 
-    DeepSpeed 0.19.8 compiles it when its backend is made (comm/torch.py, build_shm_op), though only
-    inference uses it, and fails where it cannot. Call this before.
-
-    Args:
-        peers: one rank that cannot have it means none has it.
-        say: shows one line to the user; called on rank 0 only.
-
-    Collective: all ranks.
+    A thread of gloo drops the last collective's tensors only after the collective has returned, and
+    needs Python's lock for it. One that comes for the lock when the interpreter is already ending
+    aborts the process, and its exit code is lost. So the interpreter does not end: it is left.
     """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
-    # A virtual environment's ninja is beside its python, which need not be on the path.
-    beside_python = str(Path(sys.executable).parent)
-    if beside_python not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] += os.pathsep + beside_python
-    silent: Callable[[str], None] = lambda text: None  # noqa: E731
-    reasons = peers.gather(_build(builder, say if peers.rank == 0 else silent))
-    reason = next((reason for reason in reasons if reason is not None), None)
-    if reason is not None:
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
-        if peers.rank == 0:
-            say(f"DeepSpeed trains without its shared-memory op: {reason}")
-
-
-def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:
-    """Restore the checkpoint that the folder's file `latest` names.
-
-    Returns:
-        The client state that was saved with it.
-
-    Raises:
-        CheckpointError: it is not there, or damaged.
-        GradPruneError: whatever else the engine refuses by name.
-
-    Collective: all ranks.
-    """
-    try:
-        path, client_state = engine.load_checkpoint(str(folder))
-    except GradPruneError:
-        raise
-    # A damaged file raises whatever its reader raises. It is told, never passed over.
-    except Exception as exc:
-        first = (str(exc).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"The checkpoint in {folder} must be readable: {type(exc).__name__} {first[:200]}. "
-            f"Write the name of an older one into {folder / 'latest'}."
-        ) from exc
-    if path is None:
-        raise CheckpointError(
-            f"{folder} must hold the checkpoint that its file latest names, but does not."
-        )
-    return dict(client_state)
-
-
-def _build(builder: Any, say: Callable[[str], None]) -> str | None:
-    """Load the op, compiling it the first time. Local.
-
-    Returns:
-        Why that failed; None if it did not.
-    """
-    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-    if not (folder / f"{builder.name}.so").exists():
-        compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call] # torch
-        for tool in (str(compiler), "ninja"):
-            if shutil.which(tool) is None:
-                return f"{tool} is not installed"
-        lock = folder / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_S:
-            return f"an earlier compilation was killed; delete {lock}"
-        say("DeepSpeed compiles its shared-memory op once, about a minute ...")
-    try:
-        builder.load(verbose=False)
-    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as exc:
-        return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-    return None
+    if code == 0 and dist.is_available() and dist.is_initialized():
+        within(LEAVE_LIMIT_S, dist.destroy_process_group)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader is gone
+            stream.flush()
+    os._exit(code)
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

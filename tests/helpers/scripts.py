@@ -20,6 +20,16 @@ from textgen.tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 32
 
+RESULT_KEYS = {
+    "steps",
+    "val_loss",
+    "val_loss_start",
+    "wire_bytes",
+    "dense_bytes",
+    "density_min",
+    "density_max",
+}
+
 # One density for all steps: what is measured must not decide what is trained, or no two runs of a
 # test would be alike. The latency keeps a run alive long enough to be interrupted.
 CONFIG: dict[str, Any] = {
@@ -74,6 +84,32 @@ def write_model(folder: Path, text: Path) -> Path:
     )
     save_model(model, tokenizer, folder)
     return folder
+
+
+def write_inputs(folder: Path) -> Path:
+    """A folder with text.txt, model/ and config.json."""
+    text = write_text(folder / "text.txt")
+    write_model(folder / "model", text)
+    write_config(folder / "config.json")
+    return folder
+
+
+def block(**changes: Any) -> dict[str, Any]:
+    """Our block of CONFIG with changes, as a change of CONFIG."""
+    return {"gradient_pruning": CONFIG["gradient_pruning"] | changes}
+
+
+def arguments(here: Path, out: Path, **changes: str | None) -> list[str]:
+    """Flags of launch/train.py for what `write_inputs` wrote; a value of None leaves one out."""
+    flags: dict[str, str | None] = {
+        "--config": str(here / "config.json"),
+        "--model": str(here / "model"),
+        "--text": str(here / "text.txt"),
+        "--steps": "12",
+        "--out": str(out),
+    }
+    flags |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    return [part for pair in flags.items() if pair[1] is not None for part in pair if part]
 
 
 def free_port() -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import scripts
 from tools.netbed import Bed, Counters, requirements
 from tools.netbed.folder import temporary_folder
 from tools.netbed.host import INTERFACE
-from tests.helpers import scripts
 
 ABSENT = requirements.missing()
 pytestmark = [

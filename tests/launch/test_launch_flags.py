@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from ds_gradprune.errors import ConfigError
-from launch.support.flags import ScriptParser, natural, positive
+from launch.support.flags import ScriptParser, name_or_path, natural, path, positive
 
 
 @pytest.fixture
@@ -38,3 +41,20 @@ def test_bad_flags_raise(
         parser.parse_args(arguments)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_paths_may_be_anything_that_a_system_could_hold(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for good in (tmp_path, tmp_path / "absent", tmp_path / "file" / "below"):
+        assert path(str(good)) == good
+    assert name_or_path("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "x/" * 3000, "\0"])
+@pytest.mark.parametrize("kind", [path, name_or_path])
+def test_paths_that_no_system_can_hold_raise(kind: Callable[[str], object], text: str) -> None:
+    """--out with a name of 300 characters was a traceback."""
+    flags = ScriptParser("A script.")
+    flags.add_argument("--out", type=kind)
+    with pytest.raises(ConfigError, match=r"argument --out: must be a path, got .*: "):
+        flags.parse_args(["--out", text])

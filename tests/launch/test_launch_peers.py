@@ -1,112 +1,18 @@
-"""Where a process stands, from any launcher's variables; and what ranks agree on."""
+"""What ranks agree on, and how long they wait for each other."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
-import torch
+import torch.distributed as dist
 
-from ds_gradprune.errors import ConfigError, DataError
-from launch.support.peers import (
-    AgreedFault,
-    Peers,
-    Place,
-    StopSwitch,
-    export_place,
-    find_place,
-    share_cores,
-)
+from ds_gradprune.errors import DataError, TransportError, TransportTimeout
+from launch.support.peers import AgreedFault, Peers, StopSwitch, within
+from launch.support.place import Place
 from tests.helpers.ranks import run_processes
-
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "3",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-}
-HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-
-
-# --- one process ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, OPEN_MPI, HYDRA])
-def test_every_launcher_is_understood(environ: dict[str, str]) -> None:
-    assert find_place(environ) == Place(3, 4, 1, 2)
-
-
-def test_plain_process_is_alone() -> None:
-    assert find_place({}) == find_place({"RANK": "0"}) == Place(0, 1, 0, 1)
-
-
-def test_torch_variables_win_over_mpis() -> None:
-    assert find_place(OPEN_MPI | TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"}).rank == 2
-
-
-def test_without_a_local_size_all_are_on_this_host() -> None:
-    environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    assert find_place(environ) == Place(1, 2, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"RANK": "one"}, r"RANK must be a whole number, got 'one'"),
-        ({"RANK": "-1"}, r"RANK must be a whole number, got '-1'"),
-        ({"RANK": "4"}, r"got 4 of 4 and 1 of 2"),
-        ({"LOCAL_RANK": "2"}, r"got 3 of 4 and 2 of 2"),
-        ({"LOCAL_RANK": None}, r"LOCAL_RANK must be set beside RANK and WORLD_SIZE"),
-    ],
-)
-def test_contradicting_variables_are_refused(change: dict[str, str | None], message: str) -> None:
-    environ = {key: value for key, value in (TORCHRUN | change).items() if value is not None}
-    with pytest.raises(ConfigError, match=message):
-        find_place(environ)
-
-
-def test_plain_process_gets_a_port_of_its_own() -> None:
-    environ: dict[str, str] = {}
-    export_place(Place(), environ)
-    port = int(environ.pop("MASTER_PORT"))
-    assert 1024 <= port < 65536
-    assert environ == {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }
-
-
-def test_processes_on_one_host_meet_there() -> None:
-    environ = dict(OPEN_MPI)
-    export_place(Place(3, 4, 3, 4), environ)
-    assert environ["RANK"] == "3"
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("127.0.0.1", "29500")
-
-
-def test_several_hosts_must_be_told_where_to_meet() -> None:
-    with pytest.raises(ConfigError, match="MASTER_ADDR must be set to the address of rank 0"):
-        export_place(Place(3, 4, 1, 2), {})
-    environ = {"MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
-    export_place(Place(3, 4, 1, 2), environ)
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("host0", "1234")
-
-
-def test_cores_are_shared_among_the_processes_of_a_host() -> None:
-    before = torch.get_num_threads()
-    try:
-        environ: dict[str, str] = {}
-        share_cores(Place(0, 1000, 0, 1000), environ)
-        assert environ == {"OMP_NUM_THREADS": "1"}
-        assert torch.get_num_threads() == 1
-        share_cores(Place(), environ)
-        assert environ == {"OMP_NUM_THREADS": "1"}  # a user's choice stays
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_alone_everything_is_agreed_at_once() -> None:
@@ -114,7 +20,7 @@ def test_alone_everything_is_agreed_at_once() -> None:
     assert peers.gather("x") == ["x"]
     assert peers.sum([1.0, 2.5]) == [1.0, 2.5]
     assert peers.together(lambda: 7) == 7
-    assert peers.speaks_first()
+    assert peers.tells()
 
 
 def test_fault_alone_is_ones_own() -> None:
@@ -124,6 +30,62 @@ def test_fault_alone_is_ones_own() -> None:
     with pytest.raises(AgreedFault, match=r"no text\.") as caught:
         Peers(Place()).together(fail)
     assert caught.value.rank == 0
+
+
+def test_a_store_that_does_not_answer_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's host was gone; the others asked its store who should tell, and hung for ever."""
+    never = threading.Event()
+
+    class DeadStore:
+        def add(self, _key: str, _number: int) -> int:
+            never.wait()
+            return 1
+
+    peers = Peers(Place())
+    peers.world_size = 2
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", DeadStore)
+    monkeypatch.setattr("launch.support.peers.TELL_LIMIT_S", 0.01)
+    assert peers.tells()
+    never.set()
+
+
+def test_within_gives_up_on_what_fails_or_hangs() -> None:
+    never = threading.Event()
+    assert within(10.0, lambda: 7) == 7
+    assert within(0.01, never.wait) is None
+    assert within(10.0, lambda: 1 // 0) is None
+    never.set()
+
+
+GLOO = (
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+    "[127.0.0.1]:4711. \nThis may have been caused by many things."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (RuntimeError(GLOO), TransportError, r"Connection closed by peer \[127.0.0.1\]:4711"),
+        (RuntimeError("Timed out waiting 20000ms for recv operation"), TransportTimeout, "Timed"),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), TransportError, "failed to recv"),
+    ],
+)
+def test_torchs_errors_of_a_lost_rank_are_one_typed_line(error, kind, reason) -> None:
+    """A rank killed in validation, in a save or at the start was 40 lines of torch's traceback."""
+    doing = r"rank 0 of 1 on \S+ has lost another rank while saving .*: "
+    with pytest.raises(kind, match=doing + reason) as caught, Peers(Place()).during("saving"):
+        raise error
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_ones_own_stay_what_they_are() -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+        Peers(Place()).during("x"),
+    ):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_foreign_error_is_not_hidden() -> None:
@@ -178,8 +140,8 @@ STOPS = {
 @pytest.mark.distributed
 def test_two_ranks_agree_on_values_faults_and_the_last_step() -> None:
     arguments = {"stops": list(STOPS), "steps": 10}
-    first, second = run_processes(2, "tests.helpers.textgen_main", "agreements", arguments)
-    assert sorted([*first.pop("speaks first"), *second.pop("speaks first")]) == [False] * 3 + [True]
+    first, second = run_processes(2, "tests.helpers.launch_main", "agreements", arguments)
+    assert sorted([*first.pop("tells"), *second.pop("tells")]) == [False] * 3 + [True]
     assert first == second
     assert first == {
         "gather": ["rank 0", "rank 1"],
@@ -189,3 +151,34 @@ def test_two_ranks_agree_on_values_faults_and_the_last_step() -> None:
         "fault of both": ("no text on rank 0.", 0),
         "last steps": list(STOPS.values()),
     }
+
+
+@pytest.mark.distributed
+def test_long_work_is_waited_for_and_a_quiet_rank_is_not() -> None:
+    first, second = run_processes(2, "tests.helpers.launch_main", "waits", {"timeout_s": 1.0})
+    assert first["patiently"] == "done on 0"
+    assert second == {"patiently": "done on 1"}
+    assert first["alone"].startswith("TransportTimeout: rank 0 of 2 on ")
+    assert "has lost another rank while validating (gradient_pruning.timeout_s 1)" in first["alone"]
+
+
+@pytest.mark.distributed
+def test_ranks_that_were_given_different_things_are_named() -> None:
+    """--model, --steps, seed, batch: a rank with another one hung, or trained on in silence."""
+    base = {"--steps": 12, "optimizer": {"params": {"lr": 0.1}}}
+    other = {"--steps": 13, "optimizer": {"params": {"lr": 0.2}}, "bf16": {"enabled": True}}
+    many = {f"k{i}": i for i in range(9)}
+    first, second = run_processes(
+        2,
+        "tests.helpers.launch_main",
+        "compares",
+        {"facts": [[base, base], [base, other], [{}, many]]},
+    )
+    assert first == second
+    assert first[0] == "alike"
+    assert first[1] == (
+        "All ranks must be given the same, but --steps is 12 on rank 0 (HOST), 13 on rank 1 "
+        "(HOST); bf16.enabled is absent on rank 0 (HOST), true on rank 1 (HOST); "
+        "optimizer.params.lr is 0.1 on rank 0 (HOST), 0.2 on rank 1 (HOST)."
+    )
+    assert "k5 is absent on rank 0 (HOST), 5 on rank 1 (HOST); 3 more differ." in first[2]

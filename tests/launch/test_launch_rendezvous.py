@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from ds_gradprune.errors import TransportError, TransportTimeout
+from launch.support.place import Place
 from launch.support.rendezvous import (
     AbsentRanks,
     Clock,
@@ -24,7 +25,6 @@ from launch.support.rendezvous import (
     hosts_of_launcher,
     open_store,
 )
-from launch.support.peers import Place
 from tests.helpers import scripts
 
 WORDS = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=", "--node_rank=0"]

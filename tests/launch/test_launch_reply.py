@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from textgen.generate import Replier, Sampling
 from launch import reply
 from tests.helpers import scripts
+from textgen.generate import Replier, Sampling
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ def test_embedded_text_is_the_same_every_time(embedded: TextSource) -> None:
 
 def test_embedded_text_is_large_and_holds_topics_and_docstrings(embedded: TextSource) -> None:
     text = "".join(text_of(embedded))
-    assert embedded.check() == len(text) > 1_000_000
+    assert len(text) > 1_000_000
+    assert embedded.check() == embedded_text().check()
     assert 'The "for" statement' in text
     assert "json.dumps\n\nSerialize ``obj`` to a JSON formatted ``str``." in text
 
@@ -130,7 +131,17 @@ def test_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_blank_file_among_others_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.txt").write_text("words")
-    assert open_text(tmp_path).check() == 5
+    assert len(open_text(tmp_path).check()) == 64
+
+
+def test_digest_tells_texts_apart_and_not_their_places(tmp_path: Path) -> None:
+    digests = {}
+    for name, parts in {"one": ["ab", "c"], "same": ["ab", "c"], "other": ["a", "bc"]}.items():
+        (tmp_path / name).mkdir()
+        for number, part in enumerate(parts):
+            (tmp_path / name / f"{number}.txt").write_text(part)
+        digests[name] = open_text(tmp_path / name).check()
+    assert digests["one"] == digests["same"] != digests["other"]
 
 
 @pytest.mark.parametrize("before", [0, 7, corpus._BLOCK_BYTES - 1, corpus._BLOCK_BYTES])

@@ -1,4 +1,4 @@
-"""From text and model name to tokens: once, complete, equal on all hosts."""
+"""From text and model name to tokens: once, complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from textgen.data import read_meta
 from textgen.model import build_model, save_model
 from textgen.prepare import prepare, prepared_tokenizer
 from textgen.tokenizer import VOCAB_SIZES
-from tests.helpers.ranks import run_processes
 
 
 @pytest.fixture
@@ -62,30 +61,3 @@ def test_folder_that_cannot_be_made_is_told(tmp_path: Path, text: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"data must be writable"):
         prepare(tmp_path / "file" / "data", text, "nano")
-
-
-@pytest.mark.distributed
-def test_hosts_with_different_texts_are_told(tmp_path: Path, text: Path) -> None:
-    other = tmp_path / "other.txt"
-    other.write_text(text.read_text() + "one line more\n")
-    absent = tmp_path / "absent"
-    # Each rank has a folder of its own, as hosts without a common disk have, and is local rank 0.
-    cases = [
-        ([str(tmp_path / f"{case}{rank}") for rank in range(2)], [str(text), str(second)])
-        for case, second in (("same", text), ("other", other), ("absent", absent))
-    ]
-    first, second = run_processes(
-        2,
-        "tests.helpers.textgen_main",
-        "prepares",
-        {"cases": cases, "model": "nano"},
-        env={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-    )
-    assert first == second
-    assert first[0] == "prepared"
-    assert first[1].startswith("RankMismatchError: All hosts must train on the same tokens")
-    assert first[2] == (
-        f"AgreedFault: --text must name a file or a folder, but {absent} does not exist."
-    )
-    digests = {meta.digest for folder in cases[0][0] if (meta := read_meta(Path(folder)))}
-    assert len(digests) == 1

@@ -1,0 +1,65 @@
+"""Locks of compilations that were killed: whoever needs that op next waits for ever, silently.
+
+DeepSpeed compiles its ops through torch, whose lock is a file that is there while somebody compiles
+(`torch.utils.file_baton`). The one that compiles keeps it open, so a lock that no process of this
+machine has open was left behind, or belongs to another host on the same disk, which finishes soon.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+LONGEST_BUILD_S = 900.0
+"""Where processes cannot be looked at, and on a disk that hosts share: no compilation is longer."""
+
+
+def stale_locks(folder: Path | None = None, processes: Path = Path("/proc")) -> list[Path]:
+    """The locks in torch's folder of extensions that nobody holds, in order.
+
+    Args:
+        folder: of the extensions; None: the one that torch uses here.
+        processes: where the system lists its processes.
+    """
+    root = folder or Path(
+        os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    )
+    # One folder per op; by default one per Python and accelerator around them.
+    locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
+    return [lock for lock in locks if _is_stale(lock, processes)]
+
+
+def warning(locks: list[Path]) -> str:
+    """What to tell the user about stale locks; one line."""
+    listed = " ".join(str(lock) for lock in locks)
+    return (
+        f"warning: no process holds {listed}, so a compilation was killed there. A run that needs "
+        f"that op waits for it for ever: rm {listed}"
+    )
+
+
+def _is_stale(lock: Path, processes: Path) -> bool:
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > LONGEST_BUILD_S:
+            return True
+        held = {os.stat(file)[1:3] for file in _open_files(processes, lock.name)}
+        # A process of another user cannot be looked at; its locks would not be in this folder.
+        return processes.is_dir() and os.stat(lock)[1:3] not in held
+    except FileNotFoundError:  # its holder has just finished
+        return False
+
+
+def _open_files(processes: Path, name: str) -> Iterator[Path]:
+    """Files called `name` that processes have open."""
+    for process in processes.glob("[0-9]*"):
+        try:
+            for descriptor in (process / "fd").iterdir():
+                if os.readlink(descriptor).endswith(f"/{name}"):
+                    yield descriptor
+        except OSError:  # it has ended, or belongs to somebody else
+            continue

@@ -1,0 +1,258 @@
+"""One run of launch/train.py from its data to its result, on every rank alike."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from ds_gradprune.config import BLOCK, GradientPruningConfig
+from launch.support.checkpoints import load_checkpoint, save_checkpoint, whole_weights
+from launch.support.peers import Peers, StopSwitch
+from launch.support.run_folder import RunFolder, write_json
+from launch.support.settings import Settings
+
+logger = logging.getLogger("ds_gradprune")
+
+
+class Run:
+    """One run from its data to its result."""
+
+    def __init__(self, settings: Settings, peers: Peers, world_config: Any, text: str) -> None:
+        self.flags, self.folder, self.peers = settings.flags, settings.folder, peers
+        self._messages = _Messages()
+        logger.handlers = [self._messages] if peers.rank == 0 else [logging.NullHandler()]
+        logger.propagate = False
+        logging.getLogger("ds_gradprune.decisions").setLevel(logging.INFO)
+        self._begin(settings, world_config, text)
+        model = self._prepare(settings, world_config)
+        ds_config = resolved_config(settings.ds_config, settings.block, self.folder, world_config)
+        self._together_on_first(lambda: write_json(self.folder.config, ds_config))
+        with peers.during("starting the engine"):
+            import ds_gradprune
+
+            self.engine, *_ = ds_gradprune.initialize(
+                model=model, model_parameters=list(model.parameters()), config=ds_config
+            )
+            handle = getattr(self.engine, "gradprune", None)
+            self.handle = None if handle is None or handle.idle else handle
+            self.done, self.val_losses = self._resume() if self.flags.resume else (0, [])
+        self._tell_start(settings.block)
+
+    # ---- before the first step -----------------------------------------------------------------
+
+    def _begin(self, settings: Settings, world_config: Any, text: str) -> None:
+        """Claim or take over the folder. Only rank 0's is asked: others may not share the disk."""
+        identity = {
+            "--model": self.flags.model,
+            "--text": None if self.flags.text is None else str(self.flags.text),
+            "--seed": self.flags.seed,
+            "world size": self.peers.world_size,
+            "train_micro_batch_size_per_gpu": world_config.train_micro_batch_size_per_gpu,
+            "gradient_accumulation_steps": world_config.gradient_accumulation_steps,
+            "optimizer.type": settings.ds_config["optimizer"].get("type"),
+        }
+        notes = {"text": text, "optimizer": settings.ds_config["optimizer"]}
+
+        def work() -> dict[str, Any]:
+            if self.peers.rank == 0 and self.flags.resume:
+                return self.folder.resume(identity)
+            if self.peers.rank == 0:
+                self.folder.claim(identity, notes)
+            return notes
+
+        if self.peers.place.local_rank == 0 and self.peers.rank and not self.flags.resume:
+            self.folder.share()
+        before = self.peers.gather(self.peers.together(work))[0]
+        if before.get("text", text) != text:
+            self._say(f"note: --text has changed; the run goes on with {self.folder.data}")
+        optimizer = before.get("optimizer", notes["optimizer"])
+        if optimizer != notes["optimizer"]:
+            self._say(
+                f"note: optimizer has changed in --config; the run goes on with {optimizer}, "
+                "which its checkpoint brings"
+            )
+            settings.ds_config["optimizer"] = optimizer
+
+    def _prepare(self, settings: Settings, world_config: Any) -> Any:
+        """Tokens, tokenizer and model; the model is returned. Collective."""
+        from textgen.data import TokenData
+        from textgen.model import open_model, sequence_length
+        from textgen.prepare import prepare, prepared_tokenizer
+
+        def tokens_on(is_mine: bool) -> None:
+            if is_mine:
+                prepare(self.folder.data, settings.text, self.flags.model)
+
+        peers = self.peers
+        peers.patiently(lambda: tokens_on(peers.rank == 0))
+        # Then every host that does not see rank 0's files.
+        peers.patiently(lambda: tokens_on(peers.place.local_rank == 0))
+        self.tokenizer = peers.together(lambda: prepared_tokenizer(self.folder.data))
+        model = peers.patiently(
+            lambda: open_model(self.flags.model, self.tokenizer, self.flags.seed)
+        )
+        self.num_parameters = model.num_parameters()
+        self.data = peers.together(
+            lambda: TokenData(self.folder.data, sequence_length(model), self.flags.seed)
+        )
+        shapes = [[name, list(weight.shape)] for name, weight in model.named_parameters()]
+        peers.check_alike({"tokens": self.data.meta.digest, "parameters of the model": shapes})
+        peers.together(lambda: self.data.check_batch(world_config.train_batch_size))
+        return model
+
+    def _resume(self) -> tuple[int, list[tuple[int, float]]]:
+        """Load the newest checkpoint. Collective."""
+        state = load_checkpoint(self.engine, self.folder)
+        done = int(state["steps"])
+        if self.handle is None and self.peers.rank == 0:
+            self.folder.rewind_log(done)
+        return done, [(int(step), float(loss)) for step, loss in state["val_losses"]]
+
+    def _tell_start(self, block: GradientPruningConfig) -> None:
+        self._say(
+            f"model {self.flags.model}: {self.num_parameters:,} parameters; text: "
+            f"{self.data.meta.num_tokens:,} tokens from {self.data.meta.source}; "
+            f"{self.peers.world_size} ranks"
+        )
+        if self.done:
+            self._say(f"resumed after step {self.done}")
+        if not block.enabled:
+            self._say(f"{BLOCK}.enabled is false: plain DeepSpeed")
+
+    # ---- the run -------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train, save, and write model and result. Collective."""
+        from textgen import train
+        from textgen.progress import Progress
+
+        switch = StopSwitch(self.peers)
+        switch.listen()
+        progress = Progress(self.flags.steps, self.done, enabled=self.peers.rank == 0)
+        self._messages.show = progress.note
+        plan = train.Plan(
+            steps=self.flags.steps,
+            seed=self.flags.seed,
+            done=self.done,
+            rank=self.peers.rank,
+            world_size=self.peers.world_size,
+            eval_every=self.flags.eval_every,
+            save_every=self.flags.save_every,
+        )
+        hooks = train.Hooks(
+            sum_over_ranks=self.peers.sum,
+            stop=switch.agreed,
+            save=self._save,
+            on_step=self._log_step,
+            progress_fields=self._fields,
+        )
+        result = train.run(
+            self.engine,
+            self.data,
+            plan,
+            hooks=hooks,
+            progress=progress,
+            val_losses=self.val_losses,
+        )
+        switch.close()
+        self._finish(result)
+
+    def _save(self, result: Any) -> None:
+        """A checkpoint that `--resume` continues from. Collective."""
+        state = {"steps": result.steps, "val_losses": list(result.val_losses)}
+        with self.peers.during("saving a checkpoint"):
+            save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
+
+    def _log_step(self, record: Any) -> None:
+        """Where pruning runs it writes the log itself; elsewhere it gets the plain numbers."""
+        if self.handle is None and self.peers.rank == 0:
+            self.folder.append_log(asdict(record))
+
+    def _fields(self) -> dict[str, str]:
+        report = None if self.handle is None else self.handle.report
+        if report is None:
+            return {}
+        fields = {} if report.loss is None else {"loss": f"{report.loss:.3f}"}
+        performance = "-" if report.performance is None else f"{report.performance:.2f}"
+        return fields | {
+            "P": performance,
+            "density": "dense" if report.density == 1.0 else f"{100 * report.density:.2f} %",
+            "sent": f"{report.wire_bytes / 1e6:.2f} MB",
+        }
+
+    def _finish(self, result: Any) -> None:
+        """Write model and result; rank 0 is done writing when this returns. Collective."""
+        from textgen.model import save_model
+
+        with self.peers.during("writing the model"), whole_weights(self.engine):
+            self._together_on_first(
+                lambda: save_model(self.engine.module, self.tokenizer, self.folder.model)
+            )
+        self._together_on_first(lambda: write_json(self.folder.result, self._document(result)))
+        if result.stopped:
+            self._say(f"Stopped after step {result.steps}; continue with --resume.")
+        if self.handle is not None:
+            self.handle.detach()
+
+    def _document(self, result: Any) -> dict[str, Any]:
+        totals = None if self.handle is None else self.handle.totals
+        return {
+            "steps": result.steps,
+            "val_loss": result.val_losses[-1][1],
+            "val_loss_start": result.val_losses[0][1],
+            "wire_bytes": totals.wire_bytes if totals else 0,
+            "dense_bytes": totals.dense_bytes if totals else 0,
+            "density_min": totals.density_min if totals else None,
+            "density_max": totals.density_max if totals else None,
+            "stopped": result.stopped,
+            "parameters": self.num_parameters,
+            "val_losses": result.val_losses,
+        }
+
+    def _together_on_first(self, work: Callable[[], None]) -> None:
+        """Do `work` on rank 0; if it fails, it has failed on all. Collective."""
+        self.peers.together(work if self.peers.rank == 0 else lambda: None)
+
+    def _say(self, text: str) -> None:
+        if self.peers.rank == 0:
+            say(text)
+
+
+class _Messages(logging.Handler):
+    """Our library's warnings and decisions as plain lines.
+
+    Attributes:
+        show: shows one; replaced while a bar is on the screen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.show = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        self.show(record.getMessage())
+
+
+def resolved_config(
+    ds_config: dict[str, Any], block: GradientPruningConfig, folder: RunFolder, world_config: Any
+) -> dict[str, Any]:
+    """The configuration as it is used: batch sizes and our block filled in. Local, pure.
+
+    It is valid input again. A `log_path` that is null becomes the run folder's.
+    """
+    block = block.model_copy(update={"log_path": block.log_path or str(folder.log)})
+    return ds_config | {
+        "train_batch_size": world_config.train_batch_size,
+        "train_micro_batch_size_per_gpu": world_config.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": world_config.gradient_accumulation_steps,
+        BLOCK: block.model_dump(mode="json"),
+    }
+
+
+def say(text: str) -> None:
+    """Show one line to the user."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,103 @@
+"""What the user asked for: the flags of launch/train.py and the DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
+from ds_gradprune.errors import ConfigError
+from launch.support.flags import ScriptParser, name_or_path, natural, path, positive
+from launch.support.run_folder import RunFolder
+from launch.support.start import read_ds_config
+from textgen.corpus import open_text
+
+
+def parser() -> ScriptParser:
+    """The flags; all else is a key of the DeepSpeed configuration."""
+    flags = ScriptParser("Train a text generator over pruned updates or gradients.")
+    add = flags.add_argument
+    add("--config", type=path, required=True, help=f"DeepSpeed's JSON file, with a {BLOCK} block")
+    add(
+        "--model",
+        type=name_or_path,
+        default="nano",
+        help="nano (1M parameters), micro (10M) or small (124M), trained from nothing; or a "
+        "transformers folder or hub name, trained on (default: nano)",
+    )
+    add(
+        "--text",
+        type=path,
+        help="UTF-8 file, or folder of text files (default: the help topics and docstrings of this "
+        "Python)",
+    )
+    add("--steps", type=positive, default=1000, help="optimizer steps in all (default: 1000)")
+    add("--out", type=path, default=Path("runs/train"), help="run folder (default: runs/train)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--seed", type=natural, default=0, help="weights and order (default: 0)")
+    add("--eval-every", type=positive, default=100, help="steps between validations (default: 100)")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints (default: 500)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed passes it
+    return flags
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, checked as far as no model and no peer is needed."""
+
+    flags: argparse.Namespace
+    ds_config: dict[str, Any]
+    block: GradientPruningConfig
+    folder: RunFolder
+
+    @property
+    def text(self) -> Path | None:
+        """The text; None: the embedded one."""
+        given: Path | None = self.flags.text
+        return given
+
+    def check_inputs(self) -> str:
+        """Check text, model name and run folder; reads the text once. Local, writes nothing.
+
+        Returns:
+            What tells one text from another.
+
+        Raises:
+            ConfigError, DataError: one of them cannot be used.
+        """
+        if not self.flags.resume:
+            self.folder.check_new()
+        from textgen.model import check_model_name, quiet_transformers
+
+        quiet_transformers()
+        check_model_name(self.flags.model)
+        if self.text is None:
+            return f"the embedded text of Python {platform.python_version()}"
+        return open_text(self.text).check()
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all ranks, as plain JSON. Pure."""
+        flags = {
+            f"--{name.replace('_', '-')}": str(value) if isinstance(value, Path) else value
+            for name, value in vars(self.flags).items()
+            if name not in ("config", "text", "local_rank")  # what is in them is compared
+        }
+        return flags | self.ds_config | {BLOCK: self.block.model_dump(mode="json")}
+
+
+def read_settings(arguments: Sequence[str] | None) -> Settings:
+    """Parse flags and configuration. Local.
+
+    Raises:
+        ConfigError: something is wrong.
+    """
+    flags = parser().parse_args(arguments)
+    ds_config = read_ds_config(flags.config)
+    block = load_block(ds_config, flags.steps)
+    if "optimizer" not in ds_config:
+        raise ConfigError("optimizer must be present in the DeepSpeed configuration.")
+    return Settings(flags, ds_config, block, RunFolder(flags.out))

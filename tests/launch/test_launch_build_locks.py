@@ -1,0 +1,48 @@
+"""Locks of killed compilations are found before DeepSpeed waits for them for ever."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.support.build_locks import LONGEST_BUILD_S, stale_locks, warning
+
+
+def lock_in(folder: Path, age_s: float = 0.0) -> Path:
+    path = folder / "fused_adam" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    made_s = time.time() - age_s
+    os.utime(path, (made_s, made_s))
+    return path
+
+
+def test_a_lock_that_no_process_has_open_is_stale_however_young(tmp_path: Path) -> None:
+    """A start killed while an op loads left one; every later start hung without a word."""
+    path = lock_in(tmp_path)
+    assert stale_locks(tmp_path) == [path]
+    assert warning([path]).endswith(f"waits for it for ever: rm {path}")
+
+
+def test_a_lock_that_is_held_is_not(tmp_path: Path) -> None:
+    path = lock_in(tmp_path)
+    with path.open():
+        assert stale_locks(tmp_path) == []
+
+
+def test_where_processes_cannot_be_looked_at_age_decides(tmp_path: Path) -> None:
+    nothing = tmp_path / "no proc"
+    lock_in(tmp_path)
+    assert stale_locks(tmp_path, nothing) == []
+    path = lock_in(tmp_path, LONGEST_BUILD_S + 60.0)
+    assert stale_locks(tmp_path, nothing) == [path]
+
+
+def test_torchs_folder_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert stale_locks() == []
+    direct, deeper = lock_in(tmp_path), lock_in(tmp_path / "py311_cpu")
+    assert stale_locks() == [direct, deeper]
