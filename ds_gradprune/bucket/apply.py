@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
 from ds_gradprune.bucket import apply_torch
 from ds_gradprune.bucket.block import SparseBlock, check_block
 from ds_gradprune.bucket.dispatch import addresses, kernels_on, tables, threads
 from ds_gradprune.bucket.layout import BucketLayout
-from ds_gradprune.native.library import Block, Kernels
+from ds_gradprune.native.library import Block, Kernels, Words
 
 
 @torch.no_grad()
@@ -31,7 +32,9 @@ def scatter_add(vector: torch.Tensor, block: SparseBlock, factor: float = 1.0) -
     Raises:
         ValueError: a shape or a device is wrong.
     """
-    _check_vector("vector", vector, block.layout)
+    numel = block.layout.numel
+    if vector.shape != (numel,):
+        raise ValueError(f"vector must have shape ({numel},), got {tuple(vector.shape)}.")
     _check_device(block, vector.device)
     native = kernels_on(vector.device)
     if native is None or vector.dtype is not torch.float32 or not vector.is_contiguous():
@@ -39,6 +42,7 @@ def scatter_add(vector: torch.Tensor, block: SparseBlock, factor: float = 1.0) -
         return
     rows, pieces, *_ = tables(block.layout, block.k)
     native.scatter_add(rows, pieces, vector.detach().numpy(), _plain(block, factor), threads())
+    increment_version(vector)
 
 
 class Move:
@@ -68,15 +72,7 @@ class Move:
     def __init__(
         self, own: Sequence[torch.Tensor], shared: torch.Tensor, layout: BucketLayout
     ) -> None:
-        _check_vector("shared", shared, layout)
-        if len(own) != len(layout.segments):
-            raise ValueError(
-                f"own must have one tensor for each of {len(layout.segments)} segments, got "
-                f"{len(own)}."
-            )
-        for number, (tensor, segment) in enumerate(zip(own, layout.segments, strict=True)):
-            _check_weights(f"own[{number}]", tensor, segment.numel, shared.device)
-        _check_weights("shared", shared, layout.numel, shared.device)
+        _check_weights(own, shared, layout)
         parts, flat = [tensor.detach() for tensor in own], shared.detach()
         self._layout = layout
         self._device = shared.device
@@ -125,6 +121,53 @@ class Move:
         _check_device(block, self._device)
 
 
+def move_at_once(
+    own: Sequence[torch.Tensor],
+    shared: torch.Tensor,
+    blocks: Sequence[SparseBlock],
+    *,
+    rank: int,
+    factor: float,
+) -> None:
+    """`Move` with all deliveries in memory: the same bits in one pass over the weights.
+
+    On CPUs it takes a tenth of the time of a `Move`, which reads the weights once per delivery. It
+    suits few islands and low densities: a block takes 6 bytes per kept element.
+
+    Args:
+        own: as for `Move`.
+        shared: as for `Move`.
+        blocks: what each island sent, in rank order, of one layout and one k.
+        rank: the number of this island in `blocks`.
+        factor: weight of one island's progress; equal on all islands.
+
+    Raises:
+        ValueError: a shape, a dtype, a device, the rank or a block is wrong.
+    """
+    if not 0 <= rank < len(blocks):
+        raise ValueError(f"rank must be in 0 .. {len(blocks) - 1}, got {rank}.")
+    layout, k = blocks[0].layout, blocks[0].k
+    for block in blocks:
+        if block.layout is not layout or block.k != k:
+            raise ValueError(
+                f"blocks must all be of {layout} at k = {k}, got {block.layout} at k = {block.k}."
+            )
+        _check_device(block, shared.device)
+    native = kernels_on(shared.device)
+    if native is not None:
+        _check_weights(own, shared, layout)
+        given = [_plain(block, factor, sent=i == rank) for i, block in enumerate(blocks)]
+        flat = shared.detach()
+        _native_move(native, own, flat, layout, k, None, given, close=True)
+        return
+    move = Move(own, shared, layout)
+    for number, block in enumerate(blocks):
+        if number == rank:
+            move.sent(block)
+        move.add(block, factor)
+    move.close()
+
+
 class _NativeMove:
     """`Move` by the kernels: one bit per element notes what has been touched."""
 
@@ -157,29 +200,42 @@ class _NativeMove:
         """Own = shared + beyond."""
         self._move([], close=True)
 
-    def _move(self, blocks: list[Block], *, close: bool = False) -> None:
-        rows, pieces, row_segments, piece_segments = tables(self._layout, self._k)
-        self._native.move(
-            rows,
-            pieces,
-            addresses(self._own, self._layout, rows, row_segments),
-            addresses(self._own, self._layout, pieces, piece_segments),
-            self._shared.numpy(),
-            self._touched,
-            blocks,
+    def _move(self, blocks: Sequence[Block], *, close: bool = False) -> None:
+        _native_move(
+            self._native, self._own, self._shared, self._layout, self._k, self._touched, blocks,
             close=close,
-            threads=threads(),
-        )
+        )  # fmt: skip
+
+
+def _native_move(
+    native: Kernels,
+    own: Sequence[torch.Tensor],
+    shared: torch.Tensor,
+    layout: BucketLayout,
+    k: int,
+    touched: Words | None,
+    blocks: Sequence[Block],
+    *,
+    close: bool,
+) -> None:
+    rows, pieces, row_segments, piece_segments = tables(layout, k)
+    native.move(
+        rows,
+        pieces,
+        addresses(own, layout, rows, row_segments),
+        addresses(own, layout, pieces, piece_segments),
+        shared.numpy(),
+        touched,
+        blocks,
+        close=close,
+        threads=threads(),
+    )
+    increment_version([shared, *own])  # autograd must not take the weights for unchanged
 
 
 def _plain(block: SparseBlock, factor: float | None, *, sent: bool = False) -> Block:
     """The block as the kernels take it."""
     return Block(block.indices.numpy(), block.values.numpy(), block.dense.numpy(), factor, sent)
-
-
-def _check_vector(name: str, vector: torch.Tensor, layout: BucketLayout) -> None:
-    if vector.shape != (layout.numel,):
-        raise ValueError(f"{name} must have shape ({layout.numel},), got {tuple(vector.shape)}.")
 
 
 def _check_device(block: SparseBlock, device: torch.device) -> None:
@@ -188,12 +244,21 @@ def _check_device(block: SparseBlock, device: torch.device) -> None:
         raise ValueError(f"block must be on {device}, got {block.device}.")
 
 
-def _check_weights(name: str, tensor: torch.Tensor, numel: int, device: torch.device) -> None:
-    if tensor.shape != (numel,) or not tensor.is_contiguous():
+def _check_weights(own: Sequence[torch.Tensor], shared: torch.Tensor, layout: BucketLayout) -> None:
+    if len(own) != len(layout.segments):
         raise ValueError(
-            f"{name} must be contiguous with shape ({numel},), got {tuple(tensor.shape)}."
+            f"own must have one tensor for each of {len(layout.segments)} segments, got {len(own)}."
         )
-    if tensor.dtype is not torch.float32:
-        raise ValueError(f"{name} must be float32, got {tensor.dtype}.")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}.")
+    sizes = [segment.numel for segment in layout.segments]
+    for name, tensor, numel in (
+        ("shared", shared, layout.numel),
+        *((f"own[{n}]", t, size) for n, (t, size) in enumerate(zip(own, sizes, strict=True))),
+    ):
+        if tensor.shape != (numel,) or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous with shape ({numel},), got {tuple(tensor.shape)}."
+            )
+        if tensor.dtype is not torch.float32:
+            raise ValueError(f"{name} must be float32, got {tensor.dtype}.")
+        if tensor.device != shared.device:
+            raise ValueError(f"{name} must be on {shared.device}, got {tensor.device}.")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_gradprune.bucket import apply, apply_torch
-from ds_gradprune.bucket.apply import Move, scatter_add
+from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
 from ds_gradprune.bucket.block import SparseBlock, empty_block
 from ds_gradprune.bucket.layout import BucketLayout, lay_out
 from ds_gradprune.bucket.select import select
@@ -51,7 +51,7 @@ def blocks_of(
     return blocks
 
 
-def moved_at_once(
+def moved_as_in_0_1(
     own: torch.Tensor,
     shared: torch.Tensor,
     blocks: Sequence[SparseBlock],
@@ -93,9 +93,13 @@ def assert_moves_alike(layout: BucketLayout, k: int, world_size: int, spread: fl
     factor = world_size**0.5 / world_size
     for rank in range(world_size):
         own, shared = islands[rank].clone(), start.clone()
-        moved_at_once(own, shared, blocks, rank, factor)
+        moved_as_in_0_1(own, shared, blocks, rank, factor)
         ours, ours_shared = apart(islands[rank], layout), start.clone()
         moved_in_a_stream(ours, ours_shared, blocks, rank, factor)
+        assert torch.equal(bits(ours_shared), bits(shared))
+        assert torch.equal(bits(torch.cat(ours)), bits(own))
+        ours, ours_shared = apart(islands[rank], layout), start.clone()
+        move_at_once(ours, ours_shared, blocks, rank=rank, factor=factor)
         assert torch.equal(bits(ours_shared), bits(shared))
         assert torch.equal(bits(torch.cat(ours)), bits(own))
 
@@ -220,6 +224,22 @@ def test_a_move_without_deliveries_changes_nothing() -> None:
     assert torch.equal(bits(shared), bits(before[1]))
 
 
+@pytest.mark.parametrize("how", ["Move", "move_at_once", "scatter_add"])
+def test_a_change_between_forward_and_backward_is_found_by_autograd(how: str) -> None:
+    layout = lay_out([4], [True])
+    weights = torch.ones(4, requires_grad=True)
+    block = select(torch.ones(4), layout, 4096)
+    loss = (weights * weights).sum()
+    if how == "Move":
+        moved_in_a_stream([weights], torch.zeros(4), [block], rank=0, factor=0.5)
+    elif how == "move_at_once":
+        move_at_once([weights], torch.zeros(4), [block], rank=0, factor=0.5)
+    else:
+        scatter_add(weights, block)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class Largest(TorchDispatchMode):
     """Notes the bytes of the largest memory that an operation allocates."""
 
@@ -253,7 +273,7 @@ def test_a_move_needs_a_byte_per_element() -> None:
         ([torch.zeros(4), torch.zeros(3)], torch.zeros(6), r"own\[1\] must be .* shape \(2,\)"),
         ([torch.zeros(4), torch.zeros(2).half()], torch.zeros(6), r"own\[1\] must be float32"),
         ([torch.zeros(8)[::2], torch.zeros(2)], torch.zeros(6), r"own\[0\] must be contiguous"),
-        ([torch.zeros(4), torch.zeros(2)], torch.zeros(5), r"shared must have shape \(6,\)"),
+        ([torch.zeros(4), torch.zeros(2)], torch.zeros(5), r"shared must be .* shape \(6,\)"),
         ([torch.zeros(4), torch.zeros(2)], torch.zeros(6).half(), "shared must be float32"),
         (
             [torch.zeros(4), torch.zeros(2, device="meta")],
@@ -265,8 +285,12 @@ def test_a_move_needs_a_byte_per_element() -> None:
 def test_weights_that_do_not_fit_are_refused(
     own: list[torch.Tensor], shared: torch.Tensor, message: str
 ) -> None:
+    layout = lay_out([4, 2], [True, False])
+    block = empty_block(layout, 5)
     with pytest.raises(ValueError, match=message):
-        Move(own, shared, lay_out([4, 2], [True, False]))
+        Move(own, shared, layout)
+    with pytest.raises(ValueError, match=message):
+        move_at_once(own, shared, [block], rank=0, factor=0.5)
 
 
 def test_blocks_of_another_layout_are_refused() -> None:
@@ -278,6 +302,13 @@ def test_blocks_of_another_layout_are_refused() -> None:
             call(empty_block(same, 5))
         with pytest.raises(ValueError, match="block must be on cpu, got meta"):
             call(empty_block(LAYOUT, 5, "meta"))
+    mine = empty_block(LAYOUT, 5)
+    for other in (empty_block(same, 5), empty_block(LAYOUT, 6)):
+        with pytest.raises(ValueError, match="blocks must all be of BucketLayout"):
+            move_at_once(split(own, LAYOUT), shared, [mine, other], rank=0, factor=0.5)
+    for rank in (-1, 1):
+        with pytest.raises(ValueError, match=rf"rank must be in 0 \.\. 0, got {rank}"):
+            move_at_once(split(own, LAYOUT), shared, [mine], rank=rank, factor=0.5)
 
 
 @pytest.mark.gpu
