@@ -1,11 +1,21 @@
-"""The control law: one step's signals in, the density of the next step out.
+"""The control law: one step's signals in, the density of the next exchange out.
 
 Pure: no clock, no torch.distributed, no logging, no global state. All ranks call it with the same
-signals and so reach the same decision without talking. Knows nothing of tensors.
+signals and so reach the same decision without talking. Knows nothing of tensors, and imports no
+torch.
 
 Two laws with one order of decisions: warm-up dense; P(t) misses its target: prune less; P holds and
 the step time misses its budget: prune more; both hold: leave it. "stepwise" moves by a fixed factor
 and measures again; "predictive", the default, moves to where the link model says the budget is met.
+
+    signals, consensus     what ranks measure, and what all of them know
+    learning, outliers     P(t) of the losses
+    alarm, link_cost, codec_cost, network, prices     what a step costs at a density
+    progress_model         how many steps a density costs
+    schedule, plan, loss_arm      parts of the decision
+    predictive, stepwise   the laws
+    decision               what they decide
+    arithmetic, stats, state      same bits on every host; small statistics; checkpoints
 """
 
 from __future__ import annotations
@@ -14,16 +24,23 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.controller import predictive, stepwise
-from ds_gradprune.controller.base import kept_per_chunk
-from ds_gradprune.controller.state import PredictiveState
-from ds_gradprune.controller.stepwise import StepwiseState
 from ds_gradprune.errors import CheckpointError
-from ds_gradprune.records import Decision, StepSignals
+from ds_gradprune.law import predictive, stepwise
+from ds_gradprune.law import state as plain
+from ds_gradprune.law.arithmetic import fingerprint
+from ds_gradprune.law.decision import Decision
+from ds_gradprune.law.predictive import PredictiveState
+from ds_gradprune.law.signals import StepSignals
+from ds_gradprune.law.stepwise import StepwiseState
 
 State: TypeAlias = PredictiveState | StepwiseState
 
-__all__ = ["State", "kept_per_chunk", "restore", "start", "update"]
+__all__ = ["State", "fingerprint", "restore", "start", "to_plain", "update"]
+
+_STATES: dict[str, type[PredictiveState] | type[StepwiseState]] = {
+    "predictive": PredictiveState,
+    "stepwise": StepwiseState,
+}
 
 
 def start(config: GradientPruningConfig) -> tuple[State, Decision]:
@@ -56,18 +73,33 @@ def update(
     return predictive.update(config, state, signals)
 
 
-def restore(config: GradientPruningConfig, data: Mapping[str, Any]) -> State:
-    """The state whose `to_json` wrote `data`.
+def to_plain(state: State) -> dict[str, Any]:
+    """A state as plain JSON types, with the name of its law; `restore` reads it."""
+    law = next(law for law, kind in _STATES.items() if isinstance(state, kind))
+    return {"law": law, **plain.to_plain(state)}
+
+
+def restore(config: GradientPruningConfig, data: Any) -> State:
+    """The state that `to_plain` wrote.
+
+    Args:
+        config: the validated block of the run that goes on.
+        data: plain JSON types.
 
     Raises:
         CheckpointError: the data is no state, or one of the other law.
     """
-    saved = data.get("law")
-    if saved in ("predictive", "stepwise") and saved != config.controller:
+    saved = data.get("law") if isinstance(data, Mapping) else None
+    if saved not in _STATES:
+        known = " or ".join(f'"{law}"' for law in _STATES)
+        raise CheckpointError(
+            f"law.law must be {known}, got {saved!r}. Resume from another checkpoint, or with the "
+            "release that wrote this one."
+        )
+    if saved != config.controller:
         raise CheckpointError(
             f'gradient_pruning.controller must be "{saved}", the law that the checkpoint was saved '
             f'with, got "{config.controller}". Set it so to resume.'
         )
-    if config.controller == "stepwise":
-        return StepwiseState.from_json(data)
-    return PredictiveState.from_json(data)
+    fields = {name: value for name, value in data.items() if name != "law"}
+    return plain.from_plain(_STATES[saved], fields, "law")

@@ -1,4 +1,4 @@
-"""What a byte costs on this link, and whether the link has changed. Pure: state in, state out.
+"""Has the network changed? An alarm within two or three exchanges, and the fixed overhead.
 
 The model of one exchange: seconds = overhead + seconds_per_byte * bytes.
 
@@ -18,7 +18,7 @@ window is cleared and re-estimated from the samples that raised it.
 
 **Overhead.** The line through the medians at two sizes at least twice apart, both seen lately on
 this network. Until there are two it counts as 0, which predicts a larger exchange too dear, never
-too cheap.
+too cheap. What a byte costs is measured in `link_cost`, with more patience.
 
 Not seen: a change that moves the time of an exchange by less than a third or so (the medians follow
 it silently); one that comes within a step or two of a jump in bytes and stays inside its range.
@@ -26,23 +26,18 @@ Three stalls in a row are taken for a change.
 
 References: E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954 (CUSUM). The constants
 come from simulated links with a fixed overhead, 5 to 10 % noise and 2 % stalls, which
-tests/test_link.py repeats.
+tests/law/test_alarm.py repeats.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
-from ds_gradprune.errors import CheckpointError
-
-Change = Literal["slower", "faster"]
-Samples = tuple[tuple[int, float], ...]
+from ds_gradprune.law.arithmetic import log
+from ds_gradprune.law.stats import Bytes, Change, Count, Samples, Seconds, Within, is_time, median
 
 WINDOW_STEPS = 12
-"""Samples behind the estimate: a median of 12 stands five outliers."""
+"""Exchanges that a new one is compared with: a median of 12 stands five outliers."""
 
 _CLIP, _DRIFT = 1.0, 0.15
 _ALARM_SLOWER, _ALARM_FASTER = 1.2, 0.9
@@ -51,19 +46,16 @@ _ALARM_SLOWER, _ALARM_FASTER = 1.2, 0.9
 _NOTABLE = 0.3
 """A log deviation that counts towards a row: 1.35 times, three sigma of 10 % noise."""
 
-_BEYOND_STALL = math.log(4.1)
+_BEYOND_STALL = log(4.1)
 """Two samples in a row this slow are no stalls."""
 
-_BEYOND_NOISE = math.log(1.5)
+_BEYOND_NOISE = log(1.5)
 """Two samples in a row this fast are no noise."""
-
-_LEAST_S, _MOST_S = 1e-9, 1e9
-"""No clock has measured less, no exchange lasts longer."""
 
 _SIMILAR = 1.1
 """Sizes within this factor are one size."""
 
-_SIZE_CLASS = math.log(1.25)
+_SIZE_CLASS = log(1.25)
 """Sizes are remembered for the overhead on a grid of this factor."""
 
 _MIN_SPREAD = 2.0
@@ -75,12 +67,12 @@ _MEMORY_STEPS = 128
 _REVISE_STEPS = 4
 """The median at a size is renewed after so many samples."""
 
-_MAX_FITTED_SHARE = 0.9
-"""At most this share of a sample counts as overhead in the estimate of the rate."""
-
 _MAX_OVERHEAD_SHARE = 0.5
 """At most this share of either time is taken off as overhead before two times are compared: the
 noise of the rest grows by its inverse at most."""
+
+Overhead = Annotated[float, Within(0.0, 1e9)]
+"""Seconds of an exchange whatever its size."""
 
 
 class SizeMedian(NamedTuple):
@@ -90,17 +82,17 @@ class SizeMedian(NamedTuple):
         size_class: which class of the grid, log(bytes) / log(1.25) rounded.
         wire_bytes: bytes of the last exchange that counted.
         time_s: median seconds.
-        seen: value of `LinkState.seen` when it was last updated.
+        seen: value of `AlarmState.seen` when it was last updated.
     """
 
     size_class: int
-    wire_bytes: int
-    time_s: float
-    seen: int
+    wire_bytes: Bytes
+    time_s: Seconds
+    seen: Count
 
 
-class LinkState(NamedTuple):
-    """Everything the model remembers.
+class AlarmState(NamedTuple):
+    """Everything the alarm remembers.
 
     Attributes:
         samples: last WINDOW_STEPS (bytes, seconds) since the last change, oldest first.
@@ -115,112 +107,43 @@ class LinkState(NamedTuple):
 
     samples: Samples = ()
     sizes: tuple[SizeMedian, ...] = ()
-    overhead_s: float = 0.0
-    seen: int = 0
-    slower: float = 0.0
-    faster: float = 0.0
-    row: int = 0
-    row_least: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; `from_json` restores an equal state."""
-        return {
-            "samples": [list(sample) for sample in self.samples],
-            "sizes": [list(size) for size in self.sizes],
-            "overhead_s": self.overhead_s,
-            "seen": self.seen,
-            "slower": self.slower,
-            "faster": self.faster,
-            "row": self.row,
-            "row_least": self.row_least,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LinkState:
-        """The state that `to_json` wrote.
-
-        Raises:
-            CheckpointError: the data is not such a state.
-        """
-        try:
-            return cls(
-                samples=tuple((int(size), float(time_s)) for size, time_s in data["samples"]),
-                sizes=tuple(
-                    SizeMedian(int(size_class), int(size), float(time_s), int(seen))
-                    for size_class, size, time_s, seen in data["sizes"]
-                ),
-                overhead_s=float(data["overhead_s"]),
-                seen=int(data["seen"]),
-                slower=float(data["slower"]),
-                faster=float(data["faster"]),
-                row=int(data["row"]),
-                row_least=float(data["row_least"]),
-            )
-        except (KeyError, TypeError, ValueError) as exc:
-            raise CheckpointError(f"link must be a saved link state, got {data!r}.") from exc
+    overhead_s: Overhead = 0.0
+    seen: Count = 0
+    slower: Annotated[float, Within(0.0)] = 0.0
+    faster: Annotated[float, Within(0.0)] = 0.0
+    row: Annotated[int, Within(-WINDOW_STEPS, WINDOW_STEPS)] = 0
+    row_least: Annotated[float, Within(0.0)] = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class LinkEstimate:
-    """What the model says now.
-
-    Attributes:
-        seconds_per_byte: median of (seconds - overhead) / bytes; None before the first sample.
-        overhead_s: what an exchange costs whatever its size, seconds; 0.0 while unknown.
-        changed: the newest sample raised the alarm, and which way.
-    """
-
-    seconds_per_byte: float | None
-    overhead_s: float
-    changed: Change | None
-
-    def predict_s(self, wire_bytes: int) -> float | None:
-        """Seconds that an exchange of so many bytes would take; None before the first sample."""
-        if self.seconds_per_byte is None:
-            return None
-        return self.overhead_s + self.seconds_per_byte * wire_bytes
-
-
-def observe(
-    state: LinkState, comm_time_s: float | None, wire_bytes: int
-) -> tuple[LinkState, LinkEstimate]:
+def watch(
+    state: AlarmState, time_s: float | None, wire_bytes: int
+) -> tuple[AlarmState, Change | None]:
     """Take in one exchange.
 
     Args:
         state: what is known so far.
-        comm_time_s: what the exchange took, seconds. None, or nothing that a clock can have
-            measured: ignored.
+        time_s: what the exchange took, seconds. None, or nothing that a clock can have measured:
+            ignored.
         wire_bytes: bytes one rank sent in it. 0: ignored.
 
     Returns:
-        The new state and the estimate from it.
+        The new state, and which way the network has changed if the alarm was raised.
     """
-    state, changed = watch(state, comm_time_s, wire_bytes)
-    return state, _estimate(state, changed)
-
-
-def watch(
-    state: LinkState, comm_time_s: float | None, wire_bytes: int
-) -> tuple[LinkState, Change | None]:
-    """`observe` without the estimate: the new state, and whether the alarm was raised."""
-    if comm_time_s is None or not _LEAST_S <= comm_time_s <= _MOST_S:  # nan is not, either
+    if not is_time(time_s) or wire_bytes <= 0:
         return state, None
-    if wire_bytes <= 0:
-        return state, None
-    state = _judge(state, comm_time_s, wire_bytes)
-    changed = _alarm(state)
-    if changed is not None:
-        state = LinkState(
-            samples=state.samples[-abs(state.row) :],
-            overhead_s=state.overhead_s,
-            seen=state.seen,
-        )
-    elif state.row == 0:
-        state = _fit(state, wire_bytes)
-    return state, changed
+    state = _judge(state, time_s, wire_bytes)
+    change = _alarm(state)
+    if change is not None:
+        return restart(state, state.samples[-abs(state.row) :]), change
+    return _fit(state, wire_bytes) if state.row == 0 else state, None
 
 
-def _judge(state: LinkState, time_s: float, wire_bytes: int) -> LinkState:
+def restart(state: AlarmState, samples: Samples = ()) -> AlarmState:
+    """The state as if these had been its only samples; the overhead stays."""
+    return AlarmState(samples[-WINDOW_STEPS:], overhead_s=state.overhead_s, seen=state.seen)
+
+
+def _judge(state: AlarmState, time_s: float, wire_bytes: int) -> AlarmState:
     """Append the sample; move the CUSUMs and the row."""
     whole, net = _deviation(state, time_s, wire_bytes)
     step = max(-_CLIP, min(_CLIP, net))
@@ -229,7 +152,7 @@ def _judge(state: LinkState, time_s: float, wire_bytes: int) -> LinkState:
         goes_on = state.row * whole > 0.0
         row = (state.row if goes_on else 0) + (1 if whole > 0.0 else -1)
         least = min(state.row_least, abs(whole)) if goes_on else abs(whole)
-    return LinkState(
+    return AlarmState(
         samples=(*state.samples, (wire_bytes, time_s))[-WINDOW_STEPS:],
         sizes=state.sizes,
         overhead_s=state.overhead_s,
@@ -241,7 +164,7 @@ def _judge(state: LinkState, time_s: float, wire_bytes: int) -> LinkState:
     )
 
 
-def _deviation(state: LinkState, time_s: float, wire_bytes: int) -> tuple[float, float]:
+def _deviation(state: AlarmState, time_s: float, wire_bytes: int) -> tuple[float, float]:
     """Log of the time over what the same network could have taken; 0.0 inside that range.
 
     Returns:
@@ -255,11 +178,11 @@ def _deviation(state: LinkState, time_s: float, wire_bytes: int) -> tuple[float,
     if reference_s == time_s:
         return 0.0, 0.0
     overhead_s = min(state.overhead_s, _MAX_OVERHEAD_SHARE * min(time_s, reference_s))
-    net = math.log((time_s - overhead_s) / (reference_s - overhead_s))
-    return math.log(time_s / reference_s), net
+    net = log((time_s - overhead_s) / (reference_s - overhead_s))
+    return log(time_s / reference_s), net
 
 
-def _expected(state: LinkState, wire_bytes: int) -> tuple[float, float]:
+def _expected(state: AlarmState, wire_bytes: int) -> tuple[float, float]:
     """Least and most seconds for so many bytes, from the samples most similar in size.
 
     Samples of the row that is under way do not vote while three others can.
@@ -289,7 +212,7 @@ def _similar(samples: Samples, wire_bytes: int) -> Samples:
     return tuple(s for s, factor in zip(samples, factors, strict=True) if factor <= limit)
 
 
-def _alarm(state: LinkState) -> Change | None:
+def _alarm(state: AlarmState) -> Change | None:
     row, least = state.row, state.row_least
     if state.slower > _ALARM_SLOWER and (row >= 3 or (row == 2 and least > _BEYOND_STALL)):
         return "slower"
@@ -298,9 +221,9 @@ def _alarm(state: LinkState) -> Change | None:
     return None
 
 
-def _fit(state: LinkState, wire_bytes: int) -> LinkState:
+def _fit(state: AlarmState, wire_bytes: int) -> AlarmState:
     """Remember the median at this size; the overhead from two sizes far enough apart."""
-    size_class = round(math.log(wire_bytes) / _SIZE_CLASS)
+    size_class = round(log(wire_bytes) / _SIZE_CLASS)
     for size in state.sizes:
         if size.size_class == size_class and state.seen - size.seen < _REVISE_STEPS:
             return state
@@ -316,7 +239,7 @@ def _fit(state: LinkState, wire_bytes: int) -> LinkState:
         for size in state.sizes
         if size.size_class != size_class and state.seen - size.seen <= _MEMORY_STEPS
     ]
-    sizes.append(SizeMedian(size_class, wire_bytes, _median(times_s), state.seen))
+    sizes.append(SizeMedian(size_class, wire_bytes, median(times_s), state.seen))
     small = min(sizes, key=lambda size: size.wire_bytes)
     large = max(sizes, key=lambda size: size.wire_bytes)
     overhead_s = state.overhead_s
@@ -324,25 +247,3 @@ def _fit(state: LinkState, wire_bytes: int) -> LinkState:
         slope = (large.time_s - small.time_s) / (large.wire_bytes - small.wire_bytes)
         overhead_s = min(max(0.0, small.time_s - slope * small.wire_bytes), small.time_s)
     return state._replace(sizes=tuple(sizes), overhead_s=overhead_s)
-
-
-def _estimate(state: LinkState, changed: Change | None) -> LinkEstimate:
-    if not state.samples:
-        return LinkEstimate(None, state.overhead_s, changed)
-    overhead_s = state.overhead_s
-    costs = [
-        (
-            time_s - overhead_s
-            if time_s * _MAX_FITTED_SHARE > overhead_s
-            else time_s * (1.0 - _MAX_FITTED_SHARE)
-        )
-        / size
-        for size, time_s in state.samples
-    ]
-    return LinkEstimate(_median(costs), overhead_s, changed)
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])

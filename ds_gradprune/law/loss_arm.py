@@ -1,8 +1,8 @@
-"""When the loss asks for less pruning, by how much, and for how long. Pure.
+"""When the loss asks for less pruning, by how much, and for how long.
 
 P(t) is noise around 0 on any plateau, so at the end of every training. Therefore:
 
-- P misses its target only where it lies below it by more than its noise (`performance.noise`, which
+- P misses its target only where it lies below it by more than its noise (`learning.noise`, which
   scales with the window): 4 standard deviations once, or 3 in two evaluations in a row, one
   every M / 8 losses.
 - A miss doubles the density. That is worth its time only if it helps, so the hold is bounded: after
@@ -10,18 +10,17 @@ P(t) is noise around 0 on any plateau, so at the end of every training. Therefor
   misses still: double again, three times at most. Then the density is not what is wrong: back to
   the budget, and rest for 4 M losses, in which only twice the deviation counts.
 
-A loss that leaps (above the median of 64 by 6 robust standard deviations) enters the window as that
-bound: one bad batch is no trend, and many of them still are. It and a step with a gradient that is
-not finite set a guard of 8 steps, in which nothing but a change of the network prunes more.
+A loss that leaps up (`outliers`) and a step with a gradient that is not finite set a guard of 8
+steps, in which nothing but a change of the network prunes more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from ds_gradprune import performance
-from ds_gradprune.performance import Form, PerformanceState
+from ds_gradprune.law import learning
+from ds_gradprune.law.learning import Form, LossWindow
+from ds_gradprune.law.stats import Count, Within
 
 STRONG, WEAK, HELD = 4.0, 3.0, 1.0
 """Standard deviations of P below the target: missed at once, missed if twice, held again."""
@@ -31,8 +30,6 @@ MOST_RAISES = 3
 
 GUARD_STEPS = 8
 _REST_WINDOWS = 4
-_SPIKE, _SPIKE_NUMEL, _SPIKE_LEAST = 6.0, 64, 16
-_NORMAL = 1.4826  # standard deviation over median absolute deviation of a normal number
 
 Event = Literal["raise", "held", "given_up"]
 
@@ -49,35 +46,12 @@ class ArmState(NamedTuple):
         guard: steps for which pruning may not be increased without a change of the network.
     """
 
-    wait: int = 0
+    wait: Count = 0
     is_below: bool = False
-    raises: int = 0
-    since: int = 0
-    rest: int = 0
-    guard: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; `from_json` restores an equal state."""
-        return {
-            "wait": self.wait,
-            "is_below": self.is_below,
-            "raises": self.raises,
-            "since": self.since,
-            "rest": self.rest,
-            "guard": self.guard,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ArmState:
-        """The state that `to_json` wrote; KeyError, TypeError or ValueError if it is none."""
-        return cls(
-            wait=int(data["wait"]),
-            is_below=bool(data["is_below"]),
-            raises=int(data["raises"]),
-            since=int(data["since"]),
-            rest=int(data["rest"]),
-            guard=int(data["guard"]),
-        )
+    raises: Annotated[int, Within(0, MOST_RAISES)] = 0
+    since: Count = 0
+    rest: Count = 0
+    guard: Annotated[int, Within(0, GUARD_STEPS)] = 0
 
 
 class Verdict(NamedTuple):
@@ -92,30 +66,9 @@ class Verdict(NamedTuple):
     text: str
 
 
-def clipped(losses: tuple[float, ...], loss: float) -> tuple[float, bool]:
-    """A loss as it enters the window, and whether it leapt.
-
-    Args:
-        losses: those before it.
-        loss: the newest one.
-
-    Returns:
-        The loss, or the bound that it leapt over, and which it is. Nan is returned as it is.
-    """
-    before = losses[-_SPIKE_NUMEL:]
-    if len(before) < _SPIKE_LEAST or not loss > max(before):
-        return loss, False
-    middle = sorted(before)[len(before) // 2]
-    spread = sorted([abs(x - middle) for x in before])[len(before) // 2]
-    bound = middle + _SPIKE * _NORMAL * max(spread, 1e-6 * abs(middle))
-    # A loss that rises steadily in small steps leaves its median behind, and is no spike.
-    bound = max(bound, max(before))
-    return (bound, True) if loss > bound else (loss, False)
-
-
 def judge(
     arm: ArmState,
-    window: PerformanceState,
+    window: LossWindow,
     p: float | None,
     *,
     is_known: bool,
@@ -132,7 +85,7 @@ def judge(
         window: the losses, the newest included.
         p: P(t) over the whole window; None while unknown.
         is_known: the newest loss is known and entered the window.
-        is_spike: it leapt, see `clipped`.
+        is_spike: it leapt up, see `outliers`.
         is_nonfinite: some gradient or loss of the step is not finite.
         target: what P must reach.
         window_size: M.
@@ -171,7 +124,7 @@ def _evaluate(
     arm = arm._replace(wait=max(1, window_size // 8))
     if p is None:
         return arm._replace(is_below=False), Verdict(None, text)
-    noise = performance.noise(window_size, form)
+    noise = learning.noise(window_size, form)
     bound = target - STRONG * noise * (2.0 if arm.rest else 1.0)
     is_below = not arm.rest and p < target - WEAK * noise
     if not (p < bound or (is_below and arm.is_below)):
@@ -181,15 +134,15 @@ def _evaluate(
 
 
 def _follow_up(
-    arm: ArmState, window: PerformanceState, target: float, window_size: int, form: Form, text: str
+    arm: ArmState, window: LossWindow, target: float, window_size: int, form: Form, text: str
 ) -> tuple[ArmState, Verdict]:
     """Did it help? Judged by the losses since, once there are M / 2 of them."""
     numel = min(arm.since, window_size + 1, len(window.losses))
     if arm.since < _half(window_size) or numel < 5:
         return arm, Verdict(None, f"{text}; {arm.since} losses since the density was doubled")
-    p = performance.recent(window, numel, form=form)
+    p = learning.recent(window, numel, form=form)
     assert p is not None  # so many losses are there
-    noise = performance.noise(numel - 1, form)
+    noise = learning.noise(numel - 1, form)
     if p >= target - HELD * noise:
         arm = arm._replace(raises=0, since=0, is_below=False, wait=_half(window_size))
         return arm, Verdict("held", f"P {p:.2f} over the last {numel} losses holds again")

@@ -1,15 +1,14 @@
-"""What a density would cost, and the highest one that the budget affords. Pure.
+"""What a density would cost, and the highest one that the budget affords.
 
 The model of one step: computation + codec(k) + overhead + seconds_per_byte * bytes(k), where both
 are straight lines: a payload is a header, the dense segments, and so many bits per kept element; a
 codec selects, and then takes so long per kept element. A dense step has its own bytes and its own,
-small, work beside the exchange; that its collective moves a byte in another time than the gather
-does is a factor, measured.
+small, work beside the exchange. Its collective moves a byte in another time than the gather does:
+that is a factor, which is measured.
 
-The allowance for communication is what the budget leaves. As exchanges and computation scatter, the
-plan leaves `MARGIN` standard deviations of the two together, so the steps that miss are the ones
-that no density could have known of. It is used up: a lower density would be slower learning bought
-for nothing.
+The allowance for communication is what the budget leaves. Exchanges and computation scatter, so the
+law leaves `MARGIN` standard deviations of the two together. It spends the rest: a lower density
+would slow learning without need.
 
 Densities come from a ladder: whole k with five significant bits, 1 to 31, then steps of 3 to 6 %.
 """
@@ -19,7 +18,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ds_gradprune.records import CHUNK_NUMEL
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
+from ds_gradprune.law.arithmetic import hypot
 
 MARGIN = 2.0
 """Standard deviations of a step's time between the plan and the budget."""
@@ -78,6 +78,11 @@ class Prices(NamedTuple):
         return self.local_s(k) + self.comm_s(k)
 
     @property
+    def rate_text(self) -> str:
+        """The link's rate for a user, in parentheses and with a blank before it."""
+        return f" ({8e-6 / self.seconds_per_byte:.3g} Mbit/s)"
+
+    @property
     def per_k_s(self) -> float:
         """Of every kept element per chunk, in codec and exchange."""
         return self.codec_per_k_s + self.seconds_per_byte * self.bytes_per_k
@@ -93,7 +98,7 @@ class Prices(NamedTuple):
         if step_s > budget_s:
             return False
         spread_s = min(self.spread_s, _SPREAD_MOST * (budget_s - self.compute_s))
-        return step_s + margin * math.hypot(self.noise * comm_s, spread_s) <= budget_s
+        return step_s + margin * hypot(self.noise * comm_s, spread_s) <= budget_s
 
     def affordable_k(self, budget_s: float, k_min: int, k_max: int) -> int:
         """The highest k that fits, on the ladder; k_min if none does."""
@@ -104,11 +109,16 @@ class Prices(NamedTuple):
         codec_share = self.codec_per_k_s / (self.seconds_per_byte * self.bytes_per_k)
         allowance_s = budget_s - self.compute_s - self.codec_s + codec_share * least_s
         b = 1.0 + codec_share
-        a = b**2 - (MARGIN * self.noise) ** 2
-        square = (b * allowance_s) ** 2 - a * (allowance_s**2 - (MARGIN * spread_s) ** 2)
-        comm_s = (b * allowance_s - math.sqrt(max(0.0, square))) / a
+        a = b * b - _squared(MARGIN * self.noise)
+        square = allowance_s * allowance_s - _squared(MARGIN * spread_s)
+        root_s = math.sqrt(max(0.0, _squared(b * allowance_s) - a * square))
+        comm_s = (b * allowance_s - root_s) / a
         k = (comm_s - least_s) / (self.seconds_per_byte * self.bytes_per_k)
         return max(k_min, min(k_max, ladder(int(max(1.0, min(k, CHUNK_NUMEL - 1.0))))))
+
+
+def _squared(x: float) -> float:
+    return x * x  # `**` calls the C library
 
 
 def ladder(k: int, bits: int = _LADDER_BITS) -> int:

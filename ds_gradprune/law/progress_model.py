@@ -1,11 +1,11 @@
-"""What a density is worth: how many more steps than dense learning takes with it. Pure.
+"""How many more steps than dense training takes with a density, and so which density learns most.
 
 Without a budget of the user's, the law looks for the density that learns most per second: the one
 with the least steps_factor(k, t) * step time(k), where
 
     steps_factor = 1 + c / sqrt(density) + d / (density * t)^1.5
 
-The second term is what stays for good: elements that are behind, and noise. The third is the
+The second term lasts for good: elements are late, and values are rounded. The third is the
 beginning: an element waits about 1 / density steps for its turn, which is long while the run itself
 has lasted only t steps. (Deep Gradient Compression, arXiv:1712.01887, section 3.3, lowers its
 density over the first epochs for the same reason, by a fixed schedule.)
@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import math
 
-from ds_gradprune.controller.plan import Prices, ladder
-from ds_gradprune.records import CHUNK_NUMEL
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
+from ds_gradprune.law.prices import Prices, ladder
 
-STANDING = {"gradient": 0.1, "update": 0.012}
+LASTING = {"gradient": 0.1, "update": 0.012}
 """c by what is pruned: an optimizer suffers from late gradients more than weights from late
 updates."""
 
-_WAIT = 0.22
+_BEGINNING = 0.22
+"""d."""
 
 _AGE_BITS = 2
 
@@ -48,7 +49,8 @@ def steps_factor(prune: str, k: int, step: int) -> float:
     if k == CHUNK_NUMEL:
         return 1.0
     density = k / CHUNK_NUMEL
-    return 1.0 + STANDING[prune] / math.sqrt(density) + _WAIT / math.pow(density * _age(step), 1.5)
+    beginning = _BEGINNING / _to_three_halves(density * _age(step))
+    return 1.0 + LASTING[prune] / math.sqrt(density) + beginning
 
 
 def best_k(
@@ -70,13 +72,14 @@ def best_k(
     # Both factors are sums of powers of k with positive coefficients, and so is their product: it
     # is convex in log k and has one minimum, where its derivative changes sign.
     ratio = prices.step_s(0) / (prices.per_k_s * CHUNK_NUMEL)
-    standing, wait = STANDING[prune], _WAIT / math.pow(_age(step), 1.5)
+    lasting, beginning = LASTING[prune], _BEGINNING / _to_three_halves(_age(step))
     low, high = k_min, k_max
     while low < high:
         middle = (low + high + 1) // 2
-        root = math.sqrt(middle / CHUNK_NUMEL)
-        slope = root**5 + 0.5 * standing * (root**4 - ratio * root**2)
-        slope -= wait * (0.5 * root**2 + 1.5 * ratio)
+        density = middle / CHUNK_NUMEL
+        root = math.sqrt(density)
+        slope = root * density * density + 0.5 * lasting * density * (density - ratio)
+        slope -= beginning * (0.5 * density + 1.5 * ratio)
         low, high = (low, middle - 1) if slope > 0.0 else (middle, high)
     k = max(k_min, ladder(low))
     pruned_s = prices.step_s(k) * steps_factor(prune, k, step)
@@ -87,3 +90,7 @@ def best_k(
 def _age(step: int) -> int:
     """The step's two leading bits: it moves the density in strides, not with every step."""
     return ladder(step, _AGE_BITS)
+
+
+def _to_three_halves(x: float) -> float:
+    return x * math.sqrt(x)  # `math.pow` belongs to the C library

@@ -1,180 +1,150 @@
-"""What the law "predictive" remembers from one step to the next."""
+"""States as plain JSON types and back, by their type hints.
+
+A state is a NamedTuple or a dataclass of numbers, strings, booleans, enums, optional values, tuples
+and further states. `to_plain` writes dicts and lists, and `from_plain` reads them. What was written
+on one host may be read on another or be damaged, so everything is checked before a run goes on with
+it: every field is there and no other, has its type, is finite, and lies within the bounds of its
+hint (`stats.Within`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
+import math
+import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from ds_gradprune.controller.base import kept_per_chunk
-from ds_gradprune.controller.loss_arm import ArmState
 from ds_gradprune.errors import CheckpointError
-from ds_gradprune.link import LinkState
-from ds_gradprune.meter import MeterState, Samples
-from ds_gradprune.performance import PerformanceState
-from ds_gradprune.records import CHUNK_NUMEL
+from ds_gradprune.law.stats import Within
 
-LAW = "predictive"
-"""Its name in the configuration."""
+T = TypeVar("T")
 
-UP_STEPS = 12
-"""Exchanges at a density before it rises without a change of the network."""
+_FIX = "Resume from another checkpoint, or with the release that wrote this one."
 
 
-class CodecTimes(NamedTuple):
-    """What the codec takes.
+def to_plain(value: Any) -> Any:
+    """A state as dicts, lists, numbers, strings, booleans and None."""
+    names = _fields_of(type(value))
+    if names is not None:
+        return {name: to_plain(getattr(value, name)) for name in names}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
-    Attributes:
-        k: kept elements per chunk that `times_s` are about; 0: none yet.
-        times_s: the last codec times of pruned steps at about that k, oldest first.
-        other: (k, seconds) at another k before that, a far one if there was; or None.
-        dense_s: the last times of dense steps, which have little to do, but something.
+
+def from_plain(kind: type[T], data: Any, path: str = "") -> T:
+    """The state that `to_plain` wrote.
+
+    Args:
+        kind: type of the state.
+        data: dicts and lists, as they come from JSON.
+        path: what the state is called in a message; its type's name if empty.
+
+    Returns:
+        A state equal to the one that was written.
+
+    Raises:
+        CheckpointError: a field is missing, unknown, of another type, not finite or out of range.
+            The message names its path.
     """
-
-    k: int = 0
-    times_s: tuple[float, ...] = ()
-    other: tuple[int, float] | None = None
-    dense_s: tuple[float, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; `from_json` restores an equal state."""
-        other = None if self.other is None else list(self.other)
-        return {
-            "k": self.k,
-            "times_s": list(self.times_s),
-            "other": other,
-            "dense_s": list(self.dense_s),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CodecTimes:
-        """The state that `to_json` wrote; KeyError, TypeError or ValueError if it is none."""
-        other = data["other"]
-        return cls(
-            k=int(data["k"]),
-            times_s=tuple(float(time_s) for time_s in data["times_s"]),
-            other=None if other is None else (int(other[0]), float(other[1])),
-            dense_s=tuple(float(time_s) for time_s in data["dense_s"]),
-        )
+    return cast("T", _read(kind, data, path or kind.__name__))
 
 
-class NetworkState(NamedTuple):
-    """What is known of the exchanges.
-
-    Attributes:
-        link: the alarm; its samples are all dense or all pruned.
-        meter: what an exchange costs; likewise.
-        is_dense: which they are.
-        former: exchanges from before the network became slower, while it may still turn out that
-            it did not.
-        former_steps: exchanges since.
-        as_before: the newest exchange was as the former ones.
-        codec: what the codec takes.
-        sizes: (k, bytes) of the newest pruned exchange, then of one with another k; at most two.
-        dense_bytes: of a dense exchange; 0: unknown.
-        dense_cost: seconds per byte of a dense exchange, on the network as it is now, or None.
-        pruned_cost: the same of a pruned one.
-        dense_factor: dense_cost / pruned_cost, when both were last known.
-    """
-
-    link: LinkState = LinkState()
-    meter: MeterState = MeterState()
-    is_dense: bool = True
-    former: Samples = ()
-    former_steps: int = 0
-    as_before: bool = False
-    codec: CodecTimes = CodecTimes()
-    sizes: tuple[tuple[int, int], ...] = ()
-    dense_bytes: int = 0
-    dense_cost: float | None = None
-    pruned_cost: float | None = None
-    dense_factor: float = 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; `from_json` restores an equal state."""
-        return self._asdict() | {
-            "link": self.link.to_json(),
-            "meter": self.meter.to_json(),
-            "former": [list(sample) for sample in self.former],
-            "codec": self.codec.to_json(),
-            "sizes": [list(size) for size in self.sizes],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> NetworkState:
-        """The state that `to_json` wrote; KeyError, TypeError or ValueError if it is none."""
-        costs = (data["dense_cost"], data["pruned_cost"])
-        dense_cost, pruned_cost = (None if cost is None else float(cost) for cost in costs)
-        return cls(
-            link=LinkState.from_json(data["link"]),
-            meter=MeterState.from_json(data["meter"]),
-            is_dense=bool(data["is_dense"]),
-            former=tuple((int(size), float(time_s)) for size, time_s in data["former"]),
-            former_steps=int(data["former_steps"]),
-            as_before=bool(data["as_before"]),
-            codec=CodecTimes.from_json(data["codec"]),
-            sizes=tuple((int(k), int(size)) for k, size in data["sizes"]),
-            dense_bytes=int(data["dense_bytes"]),
-            dense_cost=dense_cost,
-            pruned_cost=pruned_cost,
-            dense_factor=float(data["dense_factor"]),
-        )
+def _fields_of(kind: Any) -> tuple[str, ...] | None:
+    """The fields of a state in order; None of what is no state."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return getattr(kind, "_fields", None) if isinstance(kind, type) else None
 
 
-class PredictiveState(NamedTuple):
-    """Everything the law remembers. The position in warm-up and ramp is the step number itself.
+@functools.lru_cache(maxsize=64)
+def _hints_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
-    Attributes:
-        density: of the step that is next or under way.
-        plan_k: kept elements per chunk that the budget affords; CHUNK_NUMEL: dense.
-        steps_here: steps since the plan moved.
-        performance: the window of losses.
-        arm: what the losses ask for.
-        compute_times_s: the last compute times, oldest first.
-        network: what is known of the exchanges.
-    """
 
-    density: float
-    plan_k: int
-    steps_here: int = UP_STEPS
-    performance: PerformanceState = PerformanceState()
-    arm: ArmState = ArmState()
-    compute_times_s: tuple[float, ...] = ()
-    network: NetworkState = NetworkState()
+def _read(kind: Any, data: Any, path: str, bounds: Within | None = None) -> Any:
+    origin = get_origin(kind)
+    if origin is Annotated:
+        inner, *extras = get_args(kind)
+        return _read(inner, data, path, next(x for x in extras if isinstance(x, Within)))
+    if origin in (Union, types.UnionType):
+        return _read_optional(kind, data, path)
+    if origin is tuple:
+        return _read_tuple(get_args(kind), data, path)
+    if origin is Literal:
+        return _read_choice(get_args(kind), data, path)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind(_read_choice([member.value for member in kind], data, path))
+    names = _fields_of(kind)
+    if names is not None:
+        return _read_fields(kind, names, data, path)
+    return _read_simple(kind, data, path, bounds)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; `from_json` restores an equal state."""
-        return {
-            "law": LAW,
-            "density": self.density,
-            "plan_k": self.plan_k,
-            "steps_here": self.steps_here,
-            "performance": self.performance.to_json(),
-            "arm": self.arm.to_json(),
-            "compute_times_s": list(self.compute_times_s),
-            "network": self.network.to_json(),
-        }
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PredictiveState:
-        """The state that `to_json` wrote.
+def _read_fields(kind: Any, names: tuple[str, ...], data: Any, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _wrong(path, "be a JSON object", data)
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise _wrong(f"{path}.{missing[0]}", "be there", "nothing")
+    unknown = sorted(set(map(str, data)) - set(names))
+    if unknown:
+        raise _wrong(path, f"have the fields {', '.join(names)} alone", unknown[0])
+    hints = _hints_of(kind)
+    return kind(**{name: _read(hints[name], data[name], f"{path}.{name}") for name in names})
 
-        Raises:
-            CheckpointError: the data is not such a state.
-        """
-        try:
-            density, plan_k = float(data["density"]), int(data["plan_k"])
-            kept_per_chunk(density)
-            kept_per_chunk(plan_k / CHUNK_NUMEL)
-            return cls(
-                density=density,
-                plan_k=plan_k,
-                steps_here=int(data["steps_here"]),
-                performance=PerformanceState.from_json(data["performance"]),
-                arm=ArmState.from_json(data["arm"]),
-                compute_times_s=tuple(float(time_s) for time_s in data["compute_times_s"]),
-                network=NetworkState.from_json(data["network"]),
-            )
-        except (KeyError, TypeError, ValueError) as exc:
-            raise CheckpointError(
-                f"controller must be a saved controller state, got {data!r}: {exc}"
-            ) from exc
+
+def _read_optional(kind: Any, data: Any, path: str) -> Any:
+    """A union is of one type and None."""
+    if data is None:
+        return None
+    return _read(next(part for part in get_args(kind) if part is not types.NoneType), data, path)
+
+
+def _read_tuple(kinds: tuple[Any, ...], data: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(data, (list, tuple)):
+        raise _wrong(path, "be a list", data)
+    if kinds[1:] == (Ellipsis,):
+        kinds = kinds[:1] * len(data)
+    if len(data) != len(kinds):
+        raise _wrong(path, f"have {len(kinds)} entries", data)
+    pairs = zip(kinds, data, strict=True)
+    return tuple(_read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs))
+
+
+def _read_choice(values: Any, data: Any, path: str) -> Any:
+    if data not in values:
+        raise _wrong(path, f"be one of {', '.join(map(repr, values))}", data)
+    return data
+
+
+def _read_simple(kind: Any, data: Any, path: str, bounds: Within | None) -> Any:
+    if kind is float and type(data) is int:
+        data = float(data)
+    if type(data) is not kind:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise _wrong(path, f"be {words[kind]}", data)
+    if kind is float and not math.isfinite(data):
+        raise _wrong(path, "be finite", data)
+    if bounds is not None and not bounds.least <= data <= bounds.most:
+        raise _wrong(path, f"be between {bounds.least:g} and {bounds.most:g}", data)
+    return data
+
+
+def _wrong(path: str, rule: str, data: Any) -> CheckpointError:
+    text = data if isinstance(data, str) else repr(data)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return CheckpointError(f"{path} must {rule}, got {text}. {_FIX}")
