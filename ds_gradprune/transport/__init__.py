@@ -1,1 +1,0 @@
-"""Moves bytes between ranks; knows nothing of gradients."""
