@@ -8,6 +8,8 @@ import torch
 
 from ds_gradprune.bucket.layout import BucketLayout
 
+_DTYPES = {"indices": torch.int16, "values": torch.float32, "dense": torch.float32}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparseBlock:
@@ -48,14 +50,14 @@ class Scratch:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._indices = torch.empty(0, dtype=torch.int16, device=device)
-        self._values = torch.empty(0, dtype=torch.float32, device=device)
-        self._dense = torch.empty(0, dtype=torch.float32, device=device)
+        self._memory = {
+            name: torch.empty(0, dtype=dtype, device=device) for name, dtype in _DTYPES.items()
+        }
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in (self._indices, self._values, self._dense))
+        return sum(t.numel() * t.element_size() for t in self._memory.values())
 
     def block(self, layout: BucketLayout, k: int) -> SparseBlock:
         """A block whose content is undefined, in memory that the next call uses again.
@@ -67,17 +69,16 @@ class Scratch:
         Raises:
             ValueError: k is outside 1 .. CHUNK_NUMEL.
         """
-        kept = layout.num_kept(k)
-        self._indices = _grown(self._indices, kept)
-        self._values = _grown(self._values, kept)
-        self._dense = _grown(self._dense, layout.dense_numel)
-        return SparseBlock(
-            layout,
-            k,
-            self._indices[:kept],
-            self._values[:kept],
-            self._dense[: layout.dense_numel],
-        )
+        kept, dense = layout.num_kept(k), layout.dense_numel
+        parts = {"indices": kept, "values": kept, "dense": dense}
+        return SparseBlock(layout, k, **{name: self._view(name, n) for name, n in parts.items()})
+
+    def _view(self, name: str, numel: int) -> torch.Tensor:
+        device = self._memory[name].device
+        if self._memory[name].numel() < numel:
+            del self._memory[name]  # before its successor is allocated
+            self._memory[name] = torch.empty(numel, dtype=_DTYPES[name], device=device)
+        return self._memory[name][:numel]
 
 
 def empty_block(layout: BucketLayout, k: int, device: torch.device | str = "cpu") -> SparseBlock:
@@ -96,22 +97,14 @@ def check_block(block: SparseBlock, name: str = "block") -> None:
         ValueError: a shape or a dtype is wrong.
     """
     kept = block.layout.num_kept(block.k)
-    for field, tensor, numel, dtype in (
-        ("indices", block.indices, kept, torch.int16),
-        ("values", block.values, kept, torch.float32),
-        ("dense", block.dense, block.layout.dense_numel, torch.float32),
-    ):
+    for field, dtype in _DTYPES.items():
+        tensor: torch.Tensor = getattr(block, field)
+        numel = block.layout.dense_numel if field == "dense" else kept
         if tensor.shape != (numel,) or tensor.dtype is not dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"{name}.{field} must be contiguous {dtype} of shape ({numel},) at k = {block.k}, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)}."
             )
-
-
-def _grown(memory: torch.Tensor, numel: int) -> torch.Tensor:
-    if memory.numel() >= numel:
-        return memory
-    return torch.empty(numel, dtype=memory.dtype, device=memory.device)
 
 
 def _is_finite(data: torch.Tensor) -> bool:

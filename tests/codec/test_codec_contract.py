@@ -1,92 +1,37 @@
-"""Every codec, one table; and arbitrary bytes, which must never do more than raise one error."""
+"""Every codec, one table: what arrives is what was sent, in the memory that was given."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-import struct
+import tracemalloc
 
-import google_crc32c
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_gradprune import codec
-from ds_gradprune.bucket.block import Scratch, SparseBlock, empty_block
+from ds_gradprune.bucket.block import Scratch, empty_block
 from ds_gradprune.bucket.layout import BucketLayout, lay_out
 from ds_gradprune.bucket.select import select
 from ds_gradprune.codec import CODECS, HEADER_BYTES, Codec, codec_for
 from ds_gradprune.codec.places import places_bytes
-from ds_gradprune.errors import WireFormatError
-from ds_gradprune.law.signals import RankSignals
-from tests.helpers.buckets import bits, kept_positions, layout_by_shape
+from tests.helpers.buckets import bits
+from tests.helpers.payloads import (
+    CASES,
+    LAYOUTS,
+    SIGNALS,
+    SMALL,
+    K,
+    assert_refused,
+    encode,
+    layout,
+    small_payload,
+    through,
+)
 
 pytestmark = pytest.mark.usefixtures("implementation")
-
-SIGNALS = RankSignals(
-    loss=3.5,
-    nonfinite=False,
-    compute_time_s=0.25,
-    codec_time_s=0.125,
-    comm_time_s=0.0625,
-    wire_bytes=4096,
-    agreement=0xDEADBEEF,
-)
-"""Times that float32 holds exactly."""
-
-
-def layout(*shapes: tuple[int, ...]) -> BucketLayout:
-    return layout_by_shape(*shapes, min_numel=100)
-
-
-LAYOUTS = {
-    "one row": layout((1, 4096)),
-    "rows": layout((5, 4096)),
-    "tail": layout((1, 5000)),
-    "short": layout((3, 67)),
-    "mixed": layout((2, 4096), (7,), (3, 50), (0, 9), (1, 4096), (11,), (1, 9001)),
-    "all dense": layout((50,), (3, 3), (101,)),
-    "empty": layout((0, 4)),
-}
-K = (1, 2, 41, 205, 1500, 4095, 4096)
-CASES = [
-    pytest.param(written, bucket, k, id=f"{written.name}-{name}-{k}")
-    for written in CODECS.values()
-    for name, bucket in LAYOUTS.items()
-    for k in K
-]
-SMALL = [pytest.param(c, k, id=f"{c.name}-{k}") for c in CODECS.values() for k in (1, 200, 2000)]
-"""In a row of 120: one index in plain bits, six by Elias-Fano, 59 in a bitmap."""
-
-
-def encode(written: Codec, block: SparseBlock, signals: RankSignals = SIGNALS) -> torch.Tensor:
-    return written.encode(block, step=12, bucket=3, rank=1, signals=signals)
-
-
-def through(written: Codec, block: SparseBlock, signals: RankSignals = SIGNALS) -> SparseBlock:
-    """What every receiver reads."""
-    return codec.decode(encode(written, block, signals), block.layout)[1]
-
-
-def assert_refused(payload: torch.Tensor, bucket: BucketLayout, message: str) -> None:
-    """By `check` and by reading alike."""
-    header = codec.read_header(payload)
-    written = CODECS[header.codec_id]
-    with pytest.raises(WireFormatError, match=message):
-        written.check(header, payload, bucket)
-    with pytest.raises(WireFormatError, match=message):
-        written.read_body(header, payload, bucket)
-
-
-def small_payload(written: Codec, k: int) -> tuple[torch.Tensor, BucketLayout]:
-    """A row of 120 elements, three dense ones, padding."""
-    bucket = layout((1, 120), (3,))
-    return encode(written, select(torch.randn(bucket.numel), bucket, k)), bucket
-
-
-# --- the contract ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("written", "bucket", "k"), CASES)
@@ -267,273 +212,17 @@ def test_choice_of_codec() -> None:
         codec_for(0, 16)
 
 
-# --- signals --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("nonfinite", [False, True])
-@pytest.mark.parametrize("loss", [None, 0.0, -2.5, math.inf])
-@pytest.mark.parametrize("compute_time_s", [None, 0.0, 0.5])
-def test_signals_travel_alone_and_with_a_block(
-    nonfinite: bool, loss: float | None, compute_time_s: float | None
-) -> None:
-    signals = dataclasses.replace(
-        SIGNALS, nonfinite=nonfinite, loss=loss, compute_time_s=compute_time_s
-    )
-    alone = codec.encode_signals(step=9, rank=2, signals=signals)
-    assert alone.shape == (HEADER_BYTES,)
-    header = codec.read_header(alone)
-    assert header.signals == signals
-    assert (header.step, header.rank, header.bucket) == (9, 2, 0)
-    assert (header.codec_id, header.numel, header.layout_crc) == (0, 0, 0)
-    bucket = layout((1, 120))
-    block = select(torch.zeros(120), bucket, 5)
-    assert codec.read_header(encode(codec_for(5, 16), block, signals)).signals == signals
-
-
-def test_signals_are_rounded_to_float32() -> None:
-    signals = dataclasses.replace(
-        SIGNALS, loss=1e300, compute_time_s=0.1, wire_bytes=2**24 + 1, codec_time_s=1e-60
-    )
-    arrived = codec.read_header(codec.encode_signals(step=1, rank=0, signals=signals)).signals
-    assert arrived.loss == math.inf
-    assert arrived.compute_time_s == struct.unpack("<f", struct.pack("<f", 0.1))[0]
-    assert arrived.wire_bytes == 2**24
-    assert arrived.codec_time_s == 0.0
-    unknown = dataclasses.replace(SIGNALS, loss=math.nan)
-    loss = codec.read_header(codec.encode_signals(step=1, rank=0, signals=unknown)).signals.loss
-    assert loss is not None
-    assert math.isnan(loss)
-
-
-@pytest.mark.parametrize("k", [1, 41, 4096])
-@pytest.mark.parametrize("written", [False, True])
-def test_announcements_carry_k_and_whether_weights_were_written(k: int, written: bool) -> None:
-    signals = dataclasses.replace(SIGNALS, written=written)
-    header = codec.read_header(codec.encode_signals(step=9, rank=2, signals=signals, k=k))
-    assert (header.codec_id, header.k, header.signals) == (codec.SIGNALS_ID, k, signals)
-    block = select(torch.zeros(120), layout((1, 120)), 5)
-    payload = encode(codec_for(5, 16), block, signals)
-    assert codec.read_header(payload).signals == SIGNALS  # announcements alone carry it
-
-
-@pytest.mark.parametrize("k", [0, 4097])
-def test_announced_k_must_be_one(k: int) -> None:
-    with pytest.raises(ValueError, match=rf"k must be in 1 \.\. 4096, got {k}"):
-        codec.encode_signals(step=9, rank=2, signals=SIGNALS, k=k)
-
-
-# --- bad senders ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"step": -1}, r"step must be in 0 \.\. 2\*\*32 - 1, got -1"),
-        ({"step": 2**32}, r"step must be in 0 \.\. 2\*\*32 - 1, got 4294967296"),
-        ({"bucket": 65536}, r"bucket must be in 0 \.\. 2\*\*16 - 1, got 65536"),
-        ({"rank": 65536}, r"rank must be in 0 \.\. 2\*\*16 - 1, got 65536"),
-        ({"out": torch.empty(3, dtype=torch.uint8)}, r"out must be contiguous uint8 of shape"),
-        (
-            {"signals": dataclasses.replace(SIGNALS, agreement=-1)},
-            r"agreement must be in 0 \.\. 2\*\*32 - 1, got -1",
-        ),
-        (
-            {"signals": dataclasses.replace(SIGNALS, comm_time_s=math.nan)},
-            r"comm_time_s must be finite and >= 0, got nan",
-        ),
-        (
-            {"signals": dataclasses.replace(SIGNALS, wire_bytes=-1)},
-            r"wire_bytes must be finite and >= 0, got -1\.0",
-        ),
-    ],
-)
-def test_what_does_not_fit_the_header_is_refused(changes: dict[str, object], message: str) -> None:
-    block = select(torch.zeros(120), layout((1, 120)), 5)
-    arguments = {"step": 1, "bucket": 0, "rank": 0, "signals": SIGNALS} | changes
-    with pytest.raises(ValueError, match=message):
-        codec_for(5, 16).encode(block, **arguments)  # type: ignore[arg-type]
-
-
-def test_blocks_that_contradict_themselves_are_refused() -> None:
-    block = select(torch.zeros(123), layout((1, 120), (3,)), 2000)
-    for name in ("indices", "values", "dense"):
-        wrong = dataclasses.replace(block, **{name: getattr(block, name)[:1]})
-        with pytest.raises(ValueError, match=rf"block\.{name} must be .* at k = 2000, got"):
-            encode(codec_for(5, 16), wrong)
-    indices = block.indices.clone()
-    indices[5] = indices[4]
-    with pytest.raises(ValueError, match="block's indices must rise inside every row"):
-        encode(codec_for(5, 16), dataclasses.replace(block, indices=indices))
-    with pytest.raises(ValueError, match=r"block's indices must be in 0 \.\. 119, .* got 120"):
-        encode(codec_for(5, 16), dataclasses.replace(block, indices=block.indices + 62))
-
-
-# --- arbitrary bytes ------------------------------------------------------------------------------
-
-
-def as_tensor(data: bytes | bytearray) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(
-        0, dtype=torch.uint8
-    )  # fmt: skip
-
-
-def resealed(data: bytearray) -> torch.Tensor:
-    """The same bytes with a crc that fits them, as from a faulty or foreign sender."""
-    crc = google_crc32c.extend(google_crc32c.value(bytes(data[:60])), bytes(data[64:]))
-    data[60:64] = struct.pack("<I", crc)
-    return as_tensor(data)
-
-
-@pytest.mark.parametrize(("written", "k"), SMALL)
-def test_every_flipped_bit_is_found(written: Codec, k: int) -> None:
-    payload, bucket = small_payload(written, k)
-    for position in range(len(payload) * 8):
-        flipped = payload.clone()
-        flipped[position // 8] ^= 1 << position % 8
-        with pytest.raises(WireFormatError, match="payload"):
-            codec.decode(flipped, bucket)
-        with pytest.raises(WireFormatError, match="payload"):
-            codec.read_header(flipped)
-
-
-@pytest.mark.parametrize(("written", "k"), SMALL)
-def test_every_cut_is_found(written: Codec, k: int) -> None:
-    payload, bucket = small_payload(written, k)
-    for size in range(len(payload)):
-        with pytest.raises(WireFormatError, match="payload must have"):
-            codec.decode(payload[:size], bucket)
-    with pytest.raises(WireFormatError, match=r"payload must have .* as its header says"):
-        codec.decode(torch.cat([payload, payload[:1]]), bucket)
-
-
-@given(st.binary(max_size=300), st.sampled_from(list(LAYOUTS)))
-def test_random_bytes_raise_one_error(data: bytes, name: str) -> None:
-    with pytest.raises(WireFormatError, match="payload"):
-        codec.decode(as_tensor(data), LAYOUTS[name])
-
-
-@given(
-    st.sampled_from(list(CODECS)),
-    st.sampled_from([1, 200, 2000, 4096]),
-    st.sampled_from(["one row", "short", "mixed", "all dense"]),
-    st.lists(st.tuples(st.integers(4, 2**20), st.integers(0, 255)), min_size=1, max_size=4),
-)
-def test_forged_payloads_raise_one_error_or_are_harmless(
-    codec_id: int, k: int, name: str, changes: list[tuple[int, int]]
-) -> None:
-    bucket = LAYOUTS[name]
-    generator = torch.Generator().manual_seed(0)
-    block = select(torch.randn(bucket.numel, generator=generator), bucket, k)
-    payload = encode(CODECS[codec_id], block)
-    data = bytearray(payload.numpy().tobytes())
-    for offset, byte in changes:
-        data[offset % len(data)] = byte
-    refused, forged_payload = "", resealed(data)
-    try:
-        header, block = codec.decode(forged_payload, bucket)
-    except WireFormatError as error:
-        refused = str(error)
-    if refused:
-        assert refused.startswith("payload")
-        try:
-            header = codec.read_header(forged_payload)
-        except WireFormatError:
-            return
-        if header.codec_id in CODECS:
-            assert_refused(forged_payload, bucket, re.escape(refused))
-        return
-    CODECS[header.codec_id].check(header, forged_payload, bucket)
-    assert block.k == header.k
-    assert header.signals.nonfinite or block.is_finite()
-    positions = kept_positions(block)
-    assert bool((positions.diff() > 0).all())
-    assert not positions.numel() or (0 <= int(positions[0]) and int(positions[-1]) < bucket.numel)
-    assert block.values.shape == block.indices.shape
-    assert block.dense.shape == (bucket.dense_numel,)
-
-
-def forged(offset: int, fmt: str, value: object) -> torch.Tensor:
-    payload, _ = small_payload(codec_for(7, 16), 200)
-    data = bytearray(payload.numpy().tobytes())
-    struct.pack_into(fmt, data, offset, value)
-    return resealed(data)
-
-
-@pytest.mark.parametrize(
-    ("offset", "fmt", "value", "message"),
-    [
-        (0, "<4s", b"GSPD", r"must begin with b'DSGP', got b'GSPD'"),
-        (4, "<B", 1, r"format version must be 2, got 1\. Install the same release"),
-        (5, "<B", 99, r"codec id must be one of \[0, 5, 6, 7, 8\], got 99"),
-        (5, "<B", 0, "without a body must have no layout and no elements"),
-        (5, "<B", 3, r"codec id must be one of \[0, 5, 6, 7, 8\], got 3"),
-        (5, "<B", 5, "must have 108 bytes with codec fp32 at k = 200, got 88"),
-        (6, "<H", 8, "flags must be within 0x7, got 0x8"),
-        (6, "<H", 4, r"loss must be 0 when unknown, got 3\.5"),
-        (6, "<H", 2, r"compute time must be 0 when unknown, got 0\.25"),
-        (16, "<H", 0, r"k must be in 1 \.\. 4096, got 0"),
-        (16, "<H", 4097, r"k must be in 1 \.\. 4096, got 4097"),
-        (16, "<H", 4000, "must have .* bytes with codec bf16 at k = 4000, got 88"),
-        (18, "<H", 1, "reserved field must be 0, got 1"),
-        (20, "<I", 7, "layout must be this rank's .* crc 00000007. Do all ranks run the same"),
-        (24, "<Q", 122, "layout must be this rank's .*, got 122 elements"),
-        (32, "<I", 29, "must have 93 bytes, as its header says, got 88"),
-        (44, "<f", math.nan, "compute time must be finite and >= 0, got nan"),
-        (48, "<f", -1.0, r"codec time must be finite and >= 0, got -1\.0"),
-        (52, "<f", math.inf, "comm time must be finite and >= 0, got inf"),
-        (56, "<f", -math.inf, "wire bytes must be finite and >= 0, got -inf"),
-    ],
-)
-def test_every_field_is_checked(offset: int, fmt: str, value: object, message: str) -> None:
-    payload = forged(offset, fmt, value)
-    with pytest.raises(WireFormatError, match=message):
-        codec.decode(payload, layout((1, 120), (3,)))
-
-
-def test_rows_may_begin_below_the_end_of_the_row_before() -> None:
-    t = torch.zeros(8192)
-    t[4000], t[4096 + 7] = 1.0, 1.0
-    bucket = layout((2, 4096))
-    arrived = codec.decode(encode(codec_for(1, 16), select(t, bucket, 1)), bucket)[1]
-    assert arrived.indices.tolist() == [4000, 7]
-
-
-def test_padding_must_be_zero() -> None:
-    payload, bucket = small_payload(codec_for(7, 16), 7)  # 64 + 8 + 1, so 3 of padding
-    data = bytearray(payload.numpy().tobytes())
-    data[73] = 1
-    with pytest.raises(WireFormatError, match="padding must be zeros"):
-        codec.decode(resealed(data), bucket)
-    data[72:74] = 0x80, 0  # an index of 7 bits in a byte
-    with pytest.raises(WireFormatError, match="unused bits must be zeros"):
-        codec.decode(resealed(data), bucket)
-
-
-def test_another_layout_of_the_same_size_is_refused() -> None:
-    payload, _ = small_payload(codec_for(7, 16), 7)
-    with pytest.raises(WireFormatError, match="layout must be this rank's"):
-        codec.decode(payload, layout((3,), (1, 120)))
-
-
-def test_another_codecs_payload_is_refused() -> None:
-    payload, bucket = small_payload(codec_for(7, 16), 7)
-    with pytest.raises(WireFormatError, match=r"codec id must be 5 \(fp32\), got 6"):
-        codec_for(7, 32).read_body(codec.read_header(payload), payload, bucket)
-    alone = codec.encode_signals(step=1, rank=0, signals=SIGNALS)
-    with pytest.raises(WireFormatError, match="payload must have a body, got signals only"):
-        codec.decode(alone, bucket)
-
-
-def test_payloads_of_another_type_are_refused() -> None:
-    with pytest.raises(ValueError, match="payload must be 1-D uint8, got 2-D"):
-        codec.read_header(torch.zeros(1, 64, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="payload must be 1-D uint8, got 1-D"):
-        codec.read_header(torch.zeros(64))
-
-
-def test_a_strided_payload_is_read() -> None:
-    payload, bucket = small_payload(codec_for(7, 16), 7)
-    strided = torch.stack([payload, payload], dim=1)[:, 0]
-    assert torch.equal(
-        codec.decode(strided, bucket)[1].values, codec.decode(payload, bucket)[1].values
-    )
+@pytest.mark.parametrize("written", CODECS.values(), ids=lambda written: written.name)
+def test_nothing_of_the_size_of_a_block_is_allocated(written: Codec) -> None:
+    bucket = lay_out([2**22, 2**20], [True, False])
+    block = select(torch.randn(bucket.numel), bucket, 2048)
+    payload = torch.empty(written.payload_bytes(bucket, 2048), dtype=torch.uint8)
+    out = empty_block(bucket, 2048)
+    tracemalloc.start()
+    written.encode(block, step=12, bucket=3, rank=1, signals=SIGNALS, out=payload)
+    header = codec.read_header(payload)
+    written.check(header, payload, bucket)
+    written.read_body(header, payload, bucket, out, checked=True)
+    _, numpy_peak = tracemalloc.get_traced_memory()  # numpy reports its arrays, torch does not
+    tracemalloc.stop()
+    assert numpy_peak < 2**22 < 2 * bucket.num_kept(2048) + 4

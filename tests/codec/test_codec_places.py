@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ds_gradprune.bucket.layout import BucketLayout, lay_out
 from ds_gradprune.codec.bits import pack, packed_bytes, unpack
+from ds_gradprune.codec.place_code import code_of
 from ds_gradprune.codec.places import (
     check_places,
-    code_of,
     places_bytes,
     read_places,
     write_places,
