@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import numbers
 import platform
@@ -17,6 +16,7 @@ import ds_gradprune
 from ds_gradprune.codec.header import VERSION as WIRE_FORMAT
 from ds_gradprune.config import BLOCK, GradientPruningConfig
 from ds_gradprune.deepspeed.agree import Facts
+from ds_gradprune.law import fingerprint
 
 
 def facts_of(engine: Any, config: GradientPruningConfig) -> Facts:
@@ -43,7 +43,7 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__.split("+")[0],
         "numpy": np.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "law arithmetic": importlib.import_module("ds_gradprune.law.arithmetic").fingerprint(),
+        "law arithmetic": fingerprint(),
     }
 
 
