@@ -77,3 +77,17 @@ def channel_disagrees(what: str) -> list[str]:
     # The transport is whole: the same ranks may go on, or end in order.
     again = channel.announce(announcement_of(channel.rank, k=41)).headers()
     return [*heard, str([header.rank for header in again])]
+
+
+def owned_sums() -> Any:
+    """Two exchanges of `OwnerReduce`: what was delivered, and what left this rank."""
+    from ds_gradprune.wire.owner_reduce import OwnerReduce
+    from ds_gradprune.wire.torchdist import TorchDistTransport
+    from tests.helpers.wire import LAYOUTS, exchanged, vector_of
+
+    open_group()
+    channel = OwnerReduce(TorchDistTransport(timeout_s=20.0))
+    return [
+        exchanged(channel, [vector_of(channel.rank, b, step) for b in range(len(LAYOUTS))])
+        for step in range(2)
+    ]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from ds_gradprune import codec
-from ds_gradprune.bucket.apply import scatter_add
-from ds_gradprune.bucket.block import empty_block
-from ds_gradprune.bucket.layout import BucketLayout, lay_out
-from ds_gradprune.bucket.select import select
+from ds_gradprune.bucket.layout import lay_out
 from ds_gradprune.errors import (
     CheckpointError,
     RankMismatchError,
@@ -22,77 +18,13 @@ from ds_gradprune.errors import (
     WireFormatError,
 )
 from ds_gradprune.wire.all_gather import AllGather
-from ds_gradprune.wire.channel import Channel, Pending
+from ds_gradprune.wire.channel import Channel
 from ds_gradprune.wire.owner_reduce import OwnerReduce
 from ds_gradprune.wire.throttle import RatePoint, ThrottledTransport
 from ds_gradprune.wire.transport import Transport
 from tests.helpers.buckets import bits
-from tests.helpers.ranks import VirtualClock, run_ranks
-from tests.helpers.wire import SIGNALS, announcement_of
-
-LAYOUTS = [
-    lay_out([5 * 4096 + 100, 40, 3 * 4096, 61], [True, False, True, False]),
-    lay_out([70], [True]),  # fewer rows than owners
-    lay_out([9], [False]),
-]
-
-
-def vector_of(rank: int, bucket: int, step: int) -> torch.Tensor:
-    """What a rank puts in, on a grid so coarse that fp32 sums of it are exact."""
-    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + bucket)
-    numel = LAYOUTS[bucket].numel
-    return torch.randint(-500, 500, (numel,), generator=generator).float() / 16
-
-
-def begin(
-    channel: Channel,
-    vectors: Sequence[torch.Tensor],
-    k: int = 205,
-    value_bits: int = 32,
-    layouts: Sequence[BucketLayout] = LAYOUTS,
-    **header: Any,
-) -> Pending:
-    """Select, encode and start, as a caller that knows shares only."""
-    writer = codec.codec_for(k, value_bits)
-    told = {"step": 1, "rank": channel.rank, "signals": SIGNALS} | header
-    payloads = []
-    for bucket, (vector, layout) in enumerate(zip(vectors, layouts, strict=True)):
-        block = select(vector, layout, k)
-        payloads += [
-            writer.encode(share.of(block), **({"bucket": bucket} | told))
-            for share in channel.shares(layout)
-        ]
-    return channel.start(torch.cat(payloads), [p.numel() for p in payloads], layouts)
-
-
-def add_up(
-    channel: Channel, payloads: Sequence[torch.Tensor], layout: BucketLayout
-) -> torch.Tensor:
-    """The sum of all deliveries of a bucket, as a caller that knows shares only."""
-    total = torch.zeros(layout.numel)
-    shares = channel.shares(layout)
-    for first in range(0, len(payloads), len(shares)):
-        together = payloads[first : first + len(shares)]
-        block = empty_block(layout, codec.read_header(together[0]).k)
-        for share, payload in zip(shares, together, strict=True):
-            header = codec.read_header(payload)
-            reader = codec.CODECS[header.codec_id]
-            reader.check(header, payload, share.layout)
-            reader.read_body(header, payload, share.layout, out=share.of(block), checked=True)
-        scatter_add(total, block)
-    return total
-
-
-def exchanged(channel: Channel, vectors: Sequence[torch.Tensor], **options: Any) -> Any:
-    """One exchange: what was delivered and what left this rank, of every bucket."""
-    pending = begin(channel, vectors, **options)
-    pending.wait()
-    results = [
-        (add_up(channel, pending.payloads(b), layout), add_up(channel, pending.sent(b), layout))
-        for b, layout in enumerate(LAYOUTS)
-    ]
-    pending.finish(applied=True)
-    return results
+from tests.helpers.ranks import VirtualClock, run_processes, run_ranks
+from tests.helpers.wire import LAYOUTS, SIGNALS, announcement_of, begin, exchanged, vector_of
 
 
 def owed(channel: OwnerReduce, bucket: int) -> torch.Tensor:
@@ -150,6 +82,22 @@ def test_what_is_not_pruned_is_the_sum_of_all_gather() -> None:
         for (summed, put_in), (gathered, put_in_too) in zip(by_owners, by_all, strict=True):
             assert torch.equal(bits(summed), bits(gathered))
             assert torch.equal(bits(put_in), bits(put_in_too))
+
+
+@pytest.mark.distributed
+def test_over_gloo_the_bits_are_those_of_threads() -> None:
+    def work(transport: Transport) -> Any:
+        channel = OwnerReduce(transport)
+        return [
+            exchanged(channel, [vector_of(transport.rank, b, step) for b in range(len(LAYOUTS))])
+            for step in range(2)
+        ]
+
+    threads = run_ranks(3, work)
+    for rank, found in enumerate(run_processes(3, "tests.helpers.process_main", "owned_sums")):
+        for (step, of_threads), of_processes in zip(enumerate(threads[rank]), found, strict=True):
+            for one, other in zip(of_threads, of_processes, strict=True):
+                assert torch.equal(bits(one[0]), bits(other[0])), f"step {step}"
 
 
 def test_residual_goes_out_later() -> None:
