@@ -97,18 +97,19 @@ class Move:
         self._how.sent(block)
 
     @torch.no_grad()
-    def add(self, block: SparseBlock, factor: float) -> None:
+    def add(self, block: SparseBlock, factor: float, *, is_own: bool = False) -> None:
         """Let the shared weights take a delivery: shared += factor * block.
 
         Args:
             block: what one island has sent, this one included.
             factor: weight of one island's progress; equal on all islands.
+            is_own: this island has sent it, so `sent(block)` belongs to it; both in one pass.
 
         Raises:
             ValueError: the block is of another layout or device.
         """
         self._check(block)
-        self._how.add(block, factor)
+        self._how.add(block, factor, is_own)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -162,9 +163,7 @@ def move_at_once(
         return
     move = Move(own, shared, layout)
     for number, block in enumerate(blocks):
-        if number == rank:
-            move.sent(block)
-        move.add(block, factor)
+        move.add(block, factor, is_own=number == rank)
     move.close()
 
 
@@ -191,10 +190,10 @@ class _NativeMove:
         self._k = block.k
         self._move([_plain(block, None, sent=True)])
 
-    def add(self, block: SparseBlock, factor: float) -> None:
-        """Shared += factor * block."""
+    def add(self, block: SparseBlock, factor: float, is_own: bool) -> None:
+        """Shared += factor * block; beyond -= block, if it is the own one."""
         self._k = block.k
-        self._move([_plain(block, factor)])
+        self._move([_plain(block, factor, sent=is_own)])
 
     def close(self) -> None:
         """Own = shared + beyond."""

@@ -59,8 +59,12 @@ class TorchMove:
         for segment, start, dense in self._dense(block):
             self._own[segment][start : start + dense.numel()].sub_(dense)
 
-    def add(self, block: SparseBlock, factor: float) -> None:
-        """Shared += factor * block."""
+    def add(self, block: SparseBlock, factor: float, is_own: bool) -> None:
+        """Shared += factor * block; beyond -= block, if it is the own one."""
+        if is_own:
+            self.sent(block)
+            scatter_add(self._shared, block, factor)
+            return
         for segment, _, positions in _spans(block):
             self._own[segment].index_copy_(0, positions, self._beyond(segment, positions))
         for _ in self._dense(block):

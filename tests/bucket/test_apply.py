@@ -86,6 +86,29 @@ def moved_in_a_stream(
     move.close()
 
 
+def moved_in_fewer_passes(
+    own: Sequence[torch.Tensor],
+    shared: torch.Tensor,
+    blocks: Sequence[SparseBlock],
+    rank: int,
+    factor: float,
+) -> None:
+    move = Move(own, shared, blocks[0].layout)
+    for number, block in enumerate(blocks):
+        move.add(block, factor, is_own=number == rank)
+    move.close()
+
+
+def moved_at_once(
+    own: Sequence[torch.Tensor],
+    shared: torch.Tensor,
+    blocks: Sequence[SparseBlock],
+    rank: int,
+    factor: float,
+) -> None:
+    move_at_once(own, shared, blocks, rank=rank, factor=factor)
+
+
 def assert_moves_alike(layout: BucketLayout, k: int, world_size: int, spread: float) -> None:
     start = torch.randn(layout.numel)
     islands = [start + spread * torch.randn(layout.numel) for _ in range(world_size)]
@@ -94,14 +117,11 @@ def assert_moves_alike(layout: BucketLayout, k: int, world_size: int, spread: fl
     for rank in range(world_size):
         own, shared = islands[rank].clone(), start.clone()
         moved_as_in_0_1(own, shared, blocks, rank, factor)
-        ours, ours_shared = apart(islands[rank], layout), start.clone()
-        moved_in_a_stream(ours, ours_shared, blocks, rank, factor)
-        assert torch.equal(bits(ours_shared), bits(shared))
-        assert torch.equal(bits(torch.cat(ours)), bits(own))
-        ours, ours_shared = apart(islands[rank], layout), start.clone()
-        move_at_once(ours, ours_shared, blocks, rank=rank, factor=factor)
-        assert torch.equal(bits(ours_shared), bits(shared))
-        assert torch.equal(bits(torch.cat(ours)), bits(own))
+        for how in (moved_in_a_stream, moved_in_fewer_passes, moved_at_once):
+            ours, ours_shared = apart(islands[rank], layout), start.clone()
+            how(ours, ours_shared, blocks, rank, factor)
+            assert torch.equal(bits(ours_shared), bits(shared))
+            assert torch.equal(bits(torch.cat(ours)), bits(own))
 
 
 # --- scatter_add ----------------------------------------------------------------------------------
