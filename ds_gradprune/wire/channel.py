@@ -41,6 +41,8 @@ from ds_gradprune.wire.shares import Share
 from ds_gradprune.wire.traffic import all_gather_bytes, ring_all_reduce_bytes
 from ds_gradprune.wire.transport import Transport, Work
 
+__all__ = ["Announcement", "Channel", "Pending"]
+
 
 class Pending(abc.ABC):
     """An exchange under way.

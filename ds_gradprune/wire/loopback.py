@@ -78,10 +78,12 @@ class LoopbackHub:
 
     def bring(self, rank: int, number: int, operation: str, tensor: torch.Tensor) -> None:
         """Leave what `rank` brings to its call `number`."""
+        brought = tensor.detach().clone()
         with self._changed:
             meeting = self._meetings.setdefault(number, _Meeting())
-            meeting.brought[rank] = (operation, tensor.detach().clone())
-            self._changed.notify_all()
+            meeting.brought[rank] = (operation, brought)
+            if self._is_complete(number):
+                self._changed.notify_all()
 
     def complete(self, number: int) -> bool:
         """Everybody has started call `number`, or nobody ever will."""
