@@ -31,11 +31,13 @@ the announcement has a fixed size and goes first; what the sizes follow from is 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ds_gradprune.bucket.layout import BucketLayout
+from ds_gradprune.errors import CheckpointError
 from ds_gradprune.wire.announcement import ROW_BYTES, Announcement
 from ds_gradprune.wire.shares import Share
 from ds_gradprune.wire.traffic import all_gather_bytes, ring_all_reduce_bytes
@@ -106,7 +108,9 @@ class Pending(abc.ABC):
     def finish(self, *, applied: bool) -> None:
         """The exchange is over: its payloads are not looked at any more. Local.
 
-        Memory goes back only after a `wait` that returned. A second call changes nothing.
+        Memory goes back only after a `wait` that returned. A second call changes nothing. Where
+        deliveries may still be dropped after they were added up, as in a step that the optimizer
+        skips, `finish` waits for that decision.
 
         Args:
             applied: the deliveries were applied, on all ranks. False: on none, or it failed; what
@@ -201,6 +205,35 @@ class Channel(abc.ABC):
         Args:
             applied: on all ranks: what was paid is owed no more. False: on none.
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the channel keeps from exchange to exchange, for this rank's checkpoint. Local.
+
+        Returns:
+            Plain types and tensors; empty where it keeps nothing.
+        """
+        return {}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Can the channel continue from `state`? Changes nothing. Local.
+
+        Raises:
+            CheckpointError: the state is of another kind of channel, format, rank or world size.
+        """
+        if state:
+            raise CheckpointError(
+                "the checkpoint holds residuals of the owners of owner_reduce, and this run "
+                "exchanges with all_gather, which has no owners. Resume with the exchange and the "
+                "number of islands that saved it."
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; empty means as before any exchange. Local.
+
+        Raises:
+            CheckpointError: see `check_state`; nothing has changed.
+        """
+        self.check_state(state)
 
     def take_wire_bytes(self) -> int:
         """Bytes that this rank has begun to send since the last call, announcements too. Local."""

@@ -89,7 +89,7 @@ class OwnerReduce(Channel):
         self.residuals.settle(applied=applied)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank owes, for its checkpoint. Local."""
+        """See `Channel.state_dict`: what this rank owes. Local."""
         return {
             "format": 1,
             "world_size": self.world_size,
@@ -97,19 +97,19 @@ class OwnerReduce(Channel):
             "buckets": self.residuals.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Local.
-
-        Raises:
-            CheckpointError: the state is of another format, rank or world size; nothing changes.
-        """
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """See `Channel.check_state`. Local."""
         for key, own in (("format", 1), ("world_size", self.world_size), ("rank", self.rank)):
-            if state.get(key) != own:
+            if state and state.get(key) != own:
                 raise CheckpointError(
                     f"the owned residual's {key} must be {own!r}, got {state.get(key)!r}. Resume "
                     "with the release and the number of islands that saved it."
                 )
-        self.residuals.load_state_dict(state["buckets"])
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Channel.load_state_dict`. Local."""
+        self.check_state(state)
+        self.residuals.load_state_dict(state["buckets"] if state else {})
 
 
 class _Reducing(Pending):

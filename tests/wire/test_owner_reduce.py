@@ -272,6 +272,11 @@ def test_a_foreign_state_is_refused(key: str, value: int, match: str) -> None:
         with pytest.raises(CheckpointError, match=match):
             channel.load_state_dict(OwnerReduce(transport).state_dict() | {key: value})
         assert channel.residuals.nbytes == before > 0
+        with pytest.raises(CheckpointError, match="this run exchanges with all_gather"):
+            AllGather(transport).load_state_dict(channel.state_dict())
+        assert AllGather(transport).state_dict() == {}
+        channel.load_state_dict({})  # as before the first exchange, or after one with all_gather
+        assert channel.residuals.nbytes == 0
 
     run_ranks(2, work)
 
