@@ -8,9 +8,9 @@
     ├── WireFormatError                   a payload is cut, flipped, foreign or of another version
     ├── TransportError                    the exchange failed
     │   └── TransportTimeout              no answer in time: names the operation and the seconds
-    ├── RankMismatchError                 ranks disagree on step, layout, decisions or parameters
+    ├── RankMismatchError                 ranks differ in versions, model, decisions or parameters
     ├── NonFiniteError                    an island's weights hold inf or nan
-    ├── CheckpointError                   per-rank state is missing, damaged or of another world
+    ├── CheckpointError                   per-rank state is missing, damaged or cannot be written
     ├── DataError (ValueError)            no text, too little text, an unreadable model folder
     └── MissingDependencyError (ImportError)   says the pip command
 
@@ -50,7 +50,7 @@ class WireFormatError(GradPruneError):
 
 
 class TransportError(GradPruneError):
-    """An exchange failed; the residual still holds this step's gradient."""
+    """An exchange failed; nothing of it was applied, and the residual is as before."""
 
 
 class TransportTimeout(TransportError):
@@ -66,7 +66,7 @@ class NonFiniteError(GradPruneError):
 
 
 class CheckpointError(GradPruneError):
-    """The state beside DeepSpeed's checkpoint files cannot be used."""
+    """The state beside DeepSpeed's checkpoint files cannot be used, or cannot be saved."""
 
 
 class DataError(GradPruneError, ValueError):

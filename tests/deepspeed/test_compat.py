@@ -25,7 +25,7 @@ class ScheduleFree(torch.optim.SGD):
 def engine(stage: int = 0, optimizer: Any = None, **changed: Any) -> Any:
     """An object of a class with the real engine's methods, and the attributes of the tables."""
 
-    class Fake(DeepSpeedEngine):
+    class Fake(DeepSpeedEngine):  # type: ignore[misc]
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
 
