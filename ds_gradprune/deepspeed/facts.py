@@ -19,6 +19,21 @@ from ds_gradprune.deepspeed.agree import Facts
 from ds_gradprune.law import fingerprint
 
 
+def facts_before(config: GradientPruningConfig, model: torch.nn.Module, optimizer: Any) -> Facts:
+    """What can be compared before DeepSpeed makes an engine, and would hang there if it differs.
+
+    Ranks with other models wait for each other in DeepSpeed's broadcasts until its time-out of 30
+    minutes. Local.
+
+    Args:
+        config: the validated block.
+        model: what `deepspeed.initialize` is given.
+        optimizer: the same; None: it stands in the DeepSpeed configuration.
+    """
+    values = _versions() | _block(config) | {"optimizer": type(optimizer).__name__}
+    return Facts(values, {"parameter": [*_parameters(model)]})
+
+
 def facts_of(engine: Any, config: GradientPruningConfig) -> Facts:
     """Versions, configuration, model, optimizer and batches of this rank. Local.
 
@@ -28,10 +43,7 @@ def facts_of(engine: Any, config: GradientPruningConfig) -> Facts:
         engine: a DeepSpeed engine with an optimizer.
         config: the validated block; `log_path` may differ, because only rank 0 uses it.
     """
-    values = _versions()
-    values |= dict(_flat(BLOCK, config.model_dump(mode="json", exclude={"log_path"})))
-    values |= _training(engine)
-    values |= dict(_optimizer(engine))
+    values = _versions() | _block(config) | _training(engine) | dict(_optimizer(engine))
     return Facts(values, {"parameter": [*_parameters(engine.module)]})
 
 
@@ -45,6 +57,10 @@ def _versions() -> dict[str, str]:
         "python": ".".join(platform.python_version_tuple()[:2]),
         "law arithmetic": fingerprint(),
     }
+
+
+def _block(config: GradientPruningConfig) -> dict[str, str]:
+    return dict(_flat(BLOCK, config.model_dump(mode="json", exclude={"log_path"})))
 
 
 def _training(engine: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ds_gradprune.errors import (
 )
 from ds_gradprune.wire.transport import Transport
 from tests.helpers.loopback_ranks import on_ranks
+from tests.helpers.ranks import run_processes
 
 
 def compared(ranks: list[Facts]) -> str:
@@ -155,6 +156,18 @@ def test_a_rank_that_never_comes_ends_in_a_timeout() -> None:
 
     answers = on_ranks(2, work, timeout_s=0.05)
     assert isinstance(answers[0], TransportTimeout)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_compare_themselves_over_gloo_and_wait_no_longer_than_they_should() -> None:
+    arguments = {"timeout_s": 0.5}
+    answers = run_processes(2, "tests.helpers.agree_main", "compare_and_leave", arguments)
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][0].startswith(
+        "RankMismatchError: all ranks must run the same thing, but torch"
+    )
+    assert answers[0][1].startswith("TransportTimeout: all_gather on rank 0 of 2 had no answer")
 
 
 def test_a_text_of_another_program_is_an_empty_answer() -> None:

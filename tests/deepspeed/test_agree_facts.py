@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_gradprune.config import load_block
-from ds_gradprune.deepspeed.facts import facts_of
+from ds_gradprune.deepspeed.facts import facts_before, facts_of
 
 
 class Engine:
@@ -67,6 +67,16 @@ def test_every_parameter_is_a_line_with_shape_type_and_whether_it_is_trained() -
         "1.weight float32 (2,) frozen",
         "1.bias float32 (2,) trained",
     ]
+
+
+def test_models_are_compared_before_an_engine_waits_for_them() -> None:
+    config = load_block({"gradient_pruning": {}})
+    one = facts_before(config, torch.nn.Linear(3, 2), None)
+    assert one.values["optimizer"] == "NoneType"
+    assert one.values["gradient_pruning.prune"] == "update"
+    assert one.lists["parameter"][0] == "weight float32 (2, 3) trained"
+    assert one.digest() == facts_before(config, torch.nn.Linear(3, 2), None).digest()
+    assert one.digest() != facts_before(config, torch.nn.Linear(3, 3), None).digest()
 
 
 def test_where_the_log_lies_may_differ() -> None:
