@@ -90,7 +90,7 @@ def restore(config: GradientPruningConfig, data: Any) -> State:
         CheckpointError: the data is no state, or one of the other law.
     """
     saved = data.get("law") if isinstance(data, Mapping) else None
-    if saved not in _STATES:
+    if saved not in tuple(_STATES):
         known = " or ".join(f'"{law}"' for law in _STATES)
         raise CheckpointError(
             f"law.law must be {known}, got {saved!r}. Resume from another checkpoint, or with the "

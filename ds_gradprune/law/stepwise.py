@@ -70,7 +70,8 @@ def update(
     if signals.timed_density is not None:
         alarms, change = alarm.watch(alarms, signals.comm_time_s, signals.wire_bytes)
         codec_s = signals.codec_time_s if is_time(signals.codec_time_s) else 0.0
-        local_s = None if signals.compute_time_s is None else signals.compute_time_s + codec_s
+        local_s = signals.compute_time_s
+        local_s = local_s + codec_s if is_time(local_s) else None
         locals_s = keep_last(locals_s, local_s, LOCAL_STEPS)
     steps_s = state.step_times_s if change is None else ()
     if signals.timed_density == state.density:
@@ -81,10 +82,8 @@ def update(
     after = StepwiseState(state.density, window, alarms, locals_s, steps_s, change or state.change)
     choice, going_on = _decide(config, after, signals, p, budget_s)
     density, reason = choice.k / CHUNK_NUMEL, choice.text
-    if change is not None:
-        reason += f"; the network became {change}"
-    if density != state.density:
-        steps_s = ()
+    reason += "" if change is None else f"; the network became {change}"
+    steps_s = steps_s if density == state.density else ()
     decision = Decision(
         signals.step + 1, density, choice.cause, reason, p, budget_s, change is not None
     )

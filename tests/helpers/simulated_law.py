@@ -1,4 +1,4 @@
-"""A run under the law "predictive" on a link and losses that a test describes."""
+"""A run under a law on a link and losses that a test describes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 import random
 from typing import Any
 
-from ds_gradprune import controller
+from ds_gradprune import law
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.config import DensityConfig, GradientPruningConfig
-from ds_gradprune.records import CHUNK_NUMEL, StepSignals
+from ds_gradprune.law.signals import StepSignals
 
 COMPUTE_S, CODEC_S, OVERHEAD_S, BUDGET_S = 0.2, 0.01, 0.005, 0.3
 MBIT = 125_000.0  # bytes per second
@@ -66,7 +67,7 @@ class Run:
         codec_per_k_s=0.0,
     ) -> None:
         self.config = config or make_config()
-        self.state, decision = controller.start(self.config)
+        self.state, decision = law.start(self.config)
         self.decisions = [decision]
         self.noise, self.dense_factor = noise, dense_factor
         self.codec_s, self.codec_per_k_s = codec_s, codec_per_k_s
@@ -106,7 +107,7 @@ class Run:
             "wire_bytes": wire_bytes(k),
             "dense_bytes": DENSE_BYTES,
         }
-        self.state, decision = controller.update(self.config, self.state, signals)
+        self.state, decision = law.update(self.config, self.state, signals)
         self.decisions.append(decision)
         return signals
 

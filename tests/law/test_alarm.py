@@ -1,4 +1,4 @@
-"""The link model on simulated links: neither density nor stalls are mistaken for the network.
+"""The alarm on simulated links: neither density nor stalls are mistaken for the network.
 
 The simulated exchange: (10 ms + bytes / rate) * lognormal noise, and 2 % of the exchanges stall by
 2 to 4 times. Seeds are fixed, so a test either always passes or never does.
@@ -12,23 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_gradprune.errors import CheckpointError
-from ds_gradprune.link import WINDOW_STEPS, LinkEstimate, LinkState, observe
+from ds_gradprune.law.alarm import AlarmState, watch
+from ds_gradprune.law.state import from_plain, to_plain
 
 OVERHEAD_S = 0.010
 MBIT = 125_000.0  # bytes per second
 
 
 class SimulatedLink:
-    """Feeds exchanges of a link with noise into the model."""
+    """Feeds exchanges of a link with noise into the alarm."""
 
     def __init__(self, seed, rate_bytes_per_s, *, noise=0.05, stalls=0.02) -> None:
         self.rng = random.Random(seed)
         self.rate = rate_bytes_per_s
         self.noise = noise
         self.stalls = stalls
-        self.state = LinkState()
-        self.estimate = LinkEstimate(None, 0.0, None)
+        self.state = AlarmState()
 
     def exchange(self, wire_bytes):
         """One exchange; which way the alarm went, if any."""
@@ -36,8 +35,8 @@ class SimulatedLink:
         time_s *= math.exp(self.noise * self.rng.gauss(0.0, 1.0))
         if self.rng.random() < self.stalls:
             time_s *= self.rng.uniform(2.0, 4.0)
-        self.state, self.estimate = observe(self.state, time_s, wire_bytes)
-        return self.estimate.changed
+        self.state, change = watch(self.state, time_s, wire_bytes)
+        return change
 
     def alarms(self, wire_bytes, steps):
         return [c for c in (self.exchange(wire_bytes) for _ in range(steps)) if c is not None]
@@ -149,10 +148,10 @@ def test_change_outside_what_a_jump_in_bytes_allows_is_seen_at_once() -> None:
 
 def known_overhead(wire_bytes=20_000):
     """A state of 1 MB/s and 10 ms overhead, which is known, at 20 kB: 30 ms."""
-    state = LinkState()
+    state = AlarmState()
     for size in [10 * wire_bytes] * 5 + [wire_bytes] * 12:
-        state, estimate = observe(state, OVERHEAD_S + size * 1e-6, size)
-    assert estimate.overhead_s == pytest.approx(OVERHEAD_S, rel=1e-9)
+        state, _ = watch(state, OVERHEAD_S + size * 1e-6, size)
+    assert state.overhead_s == pytest.approx(OVERHEAD_S, rel=1e-9)
     return state
 
 
@@ -162,8 +161,8 @@ def test_known_overhead_does_not_hide_a_change(time_s, want) -> None:
     # five steps.
     state = known_overhead()
     for expected in (None, None, want):
-        state, estimate = observe(state, time_s, 20_000)
-        assert estimate.changed == expected
+        state, change = watch(state, time_s, 20_000)
+        assert change == expected
 
 
 @pytest.mark.parametrize("time_s", [0.0225, 0.039])
@@ -171,19 +170,19 @@ def test_whole_time_that_moves_by_a_quarter_is_noise(time_s) -> None:
     # Less the overhead it is a factor of 0.63 or 1.45, and the CUSUM alone would alarm.
     state = known_overhead()
     for _ in range(12):
-        state, estimate = observe(state, time_s, 20_000)
-        assert estimate.changed is None
+        state, change = watch(state, time_s, 20_000)
+        assert change is None
 
 
-def test_estimate_after_an_alarm_is_of_the_new_network() -> None:
+def test_alarm_keeps_the_samples_that_raised_it() -> None:
     link = SimulatedLink(3, 20 * MBIT, stalls=0.0)
     wire_bytes = int(0.2 * link.rate)
     link.alarms(wire_bytes, 30)
+    before = link.state.samples
     link.rate /= 5
     assert link.alarms(wire_bytes, 2) == ["slower"]
-    # Two samples with 5 % noise: 4 sigma of their mean is 14 %; 10 ms of overhead in 1 s: 1 %.
-    assert link.estimate.seconds_per_byte == pytest.approx(1 / link.rate, rel=0.15)
     assert len(link.state.samples) == 2
+    assert not set(link.state.samples) & set(before)
 
 
 @pytest.mark.parametrize("change", [0.2, 5])
@@ -197,63 +196,39 @@ def test_one_change_is_one_alarm(change) -> None:
 
 
 def test_two_stalls_in_a_row_are_no_change() -> None:
-    state = LinkState()
+    state = AlarmState()
     for time_s in [0.1] * 12 + [0.4, 0.4] + [0.1] * 12 + [0.4, 0.1, 0.4, 0.1, 0.4] + [0.1] * 5:
-        state, estimate = observe(state, time_s, 1000)
-        assert estimate.changed is None
+        state, change = watch(state, time_s, 1000)
+        assert change is None
 
 
 def test_stalls_at_the_start_are_no_reference() -> None:
     for first in ([0.4], [0.4, 0.3], [0.3, 0.1, 0.4]):
-        state = LinkState()
+        state = AlarmState()
         for time_s in first + [0.1] * 20:
-            state, estimate = observe(state, time_s, 1000)
-            assert estimate.changed is None
+            state, change = watch(state, time_s, 1000)
+            assert change is None
 
 
-# ---- the estimate --------------------------------------------------------------------------------
-
-
-def test_nothing_is_known_before_the_first_exchange() -> None:
-    state, estimate = observe(LinkState(), None, 0)
-    assert state == LinkState()
-    assert estimate == LinkEstimate(None, 0.0, None)
-    assert estimate.predict_s(1000) is None
-
-
-def test_seconds_per_byte_is_the_median_of_the_last_twelve() -> None:
-    state = LinkState()
-    times_s = [5.0 + 0.1 * i for i in range(20)]
-    for time_s in times_s:
-        state, estimate = observe(state, time_s, 10)
-    last = sorted(times_s[-WINDOW_STEPS:])
-    assert estimate.seconds_per_byte == (last[5] + last[6]) / 2 / 10
-    assert estimate.overhead_s == 0.0
-    assert estimate.predict_s(30) == 30 * estimate.seconds_per_byte
+# ---- the overhead -------------------------------------------------------------------------------
 
 
 def test_overhead_is_found_from_two_sizes() -> None:
-    state = LinkState()
+    state = AlarmState()
     for wire_bytes in [1_000_000] * 5 + [100_000] * 5:
-        state, estimate = observe(state, 0.010 + wire_bytes * 1e-7, wire_bytes)
+        state, _ = watch(state, 0.010 + wire_bytes * 1e-7, wire_bytes)
     # No noise: only rounding of the line through the two points, about 1e-16 / 0.01.
-    assert estimate.overhead_s == pytest.approx(0.010, rel=1e-9)
-    assert estimate.seconds_per_byte == pytest.approx(1e-7, rel=1e-9)
-    assert estimate.predict_s(500_000) == pytest.approx(0.060, rel=1e-9)
+    assert state.overhead_s == pytest.approx(0.010, rel=1e-9)
 
 
 def test_overhead_is_unknown_until_sizes_differ_twice() -> None:
-    state = LinkState()
+    state = AlarmState()
     for wire_bytes in [100_000] * 5 + [60_000] * 5:
-        state, estimate = observe(state, 0.010 + wire_bytes * 1e-7, wire_bytes)
-    assert estimate.overhead_s == 0.0
-    # Then a larger exchange is predicted too dear, never too cheap.
-    predicted_s = estimate.predict_s(200_000)
-    assert predicted_s is not None
-    assert predicted_s > 0.010 + 200_000 * 1e-7
+        state, _ = watch(state, 0.010 + wire_bytes * 1e-7, wire_bytes)
+    assert state.overhead_s == 0.0
     for _ in range(5):
-        state, estimate = observe(state, 0.010 + 40_000 * 1e-7, 40_000)
-    assert estimate.overhead_s == pytest.approx(0.010, rel=1e-9)
+        state, _ = watch(state, 0.010 + 40_000 * 1e-7, 40_000)
+    assert state.overhead_s == pytest.approx(0.010, rel=1e-9)
 
 
 def test_overhead_is_found_under_noise() -> None:
@@ -262,28 +237,26 @@ def test_overhead_is_found_under_noise() -> None:
         link = SimulatedLink(seed, 20 * MBIT)
         link.alarms(int(0.5 * link.rate), 12)
         link.alarms(int(0.02 * link.rate), 12)
-        errors_s.append(abs(link.estimate.overhead_s - OVERHEAD_S))
+        errors_s.append(abs(link.state.overhead_s - OVERHEAD_S))
     # Sizes 25 times apart: a = t1 * 1.04 - t2 / 24. Medians of 11 err by 5 % * 1.25 / sqrt(11) =
     # 1.9 % (of 30 ms and of 510 ms / 24): together 0.7 ms; stalls add little to a median. 4 sigma.
     assert max(errors_s) < 0.003
 
 
 def test_sizes_not_seen_for_long_no_longer_bear_on_the_overhead() -> None:
-    state = LinkState()
+    state = AlarmState()
     for wire_bytes in [1_000_000] * 5 + [100_000] * 200:
-        state, estimate = observe(state, 0.010 + wire_bytes * 1e-7, wire_bytes)
+        state, _ = watch(state, 0.010 + wire_bytes * 1e-7, wire_bytes)
     assert [size.wire_bytes for size in state.sizes] == [100_000]
-    assert estimate.overhead_s == pytest.approx(0.010, rel=1e-9)  # kept from before
+    assert state.overhead_s == pytest.approx(0.010, rel=1e-9)  # kept from before
 
 
 def test_overhead_is_never_negative_nor_more_than_the_exchange() -> None:
     for slow, fast in ((0.05, 1.0), (0.2, 0.1)):
-        state = LinkState()
+        state = AlarmState()
         for wire_bytes, time_s in [(100_000, slow)] * 5 + [(1_000_000, fast)] * 5:
-            state, estimate = observe(state, time_s, wire_bytes)
-        assert 0.0 <= estimate.overhead_s <= slow
-        assert estimate.seconds_per_byte is not None
-        assert estimate.seconds_per_byte > 0.0
+            state, _ = watch(state, time_s, wire_bytes)
+        assert 0.0 <= state.overhead_s <= slow
 
 
 @pytest.mark.parametrize(
@@ -291,12 +264,10 @@ def test_overhead_is_never_negative_nor_more_than_the_exchange() -> None:
     [(None, 100), (0.0, 100), (-1.0, 100), (math.nan, 100), (math.inf, 100), (1.0, 0), (None, 0)],
 )
 def test_unusable_exchange_is_ignored(time_s, wire_bytes) -> None:
-    state = LinkState()
+    state = AlarmState()
     for _ in range(5):
-        state, before = observe(state, 0.1, 1000)
-    after, estimate = observe(state, time_s, wire_bytes)
-    assert after == state
-    assert estimate == before
+        state, _ = watch(state, 0.1, 1000)
+    assert watch(state, time_s, wire_bytes) == (state, None)
 
 
 @settings(deadline=None, max_examples=60)
@@ -309,40 +280,12 @@ def test_unusable_exchange_is_ignored(time_s, wire_bytes) -> None:
         max_size=60,
     )
 )
-def test_any_exchanges_give_a_sound_estimate_and_a_state_that_survives_json(exchanges) -> None:
-    state = LinkState()
+def test_any_exchanges_leave_a_sound_state_that_survives_json(exchanges) -> None:
+    state = AlarmState()
     for time_s, wire_bytes in exchanges:
         before = state
-        state, estimate = observe(state, time_s, wire_bytes)
-        assert observe(before, time_s, wire_bytes) == (state, estimate)
-        assert math.isfinite(estimate.overhead_s)
-        assert estimate.overhead_s >= 0.0
-        if estimate.seconds_per_byte is not None:
-            assert math.isfinite(estimate.seconds_per_byte)
-            assert estimate.seconds_per_byte > 0.0
-            small_s, large_s = estimate.predict_s(10), estimate.predict_s(1000)
-            assert small_s is not None
-            assert large_s is not None
-            assert small_s < large_s
-        assert LinkState.from_json(json.loads(json.dumps(state.to_json()))) == state
-
-
-def test_restored_state_goes_on_alike() -> None:
-    link = SimulatedLink(5, 20 * MBIT)
-    for wire_bytes in (100_000, 30_000, 60_000):
-        link.alarms(wire_bytes, 7)
-    saved = json.loads(json.dumps(link.state.to_json()))
-    other = SimulatedLink(0, 5 * MBIT)
-    other.state = LinkState.from_json(saved)
-    other.rng.setstate(link.rng.getstate())
-    link.rate = other.rate
-    for _ in range(20):
-        assert link.exchange(60_000) == other.exchange(60_000)
-        assert link.state == other.state
-        assert link.estimate == other.estimate
-
-
-@pytest.mark.parametrize("data", [{}, [], {"samples": [[1]]}, {"samples": 3}])
-def test_damaged_state_is_refused(data) -> None:
-    with pytest.raises(CheckpointError, match="link must be a saved link state"):
-        LinkState.from_json(data)
+        state, change = watch(state, time_s, wire_bytes)
+        assert watch(before, time_s, wire_bytes) == (state, change)
+        assert 0.0 <= state.overhead_s <= 1e3
+        # from_plain checks every bound of the state.
+        assert from_plain(AlarmState, json.loads(json.dumps(to_plain(state)))) == state

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from ds_gradprune.records import RankSignals
-from ds_gradprune.signals import aggregate
+from ds_gradprune.law.consensus import aggregate
+from ds_gradprune.law.signals import RankSignals
 
 
 def rank(**fields):
@@ -68,7 +68,12 @@ def test_first_step_has_no_times() -> None:
     assert first.step_time_s is None
 
 
-def test_order_of_ranks_changes_nothing_but_rounding() -> None:
-    ranks = [rank(loss=1.0 + i, compute_time_s=0.5 + 0.1 * i) for i in range(3)]
+def test_order_of_ranks_changes_nothing() -> None:
+    # `sum` would round 0.1 + 0.2 + 0.3 by the order, and by the version of Python.
+    ranks = [rank(loss=0.1 + 0.1 * i, compute_time_s=0.5 + 0.1 * i) for i in range(3)]
     records = [aggregate(3, list(order), 0.05, 9000) for order in itertools.permutations(ranks)]
     assert all(record == records[0] for record in records)
+
+
+def test_mean_of_the_largest_losses_is_finite() -> None:
+    assert aggregate(3, [rank(loss=1.7e308)] * 4, 0.05, 9000).loss == 1.7e308

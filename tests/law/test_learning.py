@@ -9,15 +9,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ds_gradprune.errors import CheckpointError
-from ds_gradprune.performance import PerformanceState, noise, observe, recent, restart
+from ds_gradprune.law.learning import LossWindow, noise, observe, recent
+from ds_gradprune.law.state import from_plain, to_plain
 
 FORMS = ("edge", "literal")
 
 
 def feed(losses, *, window_size=8, form="edge"):
     """The state and P after all losses."""
-    state, p = PerformanceState(), None
+    state, p = LossWindow(), None
     for loss in losses:
         state, p = observe(state, loss, window_size=window_size, form=form)
     return state, p
@@ -191,41 +191,11 @@ def test_extreme_losses_stay_finite() -> None:
         assert math.isfinite(p)
 
 
-def test_restart_empties_the_window() -> None:
-    state, p = feed([3.0 - 0.1 * i for i in range(9)])
-    assert p is not None
-    state = restart(state)
-    assert state == PerformanceState()
-    assert observe(state, 1.0, window_size=8, form="edge")[1] is None
-
-
-def test_observe_changes_nothing_in_place() -> None:
-    state, _ = feed([1.0, 2.0, 3.0])
-    first = observe(state, 4.0, window_size=8, form="edge")
-    assert state.losses == (1.0, 2.0, 3.0)
-    assert observe(state, 4.0, window_size=8, form="edge") == first
-
-
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="window_size must be at least 4, got 3"):
-        observe(PerformanceState(), 1.0, window_size=3, form="edge")
-    with pytest.raises(ValueError, match='form must be "edge" or "literal", got \'mean\''):
-        observe(PerformanceState(), 1.0, window_size=8, form="mean")  # type: ignore[arg-type]
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-1e100, 1e100), max_size=40))
 def test_state_survives_json_exactly(losses) -> None:
     state, _ = feed(losses, window_size=16)
-    assert PerformanceState.from_json(json.loads(json.dumps(state.to_json()))) == state
-
-
-@pytest.mark.parametrize(
-    "data", [{}, {"losses": 3}, {"losses": ["x"]}, {"losses": [None]}, {"losses": [math.nan]}, []]
-)
-def test_damaged_state_is_refused(data) -> None:
-    with pytest.raises(CheckpointError, match=r"performance\.losses must be"):
-        PerformanceState.from_json(data)
+    assert from_plain(LossWindow, json.loads(json.dumps(to_plain(state)))) == state
 
 
 # ---- noise, and the newest losses alone ----------------------------------------------------------
@@ -238,7 +208,7 @@ def test_noise_is_what_a_plateau_shows(form, window_size) -> None:
     values = []
     for _ in range(400):
         losses = tuple(2.0 + 0.05 * rng.gauss(0.0, 1.0) for _ in range(window_size + 1))
-        value = recent(PerformanceState(losses), window_size + 1, form=form)
+        value = recent(LossWindow(losses), window_size + 1, form=form)
         assert value is not None
         values.append(value)
     # 400 values: their standard deviation errs by 1 / sqrt(800) = 3.5 %; the expansion for the
@@ -255,10 +225,8 @@ def test_noise_of_the_edge_form_falls_with_the_window() -> None:
 
 def test_recent_is_the_form_on_a_smaller_window() -> None:
     losses = tuple(5.0 - 0.1 * i for i in range(40))
-    state = PerformanceState(losses)
-    small = PerformanceState(losses[-17:])
+    state = LossWindow(losses)
+    small = LossWindow(losses[-17:])
     _, expected = observe(small, None, window_size=16, form="edge")
     assert recent(state, 17, form="edge") == expected
     assert recent(state, 41, form="edge") is None
-    with pytest.raises(ValueError, match="numel must be at least 5, got 4"):
-        recent(state, 4, form="edge")

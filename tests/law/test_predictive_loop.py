@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_gradprune import controller
+from ds_gradprune import law
+from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import DensityConfig
-from ds_gradprune.controller.base import kept_per_chunk
-from ds_gradprune.controller.state import PredictiveState
-from ds_gradprune.records import CHUNK_NUMEL, RankSignals, StepSignals
-from ds_gradprune.signals import aggregate
-from tests.helpers.predictive import MBIT, Run, make_config
+from ds_gradprune.law.consensus import aggregate
+from ds_gradprune.law.signals import RankSignals, StepSignals
+from tests.helpers.simulated_law import MBIT, Run, make_config
 
 times = st.one_of(st.none(), st.floats(1e-6, 1e3), st.just(math.nan), st.just(math.inf))
 observations = st.tuples(
@@ -62,7 +61,7 @@ def replay(config, state, decision, history, first_step=1):
         )
         previous = decision.density
         before = state
-        state, decision = controller.update(config, state, signals)
+        state, decision = law.update(config, state, signals)
         yield before, signals, state, decision
 
 
@@ -70,7 +69,7 @@ def replay(config, state, decision, history, first_step=1):
 @given(configs, st.lists(observations, max_size=60))
 def test_density_is_always_in_range_or_dense(config, history) -> None:
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
-    for _, _, state, decision in replay(config, *controller.start(config), history):
+    for _, _, state, decision in replay(config, *law.start(config), history):
         k = decision.density * CHUNK_NUMEL
         assert k == int(k)
         assert decision.density == state.density
@@ -85,15 +84,15 @@ def test_density_is_always_in_range_or_dense(config, history) -> None:
 @given(configs, st.lists(observations, min_size=1, max_size=60), st.integers(0, 59))
 def test_pure_and_goes_on_alike_after_json(config, history, cut) -> None:
     cut = min(cut, len(history) - 1)
-    once = list(replay(config, *controller.start(config), history))
+    once = list(replay(config, *law.start(config), history))
     before, signals, state, decision = once[cut]
-    snapshot = before.to_json()
-    assert controller.update(config, before, signals) == (state, decision)
-    assert before.to_json() == snapshot
-    restored = controller.restore(config, json.loads(json.dumps(state.to_json())))
+    snapshot = law.to_plain(before)
+    assert law.update(config, before, signals) == (state, decision)
+    assert law.to_plain(before) == snapshot
+    restored = law.restore(config, json.loads(json.dumps(law.to_plain(state))))
     assert restored == state
     for _, signals, expected_state, expected_decision in once[cut + 1 :]:
-        restored, decision = controller.update(config, restored, signals)
+        restored, decision = law.update(config, restored, signals)
         assert (restored, decision) == (expected_state, expected_decision)
 
 
@@ -127,8 +126,8 @@ def test_resume_in_the_middle_of_everything() -> None:
     for cut in (30, 130, 153, 160, 203, 215, 262):
         run = Run(noise=0.0)
         play(run, 1, cut)
-        state = json.loads(json.dumps(run.state.to_json()))
-        run.state = PredictiveState.from_json(state)
+        state = json.loads(json.dumps(law.to_plain(run.state)))
+        run.state = law.restore(run.config, state)
         play(run, cut, 320)
         assert run.decisions == whole.decisions, cut
     assert {1.0} < {d.density for d in whole.decisions[210:]}
@@ -142,7 +141,7 @@ def test_every_rank_computes_the_same_sequence_from_the_same_headers(hosts) -> N
     # Headers with holes: a rank without a loss, without times, with nan, late by seconds.
     rng = random.Random(hosts)
     config = make_config(step_time_budget_s=0.3)
-    laws = [controller.start(config) for _ in range(hosts)]
+    laws = [law.start(config) for _ in range(hosts)]
     hashes = [0] * hosts
     timed = None
     for step in range(1, 400):
@@ -161,7 +160,7 @@ def test_every_rank_computes_the_same_sequence_from_the_same_headers(hosts) -> N
         for rank in range(hosts):
             state, _ = laws[rank]
             signals = aggregate(step, list(ranks), timed, 4_000_000)
-            state, decision = controller.update(config, state, signals)
+            state, decision = law.update(config, state, signals)
             laws[rank] = (state, decision)
             hashes[rank] = zlib.crc32(repr(decision).encode(), hashes[rank])
         assert len(set(hashes)) == 1

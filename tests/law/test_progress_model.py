@@ -1,10 +1,10 @@
-"""What a density is worth: the factor's shape, and the least of factor times step time."""
+"""How many more steps a density takes, and the density that learns most per second."""
 
 import pytest
 
-from ds_gradprune.controller.plan import Prices, ladder
-from ds_gradprune.controller.worth import best_k, steps_factor
-from ds_gradprune.records import CHUNK_NUMEL
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
+from ds_gradprune.law.prices import Prices, ladder
+from ds_gradprune.law.progress_model import best_k, steps_factor
 
 K_MIN, K_MAX = 4, 1024
 
