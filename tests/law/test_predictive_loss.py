@@ -5,7 +5,15 @@ import math
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.config import TargetPoint
 from ds_gradprune.law.decision import Cause
-from tests.helpers.simulated_law import MBIT, Run, best_k, falling, make_config, step_s
+from tests.helpers.simulated_law import (
+    BUDGET_S,
+    MBIT,
+    Run,
+    best_k,
+    falling,
+    make_config,
+    step_s,
+)
 
 RATE = 20 * MBIT
 
