@@ -1,1 +1,0 @@
-"""The laboratory behind benchmarks/convergence.py: what pruning costs in loss, per bit received."""
