@@ -53,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers = connect(place, timeout_s)
         with peers.during("starting"):
             _train(peers.together(settings), peers)
-    except (AgreedFault, AbsentRanks) as exc:
-        if place.rank == exc.rank:
+    except GradPruneError as exc:
+        if isinstance(exc, (AgreedFault, AbsentRanks)):
+            tells = place.rank == exc.rank
+        else:
+            tells = peers.tells() if peers is not None else place.rank == 0
+        if tells:
             say(f"error: {exc}")
         if peers is not None:  # a launcher ends all ranks when one ends: first let it be said
             within(TELL_LIMIT_S, lambda: peers.gather(None))
-        return 2
-    except GradPruneError as exc:
-        if peers.tells() if peers is not None else place.rank == 0:
-            say(f"error: {exc}")
         return 2
     except KeyboardInterrupt:
         if peers is None or peers.rank == 0:

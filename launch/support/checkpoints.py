@@ -51,7 +51,9 @@ def save_checkpoint(
         )
     tag = checkpoint_tag(step)
     try:
-        engine.save_checkpoint(str(folder.checkpoints), tag=tag, client_state=state)
+        engine.save_checkpoint(
+            str(folder.checkpoints), tag=tag, client_state=state, save_latest=False
+        )
     except (OSError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and not _WRITER.search(str(exc)):
             raise
@@ -60,6 +62,8 @@ def save_checkpoint(
             f"{folder.checkpoints} must be writable, but {tag} could not be saved: {_reason(exc)} "
             f"({_free(folder.path)}). Make room and --resume."
         ) from exc
+    # DeepSpeed names it before the other ranks' files are there.
+    peers.together(lambda: folder.name_newest(tag) if peers.rank == 0 else None)
     if peers.place.local_rank == 0:
         folder.drop_old_checkpoints()
 

@@ -155,6 +155,14 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def name_newest(self, tag: str) -> None:
+        """Make a checkpoint the one that a resumed run loads: all ranks have written it.
+
+        Raises:
+            DataError: the disk refuses.
+        """
+        _replace(self._latest, tag)
+
     def discard(self) -> None:
         """Remove what this run has made: it failed before its first step."""
         for path in self._made:

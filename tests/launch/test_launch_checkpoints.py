@@ -28,13 +28,15 @@ class Engine:
         self.optimizer.step()
         self._fault = fault
 
-    def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
+    def save_checkpoint(
+        self, folder: str, tag: str, client_state: dict[str, Any], save_latest: bool
+    ) -> None:
         path = Path(folder) / tag
         path.mkdir(parents=True)
         (path / "weights.tmp").write_text("half of it")
         if self._fault is not None:
             raise self._fault
-        (Path(folder) / "latest").write_text(tag)
+        assert not save_latest  # a rank that is killed now must not leave `latest` at this one
 
     def load_checkpoint(self, folder: str) -> tuple[str | None, dict[str, Any]]:
         if self._fault is not None:
