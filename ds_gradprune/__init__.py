@@ -21,34 +21,34 @@ __version__ = "0.1.0"
 __all__ = ["attach", "detach", "initialize", "register", "unregister"]
 
 if TYPE_CHECKING:
-    from ds_gradprune.deepspeed.engine import Handle
+    from ds_gradprune.deepspeed.attach import AnyHandle
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, pruned as the block says; see `integration.initialize.initialize`.
+    """`deepspeed.initialize`, pruned as the block says; see `deepspeed.initialize.initialize`.
 
     Collective: all ranks.
     """
-    result: tuple[Any, Any, Any, Any] = _integration("initialize").initialize(*args, **kwargs)
+    result: tuple[Any, Any, Any, Any] = _room("initialize").initialize(*args, **kwargs)
     return result
 
 
 def register() -> None:
     """Make `deepspeed.initialize` itself prune, for code that calls it. Local."""
-    _integration("initialize").register()
+    _room("initialize").register()
 
 
 def unregister() -> None:
     """Undo `register`. Local."""
-    _integration("initialize").unregister()
+    _room("initialize").unregister()
 
 
-def attach(engine: Any) -> Handle:
-    """Prune what a DeepSpeed engine exchanges; see `integration.engine.attach`.
+def attach(engine: Any) -> AnyHandle:
+    """Prune what a DeepSpeed engine exchanges; see `deepspeed.attach.attach`.
 
     Collective: all ranks.
     """
-    handle: Handle = _integration("engine").attach(engine)
+    handle: AnyHandle = _room("attach").attach(engine)
     return handle
 
 
@@ -59,7 +59,7 @@ def detach(engine: Any) -> None:
         handle.detach()
 
 
-def _integration(name: str) -> Any:
+def _room(name: str) -> Any:
     """Import a module that needs deepspeed, at the moment it is needed."""
     try:
         return importlib.import_module(f"ds_gradprune.deepspeed.{name}")

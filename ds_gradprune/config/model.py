@@ -84,9 +84,10 @@ class DensityConfig(_Block):
 class IslandConfig(_Block):
     """Which ranks form an island."""
 
-    ranks: Steps | None = Field(
+    ranks: Annotated[int, Field(ge=1, le=2**20)] | None = Field(
         default=None,
-        description="So many consecutive ranks form an island. With null, the ranks of a host do.",
+        description="So many consecutive ranks form an island. With null, the ranks of a host do, "
+        "and on a single host each rank alone.",
     )
 
 

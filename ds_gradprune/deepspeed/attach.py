@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from ds_gradprune.config import GradientPruningConfig, load_block
 from ds_gradprune.deepspeed import checkpoint, compat
-from ds_gradprune.deepspeed.agree import check_peers
+from ds_gradprune.deepspeed.agree import check_ranks
+from ds_gradprune.deepspeed.facts import facts_of
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Clock, Handle, IdleHandle
@@ -31,10 +32,6 @@ __all__ = ["AnyHandle", "Clock", "Handle", "IdleHandle", "attach"]
 logger = logging.getLogger(__name__)
 
 AnyHandle: TypeAlias = Handle | IdleHandle
-
-ALL_GATHER_MOST = 8
-"""Ranks up to which "auto" gathers everything from everybody: the traffic grows with them."""
-
 
 def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
     """Prune what a DeepSpeed engine exchanges, from its next step on.
@@ -75,11 +72,12 @@ def _handle(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHand
 
 
 def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
-    group = engine.seq_data_parallel_group
+    group = on_cpu(engine.seq_data_parallel_group)
     if dist.get_world_size(group) == 1:
         return _idle(engine, config, "there is only one rank")
-    check_peers(engine, config, group)
-    seat = checkpoint.Seat.of_ranks(group)
+    ranks = TorchDistTransport(group, config.timeout_s)
+    check_ranks(ranks, facts_of(engine, config))
+    seat = checkpoint.Seat(ranks, ranks.rank, ranks.world_size)
     return GradientHandle(engine, config, _channel(config, group, clock), clock, seat)
 
 
@@ -96,12 +94,25 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
         )
     if groups.num_islands == 1:
         return _idle(engine, config, "there is only one island")
-    check_peers(engine, config, groups.everyone)
+    ranks = TorchDistTransport(on_cpu(groups.everyone), config.timeout_s)
+    check_ranks(ranks, facts_of(engine, config))
     shards = make_shards(engine, groups, config.min_numel)
     equalize(engine, groups, shards)
-    seat = checkpoint.Seat.of_islands(groups)
+    seat = checkpoint.Seat(
+        ranks, groups.island, groups.num_islands, groups.shard, groups.num_shards
+    )
     channel = _channel(config, groups.outer_cpu, clock)
     return IslandHandle(engine, config, channel, clock, seat, groups, shards)
+
+
+def on_cpu(group: Any) -> Any:
+    """A group of the same ranks that moves what lies in the host's memory.
+
+    Collective: all ranks.
+    """
+    if dist.get_backend(group) == "gloo":
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
 
 
 def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:
@@ -136,9 +147,8 @@ def _channel(config: GradientPruningConfig, group: Any, clock: Clock) -> Channel
             for point in config.throttle.schedule
         ]
         transport = ThrottledTransport(
-            transport, schedule, config.timeout_s, now_s=clock.now_s, sleep=clock.sleep
+            transport, schedule, config.timeout_s, sleep=clock.sleep, clock=clock.now_s
         )
-    kind = config.exchange
-    if kind == "auto":
-        kind = "all_gather" if transport.world_size <= ALL_GATHER_MOST else "owner_reduce"
-    return AllGather(transport) if kind == "all_gather" else OwnerReduce(transport)
+    if config.exchange_of(transport.world_size) == "owner_reduce":
+        return OwnerReduce(transport)
+    return AllGather(transport)

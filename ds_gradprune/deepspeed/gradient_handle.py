@@ -60,6 +60,11 @@ class GradientHandle(Handle):
         self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
         self.hooks.replace("allreduce_bucket", self._reduce_bucket)
 
+    @property
+    def held_bytes(self) -> int:
+        """See `Handle`: 4 bytes for every parameter that was ever pruned."""
+        return self.pruning.residuals.nbytes
+
     def _before_detach(self) -> None:
         backends.uninstall(self._backend)
 
@@ -81,7 +86,7 @@ class GradientHandle(Handle):
             self._signals = self.loop.signals(
                 self.losses.so_far(), nonfinite=not all_finite(grads)
             )
-            self._announcement = self.announce(self._signals, self.pruning.codec_id(self.k))
+            self._announcement = self.announce(self._signals)
         return original(grads=grads, elements_per_buffer=elements_per_buffer)
 
     def _reduce_bucket(

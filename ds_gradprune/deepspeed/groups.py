@@ -16,6 +16,7 @@ and other engines of the process never see it.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
 from ds_gradprune.errors import UnsupportedError
@@ -37,6 +39,10 @@ _LOCAL_SIZES = (
     "MPI_LOCALNRANKS",
 )
 """Where torchrun, deepspeed's launcher, Open MPI and MPICH say how many ranks a host has."""
+
+_HOST_CHARS = 32
+_SEAT_BYTES = 256
+"""Room for a seat as JSON, with every character of the host's name escaped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def ranks_per_island(seats: Sequence[Seat], ranks: int | None) -> int:
 
     Args:
         seats: one per rank, in rank order.
-        ranks: `island.ranks`; None: the ranks of a host.
+        ranks: `island.ranks`; None: the ranks of a host, or each rank alone on a single host.
 
     Raises:
         UnsupportedError: islands would have different sizes, or a host's ranks are scattered.
@@ -104,14 +110,16 @@ def ranks_per_island(seats: Sequence[Seat], ranks: int | None) -> int:
             f"islands must have equally many ranks, got {counts}. Start equally many ranks on "
             f"every host, or set {_FIELD} to 1."
         )
-    return len(hosts[0])
+    # On one host alone there is no slow link to spare, and islands are wanted for trying out.
+    return len(hosts[0]) if len(hosts) > 1 else 1
 
 
 class Groups:
     """The island of this rank and its process groups; the `mpu` of `deepspeed.initialize`.
 
     Args:
-        ranks: consecutive ranks that form an island; None: the ranks of a host do.
+        ranks: consecutive ranks that form an island; None: the ranks of a host do, or each rank
+            alone where there is only one host.
 
     Attributes:
         island: which island this rank belongs to.
@@ -132,9 +140,7 @@ class Groups:
     def __init__(self, ranks: int | None = None) -> None:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
-        seats: list[Any] = [None] * self._world_size
-        dist.all_gather_object(seats, Seat.here())
-        self.num_shards = ranks_per_island(seats, ranks)
+        self.num_shards = ranks_per_island(_gather(Seat.here()), ranks)
         self.num_islands = self._world_size // self.num_shards
         self.island, self.shard = divmod(self._rank, self.num_shards)
         self.everyone: Any = groups._clone_world_group()
@@ -242,6 +248,17 @@ class Groups:
         """Create all groups, on all ranks in the same order; the one with this rank in it."""
         created = [dist.new_group(ranks, **options) for ranks in partition]
         return next(g for g, ranks in zip(created, partition, strict=True) if self._rank in ranks)
+
+
+def _gather(seat: Seat) -> list[Seat]:
+    """Every rank's seat, in rank order; nothing is unpickled. Collective: all ranks."""
+    device = get_accelerator().current_device_name()
+    text = json.dumps([seat.local_rank, seat.local_size, seat.host[:_HOST_CHARS]]).encode("ascii")
+    mine = torch.zeros(_SEAT_BYTES, dtype=torch.uint8)
+    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = [torch.empty_like(mine, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine.to(device))
+    return [Seat(*json.loads(row.cpu().numpy().tobytes().rstrip(b"\0"))) for row in rows]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from ds_gradprune.deepspeed import checkpoint, monitor
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.losses import StepLosses
 from ds_gradprune.errors import CheckpointError, UnsupportedError
+from ds_gradprune.law.schedule import target_at
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
@@ -69,6 +70,9 @@ class IdleHandle:
         self.config = config
         self.report: StepReport | None = None
         self.totals = Totals()
+
+    held_bytes = 0
+    """Memory that we hold beside DeepSpeed's."""
 
     @property
     def loop(self) -> Loop:
@@ -136,6 +140,7 @@ class Handle:
         self._seat = seat
         self._is_first = seat.is_first
         self._log = monitor.StepLog(config.log_path if self._is_first else None)
+        self._decisions = monitor.DecisionLog(config)
         self.hooks = Hooks(engine)
         self.hooks.keep(engine.register_forward_pre_hook(self._before_forward))
         self.hooks.keep(engine.register_forward_hook(self._after_forward))
@@ -148,6 +153,11 @@ class Handle:
     def session(self) -> Loop:
         """The loop, under its former name."""
         return self.loop
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that we hold beside DeepSpeed's: residuals, shared weights."""
+        raise NotImplementedError
 
     @property
     def report(self) -> StepReport | None:
@@ -250,15 +260,12 @@ class Handle:
         """Kept elements per chunk in the exchange that is next or under way."""
         return kept_per_chunk(self.loop.decision.density)
 
-    def announce(
-        self, signals: RankSignals, codec_id: int, sizes: Sequence[int] = ()
-    ) -> Announcement:
+    def announce(self, signals: RankSignals, sizes: Sequence[int] = ()) -> Announcement:
         """Tell all ranks what this one is about to send. Collective.
 
         Args:
             signals: what this rank, or its island, measured.
-            codec_id: of the payloads that follow.
-            sizes: their bytes; empty: not compared.
+            sizes: bytes of the payloads that follow; empty: not compared.
         """
         header = codec.encode_signals(
             step=self.loop.exchange_step,
@@ -279,8 +286,9 @@ class Handle:
             self.loop.note_weights(self.parameters_crc())
         self._log.write(report)
         if self._is_first:
-            monitor.write_events(self.engine, report)
-            monitor.log_decision(report)
+            target = target_at(self.config, report.step)
+            monitor.write_events(self.engine, report, target=target)
+            self._decisions.tell(report)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -294,7 +302,7 @@ class Handle:
     ) -> Any:
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
         if save_dir:
-            checkpoint.save(save_dir, tag, self._seat, self._state())
+            checkpoint.save(save_dir, tag, self._seat, self._state(), self.loop.step)
         return original(save_dir, tag, *args, **kwargs)
 
     def _load_checkpoint(
@@ -308,8 +316,7 @@ class Handle:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
-        if tag is None:
-            tag = checkpoint.latest_tag(load_dir)
+        tag = checkpoint.agree_tag(load_dir, tag, self._seat)
         resumes = load_optimizer_states and not load_module_only and tag is not None
         # Ours is read, checked and agreed on first: what cannot be resumed changes nothing.
         saved = checkpoint.load(load_dir, str(tag), self._seat) if resumes else None

@@ -14,6 +14,8 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from ds_gradprune.config import BLOCK, load_block
 from ds_gradprune.deepspeed.attach import attach
 from ds_gradprune.deepspeed.groups import Groups, kept
+from ds_gradprune.deepspeed.shards import refused_by
+from ds_gradprune.deepspeed.zero3_setup import repartition
 from ds_gradprune.errors import ConfigError, UnsupportedError
 
 _original = deepspeed.initialize
@@ -33,22 +35,35 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Collective: all ranks.
     """
-    given = inspect.signature(_original).bind(*args, **kwargs)
-    ds_config = _ds_config(given.arguments)
-    if not _has_optimizer(given.arguments, ds_config):
-        return _call(given)
-    result = _create(given, ds_config)
-    attach(result[0])
+    result, is_ours = _make(args, kwargs)
+    if is_ours:
+        attach(result[0])
     return result
 
 
-def _create(
-    given: inspect.BoundArguments, ds_config: dict[str, Any]
-) -> tuple[Any, Any, Any, Any]:
-    """The engine, with an mpu if there are islands."""
+def create(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """What `initialize` does before `attach`: the engine, with an mpu if there are islands.
+
+    Raises:
+        ConfigError: the block is missing or wrong.
+        UnsupportedError: the ranks cannot be islands.
+
+    Collective: all ranks.
+    """
+    return _make(args, kwargs)[0]
+
+
+def _make(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, Any, Any, Any], bool]:
+    """The engine and its companions, and whether it has anything to exchange."""
+    given = inspect.signature(_original).bind(*args, **kwargs)
+    ds_config = _ds_config(given.arguments)
+    if not _has_optimizer(given.arguments, ds_config):
+        return _call(given), False
     config = load_block(ds_config)
     if not (config.enabled and config.prune == "update"):
-        return _call(given)
+        return _call(given), True
     _refuse_other_groups(given.arguments, ds_config)
     names = ("distributed_port", "dist_init_required")
     comm.init_distributed(
@@ -56,9 +71,11 @@ def _create(
         **{name: given.arguments[name] for name in names if name in given.arguments},
     )
     if comm.get_world_size() > 1:
-        given.arguments["mpu"] = Groups(config.island.ranks)
+        groups = Groups(config.island.ranks)
+        repartition(given.arguments["model"], groups)
+        given.arguments["mpu"] = groups
     with kept():
-        return _call(given)
+        return _call(given), True
 
 
 def register() -> None:
@@ -94,9 +111,10 @@ def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any]) -> No
         "a PipelineModule": isinstance(given.get("model"), PipelineModule),
     }
     found = [name for name, is_present in refused.items() if is_present]
+    found += refused_by(ds_config)
     if found:
         raise UnsupportedError(
-            f'{BLOCK}.prune = "update" brings its own process groups and does not support '
+            f'{BLOCK}.prune = "update" keeps DeepSpeed inside islands and does not support '
             f'{", ".join(found)}. Leave that out, or set prune to "gradient".'
         )
 

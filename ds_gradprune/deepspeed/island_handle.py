@@ -30,6 +30,7 @@ from ds_gradprune.deepspeed.island_weights import IslandWeights
 from ds_gradprune.deepspeed.warmup import Warmup
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.islands import Islands, refuse
+from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.outer import make_rule, update_scale
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.train.shared_weights import SharedWeights
@@ -74,11 +75,20 @@ class IslandHandle(Handle):
             value_bits=config.value_bits,
             scale=update_scale(groups.num_islands, config.update_scale),
             rule=make_rule(config.slow_momentum, config.sync_every),
+            kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )
         self._inside = InsideIsland(groups.inner, groups.device_of(engine))
         self.weights = IslandWeights(engine, self.islands, shards)
+        self._pieces_crc = 0
         self._warmup = Warmup(self)
         self._state_of = IslandState(engine, self.islands, shards)
+
+    @property
+    def held_bytes(self) -> int:
+        """See `Handle`: 4 bytes per parameter; 4 more with an outer momentum or a kept residual."""
+        islands = self.islands
+        kept = 0 if islands.kept is None else islands.kept.nbytes
+        return islands.weights.nbytes + islands.rule.nbytes + kept
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
@@ -162,6 +172,7 @@ class IslandHandle(Handle):
     def _exchange(self) -> tuple[list[RankSignals], int]:
         """Prepare, start, deliver and commit; all or nothing."""
         islands, step, k = self.islands, self.loop.exchange_step, self.k
+        self._note_pieces()
         is_dense = self.loop.decision.density == 1.0
         signals, dense_bytes = self._inside.agree(
             self.loop.signals(
@@ -173,7 +184,7 @@ class IslandHandle(Handle):
         )
         prepared = None if is_dense else islands.prepare(k, step=step, signals=signals)
         sizes = () if prepared is None else prepared.sizes
-        announcement = self.announce(signals, islands.codec_id(k), sizes)
+        announcement = self.announce(signals, sizes)
         if prepared is not None:
             prepared.write()
         with self.loop.stopwatch.phase("wire"):
@@ -192,6 +203,13 @@ class IslandHandle(Handle):
         self.shards.publish()
         return ranks, dense_bytes
 
+    def _note_pieces(self) -> None:
+        """Islands that train different parameters are found before their payloads travel."""
+        crc = self.islands.weights.pieces_crc()
+        if crc != self._pieces_crc:
+            self._pieces_crc = crc
+            self.loop.note_weights(crc)
+
     def _compare_written(self, signals: RankSignals) -> None:
         """Somebody has written weights: all islands must have written the same.
 
@@ -200,7 +218,7 @@ class IslandHandle(Handle):
         """
         crc = self.islands.weights.crc()
         header = dataclasses.replace(signals, agreement=crc, written=False)
-        announcement = self.announce(header, self.islands.codec_id(self.k))
+        announcement = self.announce(header)
         with self.loop.stopwatch.phase("wire"):
             self.weights.check_written(announcement)
 
@@ -221,7 +239,7 @@ class IslandHandle(Handle):
         return {
             "loop": self.loop.state_dict(),
             "losses": self.losses.state_dict(),
-            "num_islands": self.groups.num_islands,
+            "pieces_crc": self._pieces_crc,
             "island": self._state_of.save(),
         }
 
@@ -232,6 +250,7 @@ class IslandHandle(Handle):
         def take() -> None:
             self.losses.load_state_dict([] if state.is_resized else state.state["losses"])
             self.loop.take(loop)
+            self._pieces_crc = int(state.state["pieces_crc"])
             restore()
             if not state.is_resized:
                 checkpoint.set_random_state(state.random)

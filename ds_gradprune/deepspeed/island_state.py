@@ -36,6 +36,7 @@ class IslandState:
             "have_parted": self._islands.have_parted,
             "own": self._islands.weights.own_state(),
             "rule": self._islands.rule.state_dict(),
+            "kept": None if self._islands.kept is None else self._islands.kept.state_dict(),
             "optimizer": self._shards.state_dict(),
             "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
             "skipped_steps": self._engine.skipped_steps,
@@ -75,19 +76,25 @@ class IslandState:
                 "with the schedule that saved it."
             )
         rule = self._islands.rule.read(island["rule"])
-        return lambda: self._take(island, rule, is_resized)
+        residual = self._islands.kept
+        kept = None if residual is None or island["kept"] is None else residual.read(island["kept"])
+        return lambda: self._take(island, rule, kept, is_resized)
 
     def restart(self) -> None:
         """A checkpoint without our state was loaded: its weights are everybody's."""
         self._islands.have_parted = False
         self._islands.weights.capture()
         self._islands.rule.reset()
+        if self._islands.kept is not None:
+            self._islands.kept.reset()
 
     @torch.no_grad()
-    def _take(self, island: Mapping[str, Any], rule: Any, is_resized: bool) -> None:
+    def _take(self, island: Mapping[str, Any], rule: Any, kept: Any, is_resized: bool) -> None:
         islands, weights = self._islands, self._islands.weights
         weights.capture()  # what DeepSpeed has loaded are the shared weights
         islands.rule.take(rule)
+        if islands.kept is not None:
+            islands.kept.take([] if kept is None or is_resized else kept)
         islands.have_parted = bool(island["have_parted"])
         self._shards.load_state_dict(island["optimizer"])
         if self._engine.lr_scheduler is not None:

@@ -152,7 +152,7 @@ class Warmup:
             mine //= self._groups.num_shards  # its share of every bucket
         signals, dense_bytes = handle.signals_of(signals, mine)
         self._dense_bytes += dense_bytes
-        self._announcement = handle.announce(signals, 0)
+        self._announcement = handle.announce(signals)
         with handle.loop.stopwatch.phase("wire"):
             self._announcement.headers()
 

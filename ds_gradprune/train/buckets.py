@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout, lay_out
 
-BUCKET_NUMEL = 2**22
-"""Most elements of a bucket: 16 MB of fp32. A multiple of `CHUNK_NUMEL`."""
+BUCKET_NUMEL = 2**20
+"""Most elements of a bucket: 4 MB of fp32. A multiple of `CHUNK_NUMEL`."""
 
 
 @dataclass(frozen=True, slots=True)

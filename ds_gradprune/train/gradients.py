@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ds_gradprune import codec
 from ds_gradprune.bucket.apply import scatter_add
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
@@ -74,10 +73,6 @@ class GradientPruning:
         self._memory = Memory()
         self._number = 0
         self._dense_bytes = 0
-
-    def codec_id(self, k: int) -> int:
-        """Which codec writes the payloads."""
-        return codec.codec_for(k, self.value_bits).codec_id
 
     def begin(self) -> None:
         """A reduction of all gradients begins. Local."""

@@ -19,10 +19,10 @@ from typing import Protocol
 
 import torch
 
-from ds_gradprune import codec
-from ds_gradprune.bucket.apply import Move
+from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
 from ds_gradprune.errors import NonFiniteError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
 from ds_gradprune.train.outer import OuterRule
 from ds_gradprune.train.shared_weights import Bound, SharedWeights
@@ -70,6 +70,7 @@ class Islands:
         value_bits: bits of a value on the wire.
         scale: factor on the islands' mean update.
         rule: what moves the shared weights besides.
+        kept: where progress waits that was not sent; None: in the own weights, and used at once.
 
     Attributes:
         weights: see there.
@@ -78,6 +79,7 @@ class Islands:
         value_bits: see there.
         scale: see there.
         rule: see there.
+        kept: see there.
         memory: scratch memory, kept.
         have_parted: the islands have stepped alone, so their own weights differ. A fact of the
             run, kept in its checkpoints, not derived from the configuration.
@@ -92,9 +94,11 @@ class Islands:
         value_bits: int,
         scale: float,
         rule: OuterRule,
+        kept: KeptResidual | None = None,
     ) -> None:
         self.weights = weights
         self.rule = rule
+        self.kept = kept
         self.have_parted = False
         self.scale = scale
         self.channel = channel
@@ -111,10 +115,6 @@ class Islands:
         """What this rank would send in an exchange without pruning."""
         return ring_all_reduce_bytes(4 * self.weights.numel, self.channel.world_size)
 
-    def codec_id(self, k: int) -> int:
-        """Which codec writes the payloads."""
-        return codec.codec_for(k, self.value_bits).codec_id
-
     def prepare(self, k: int, *, step: int, signals: RankSignals) -> Prepared:
         """Select and encode the progress of this island; changes nothing. Local.
 
@@ -124,6 +124,13 @@ class Islands:
             signals: this rank's measurements, for the headers.
         """
         return _Pruned(self, Stamp(step, self.channel.rank, k, signals))
+
+    def source(self, bound: Bound) -> Source:
+        """What is selected from in a bucket: own - shared, and what is kept of it."""
+        if self.kept is None:
+            return Source(bound.layout, bound.own, bound.beside(), -1.0)
+        kept = self.kept.of(bound, self.weights.stores[bound.store])
+        return Source(bound.layout, bound.own, bound.beside(), -1.0, kept, self.kept.decay)
 
     def prepare_dense(self, nonfinite: Sequence[int]) -> Prepared:
         """Prepare to send the whole progress as it is. Local.
@@ -139,7 +146,7 @@ class _Pruned:
 
     def __init__(self, islands: Islands, stamp: Stamp) -> None:
         self._islands = islands
-        sources = [Source(b.layout, b.own, b.beside(), -1.0) for b in islands.weights.bound()]
+        sources = [islands.source(bound) for bound in islands.weights.bound()]
         self._message = Message(
             sources, stamp, islands.value_bits, islands.channel, islands.memory
         )
@@ -185,23 +192,63 @@ class _Pruned:
 
     def _apply(self, arrived: Arrived, number: int, bound: Bound) -> None:
         islands = self._islands
-        rule, factor, device = islands.rule, islands.factor, bound.own[0].device
         shared = bound.beside()
-        rule.begin(bound.store, islands.weights.stores[bound.store], bound.start, bound.stop)
-        move = Move(bound.own, shared, bound.layout)
-        for block, is_own in arrived.deliveries(number, device):
-            if is_own:
-                move.sent(block)
-            move.add(block, factor)
-            rule.note(block, factor)
-        apart = arrived.sent(number, device)
-        if apart is not None:
-            move.sent(apart)
-        move.close()
+        islands.rule.begin(bound.store, islands.weights.stores[bound.store], bound.start, bound.stop)
+        if islands.kept is None:
+            self._move(arrived, number, bound, shared)
+        else:
+            self._reset(islands.kept, arrived, number, bound, shared)
+        bound.give_back(shared)
+
+    def _move(
+        self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor
+    ) -> None:
+        """Own weights keep what they have beyond the shared ones, less what was sent."""
+        rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
+        blocks = arrived.all_at_once(number, device)
+        if blocks is not None:
+            rank = self._islands.channel.rank
+            move_at_once(bound.own, shared, blocks, rank=rank, factor=factor)
+            for block in blocks:
+                rule.note(block, factor)
+        else:
+            move = Move(bound.own, shared, bound.layout)
+            for block, is_own in arrived.deliveries(number, device):
+                move.add(block, factor, is_own=is_own)
+                rule.note(block, factor)
+            apart = arrived.sent(number, device)
+            if apart is not None:
+                move.sent(apart)
+            move.close()
         drift = rule.drift()
         if drift is not None:
             bound.shift(shared, drift)
-        bound.give_back(shared)
+
+    def _reset(
+        self,
+        residual: KeptResidual,
+        arrived: Arrived,
+        number: int,
+        bound: Bound,
+        shared: torch.Tensor,
+    ) -> None:
+        """Own weights become the shared ones; what was not sent is kept aside."""
+        rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
+        kept = residual.of(bound, self._islands.weights.stores[bound.store])
+        residual.gather(kept, bound, shared)
+        for block, is_own in arrived.deliveries(number, device):
+            if is_own:
+                residual.sent(kept, block)
+            scatter_add(shared, block, factor)
+            rule.note(block, factor)
+        apart = arrived.sent(number, device)
+        if apart is not None:
+            residual.sent(kept, apart)
+        drift = rule.drift()
+        if drift is not None:
+            shared.add_(drift.to(shared.device))
+        for own, part in zip(bound.own, bound.split(shared), strict=True):
+            own.copy_(part)
 
 
 class _Dense:
@@ -231,6 +278,10 @@ class _Dense:
             return
         for bound in self._bounds:
             move = torch.cat(bound.own).sub_(bound.beside())
+            if self._islands.kept is not None:
+                store = self._islands.weights.stores[bound.store]
+                kept = self._islands.kept
+                move.add_(kept.of(bound, store), alpha=kept.decay)
             self._moves.append(move)
             self._works.append(self._islands.channel.start_all_reduce(move))
 
@@ -250,6 +301,8 @@ class _Dense:
             move.mul_(islands.factor)
             shared = bound.beside()
             store = islands.weights.stores[bound.store]
+            if islands.kept is not None:
+                islands.kept.of(bound, store).zero_()
             islands.rule.begin(bound.store, store, bound.start, bound.stop)
             islands.rule.note_dense(move)
             shared.add_(move)

@@ -68,18 +68,24 @@ class Stamp:
     first_bucket: int = 0
 
 
+AT_ONCE_BYTES = 4 * 2**20
+"""All deliveries of a bucket are decoded at once where they take no more: one pass over the weights
+instead of one per delivery. Beyond, one after the other, so that memory is flat in the ranks."""
+
+
 class Memory:
     """Scratch memory of a rank, kept from exchange to exchange."""
 
     def __init__(self) -> None:
-        self._blocks: dict[torch.device, Scratch] = {}
+        self._blocks: dict[tuple[torch.device, int], Scratch] = {}
         self._message = torch.empty(0, dtype=torch.uint8)
 
-    def block(self, layout: BucketLayout, k: int, device: torch.device) -> SparseBlock:
-        """Memory for one block; the next call overwrites it."""
-        if device not in self._blocks:
-            self._blocks[device] = Scratch(device)
-        return self._blocks[device].block(layout, k)
+    def block(
+        self, layout: BucketLayout, k: int, device: torch.device, number: int = 0
+    ) -> SparseBlock:
+        """Memory for one block; the next call with the same number overwrites it."""
+        scratch = self._blocks.setdefault((device, number), Scratch(device))
+        return scratch.block(layout, k)
 
     def message(self, size: int) -> torch.Tensor:
         """(size,) uint8, CPU; the next call overwrites it."""
@@ -236,6 +242,18 @@ class Arrived:
             block = self._read(number, payloads[here], self._headers[number][here], device)
             yield block, is_by_rank and delivery == self._stamp.rank
 
+    def all_at_once(self, number: int, device: torch.device) -> list[SparseBlock] | None:
+        """What every rank sent of a bucket, in rank order; None where that is too much memory."""
+        payloads, layout = self._pending.payloads(number), self._layouts[number]
+        block_bytes = 6 * layout.num_kept(self._stamp.k) + 4 * layout.dense_numel
+        if len(self._shares[number]) > 1 or len(payloads) * block_bytes > AT_ONCE_BYTES:
+            return None
+        headers = self._headers[number]
+        return [
+            self._read(number, [payload], [header], device, place)
+            for place, (payload, header) in enumerate(zip(payloads, headers, strict=True))
+        ]
+
     def sent(self, number: int, device: torch.device) -> SparseBlock | None:
         """What this rank sent of a bucket; None where `deliveries` yields it anyway."""
         if len(self._shares[number]) == 1:
@@ -253,9 +271,10 @@ class Arrived:
         payloads: Sequence[torch.Tensor],
         headers: Sequence[codec.Header],
         device: torch.device,
+        place: int = 0,
     ) -> SparseBlock:
         """One block of the whole bucket out of the payloads of its shares."""
-        block = self._memory.block(self._layouts[number], self._stamp.k, device)
+        block = self._memory.block(self._layouts[number], self._stamp.k, device, place)
         for share, payload, header in zip(self._shares[number], payloads, headers, strict=True):
             reader = codec.CODECS[header.codec_id]
             reader.read_body(header, payload, share.layout, out=share.of(block), checked=True)

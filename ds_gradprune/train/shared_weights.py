@@ -162,6 +162,11 @@ class SharedWeights:
             bounds.append(Bound(number, bucket.start, bucket.layout, own, shared))
         return bounds
 
+    def pieces_crc(self) -> int:
+        """crc32c over which pieces are trained now; equal on all islands."""
+        keys = repr([(p.key, p.own.numel(), p.pruned) for p in self._shards.pieces()])
+        return int(google_crc32c.value(keys.encode()))
+
     @torch.no_grad()
     def capture(self) -> None:
         """The own weights, equal on all islands, become the shared ones."""

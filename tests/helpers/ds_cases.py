@@ -73,14 +73,14 @@ def broken_checkpoints(folder: str) -> list[Any]:
 
 def _break(folder: Path, kind: str) -> None:
     shutil.copytree(folder / "good", folder / kind)
-    victim = folder / kind / "gradient_pruning_rank_00001_of_00002.pt"
+    victim = folder / kind / "gradient_pruning_island_00001_shard_00000.pt"
     if kind == "missing":
         victim.unlink()
     elif kind == "damaged":
         victim.write_bytes(victim.read_bytes()[:-100])
     else:
-        for file in (folder / kind).glob("gradient_pruning_*"):
-            file.rename(file.with_name(file.name.replace("_of_00002", "_of_00003")))
+        for rank, file in enumerate(sorted((folder / kind).glob("gradient_pruning_*"))):
+            file.rename(file.with_name(f"gradient_pruning_rank_{rank:05d}_of_00002.pt"))
 
 
 def plain_checkpoint(folder: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def plain_checkpoint(folder: str) -> dict[str, Any]:
     saved = crc(engine)
     import deepspeed
 
-    from ds_gradprune.integration.engine import attach
+    from ds_gradprune.deepspeed.attach import attach
 
     torch.manual_seed(1)
     other = deepspeed.initialize(model=TinyLM(), config=ds_config(BLOCK))[0]
@@ -160,7 +160,7 @@ def nan_gradient() -> dict[str, Any]:
     """Rank 1's loss is nan in step 4."""
     engine = make_engine(BLOCK, "attach")
     run_steps(engine, 1, 3)
-    store = engine.gradprune.session._reducer.residuals
+    store = engine.gradprune.pruning.residuals
     before = store.norm()
     loss = engine(batch(4, 0, dist.get_rank()))
     engine.backward(loss * float("nan") if dist.get_rank() else loss)

@@ -83,7 +83,7 @@ def make_engine(
     """An engine around a fresh `TinyLM`, tied to us in one of the ways, or not at all."""
     deepspeed = start_deepspeed()
     import ds_gradprune
-    from ds_gradprune.integration.engine import Clock, attach
+    from ds_gradprune.deepspeed.attach import Clock, attach
     from tests.helpers.ranks import VirtualClock
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def make_engine(
         ds_gradprune.register()
         return deepspeed.initialize(**arguments)[0]
     if way == "islands":
-        from ds_gradprune.integration.initialize import create
+        from ds_gradprune.deepspeed.initialize import create
 
         engine = create(**arguments)[0]
     else:
@@ -110,7 +110,7 @@ def run_steps(
     engine: Any, first: int, last: int, on_step: Callable[[int], None] | None = None
 ) -> dict[str, list[Any]]:
     """Train steps first .. last (from 1); what each step was like."""
-    from ds_gradprune.integration.monitor import as_json
+    from ds_gradprune.deepspeed.monitor import as_json
 
     rank = dist.get_rank()
     trace: dict[str, list[Any]] = {"losses": [], "crcs": [], "reports": []}
@@ -151,7 +151,7 @@ def train(
     trace: dict[str, Any] = run_steps(engine, 1, steps)
     handle = getattr(engine, "gradprune", None)
     trace["residual_bytes"] = (
-        None if handle is None or handle.idle else handle.session.residual_bytes
+        None if handle is None or handle.idle else handle.held_bytes
     )
     return trace
 

@@ -55,7 +55,7 @@ def islands(
         "draws": draws,
         "lr": engine.get_lr(),
         "samples": engine.global_samples,
-        "bytes": engine.gradprune.session.residual_bytes,
+        "bytes": engine.gradprune.held_bytes,
     }
 
 
@@ -96,7 +96,7 @@ def checkpoint_files(folder: str) -> dict[str, Any]:
     own = dict(engine.module.named_parameters())
     with engine.gradprune.shared_weights():
         engine.save_checkpoint(folder, tag="inside")
-    name = f"gradient_pruning_rank_{dist.get_rank():05d}_of_00002.pt"
+    name = f"gradient_pruning_island_{dist.get_rank():05d}_shard_00000.pt"
     states = [
         torch.load(Path(folder) / tag / name, weights_only=True)["pruning"]["island"]["own"]
         for tag in ("six", "inside")
@@ -263,7 +263,7 @@ def odd_model(folder: str) -> dict[str, Any]:
     answers["frozen"] = torch.equal(engine.module.frozen.weight, frozen)
     answers["shared"] = engine.gradprune.parameters_crc()
     numel = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
-    answers["bytes"] = engine.gradprune.session.residual_bytes == 4 * numel
+    answers["bytes"] = engine.gradprune.held_bytes == 4 * numel
     step(engine, 10)
     crcs = [crc(engine)]
     again = build()
@@ -368,7 +368,7 @@ def perturbed() -> str:
     engine = make_engine(BLOCK | {"verify_every_steps": 3, "sync_every": 2}, "islands")
     run_steps(engine, 1, 4)
     if dist.get_rank() == 1:
-        engine.gradprune.session.weights.shared(0)[7] += 1e-6
+        engine.gradprune.islands.weights.stores[0][7] += 1e-6
     return _message(lambda: run_steps(engine, 5, 10))
 
 
@@ -377,7 +377,7 @@ def detached() -> dict[str, Any]:
     from deepspeed.comm import comm
 
     import ds_gradprune
-    from ds_gradprune.integration.initialize import create
+    from ds_gradprune.deepspeed.initialize import create
 
     start_deepspeed()
     torch.manual_seed(0)
@@ -400,8 +400,8 @@ def island_refusals() -> dict[str, str]:
     """Each thing that islands do not support, and what is said about it."""
     deepspeed = start_deepspeed()
     import ds_gradprune
-    from ds_gradprune.integration.initialize import create
-    from ds_gradprune.integration.mpu import IslandGroups
+    from ds_gradprune.deepspeed.initialize import create
+    from ds_gradprune.deepspeed.groups import Groups
 
     def start(**arguments: Any) -> str:
         config = ds_config(BLOCK, **arguments.pop("extra", {}))
@@ -414,7 +414,7 @@ def island_refusals() -> dict[str, str]:
     half.fp16_enabled = lambda: True
     return {
         "attach": _message(lambda: ds_gradprune.attach(plain)),
-        "mpu": start(mpu=IslandGroups()),
+        "mpu": start(mpu=Groups(1)),
         "sequence": start(extra={"sequence_parallel_size": 2}),
         "stage": start(
             extra={"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
