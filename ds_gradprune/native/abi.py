@@ -60,7 +60,7 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: it cannot be loaded.
     """
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path.resolve()))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

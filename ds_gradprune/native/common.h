@@ -98,7 +98,7 @@ void over_pieces(const Piece* pieces, int64_t num_pieces, int threads, const Wor
   }
 }
 
-// --- numbers of 16 bits ---------------------------------------------------------------------------
+// --- numbers of 16 bits ------------------------------------------------------------------------
 
 enum Kind : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -132,7 +132,7 @@ const float* widened(int64_t address, Kind kind, int64_t first, int64_t n, float
   return out;
 }
 
-// --- sets of bits ---------------------------------------------------------------------------------
+// --- sets of bits ------------------------------------------------------------------------------
 
 // Writes origin + i for the set bits i of a word, rising; returns how many. Room for 64 is needed:
 // a processor cannot foresee their number, so more are written than are asked for.

@@ -10,48 +10,25 @@ namespace {
 
 int64_t words_of(int64_t numel) { return (numel + 63) / 64; }
 
-// --- all blocks at once ---------------------------------------------------------------------------
+// --- all blocks at once ------------------------------------------------------------------------
 
-// Stretches of which every element is in every block.
-void move_whole(float* own, float* shared, const Block* blocks, int64_t num_blocks,
-                const float* Block::*values, int64_t at, int64_t n) {
+// A stretch of at most kMaxRow elements; elements(b) and values(b) tell what block b holds of it.
+template <class Elements, class Values>
+void move_at_once(float* own, float* shared, const Block* blocks, int64_t num_blocks, int64_t n,
+                  int64_t kept, const Elements& elements, const Values& values) {
   float beyond[kMaxRow];
-  for (int64_t start = 0; start < n; start += kMaxRow) {
-    const int64_t here = std::min(kMaxRow, n - start);
-    for (int64_t i = 0; i < here; ++i) beyond[i] = own[start + i] - shared[start + i];
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const float* mine = blocks[b].*values + at + start;
-      if (blocks[b].sent())
-        for (int64_t i = 0; i < here; ++i) beyond[i] -= mine[i];
-      if (blocks[b].adds()) add_at(shared + start, All{}, mine, here, blocks[b].factor);
-    }
-    for (int64_t i = 0; i < here; ++i) own[start + i] = beyond[i] + shared[start + i];
-  }
-}
-
-// One row; `beyond` has room for all blocks' elements of it.
-void move_row(float* own, float* shared, const Block* blocks, int64_t num_blocks, int64_t kept,
-              int64_t m, float* beyond) {
+  for (int64_t i = 0; i < n; ++i) beyond[i] = own[i] - shared[i];
   for (int64_t b = 0; b < num_blocks; ++b) {
-    const int16_t* places = blocks[b].indices + kept;
-    const float* values = blocks[b].values + kept;
-    for (int64_t j = 0; j < m; ++j) beyond[b * m + j] = own[places[j]] - shared[places[j]];
-    if (blocks[b].sent())
-      for (int64_t j = 0; j < m; ++j) beyond[b * m + j] -= values[j];
+    if (blocks[b].sent()) add_at(beyond, elements(b), values(b), kept, -1.0f);
+    if (blocks[b].adds()) add_at(shared, elements(b), values(b), kept, blocks[b].factor);
   }
-  for (int64_t b = 0; b < num_blocks; ++b)
-    if (blocks[b].adds())
-      add_at(shared, Listed{blocks[b].indices + kept}, blocks[b].values + kept, m,
-             blocks[b].factor);
-  for (const bool sent : {false, true})  // where an element is in several blocks, the own one holds
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      if (blocks[b].sent() != sent) continue;
-      const int16_t* places = blocks[b].indices + kept;
-      for (int64_t j = 0; j < m; ++j) own[places[j]] = beyond[b * m + j] + shared[places[j]];
-    }
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const auto places = elements(b);
+    for (int64_t j = 0; j < kept; ++j) own[places(j)] = beyond[places(j)] + shared[places(j)];
+  }
 }
 
-// --- one block after the other --------------------------------------------------------------------
+// --- one block after the other -----------------------------------------------------------------
 
 // own -= shared where no bit is set, in a stretch of which every element is touched; sets the bits.
 void touch_whole(float* own, const float* shared, uint64_t* touched, int64_t n) {
@@ -74,8 +51,8 @@ void touch_listed(float* own, const float* shared, uint64_t* touched, const int1
   int64_t last = -1;
   for (int64_t j = 0; j < m; ++j) {
     const int64_t place = places[j], at = place >> 6;
-    const float before = own[place], after = before - shared[place];
-    own[place] = touched[at] >> (place & 63) & 1 ? before : after;
+    const uint32_t fresh = static_cast<uint32_t>(touched[at] >> (place & 63) & 1) - 1;
+    own[place] -= float_of(bits_of(shared[place]) & fresh);  // a branch would be guessed wrong
     word = (at == last ? word : 0) | uint64_t{1} << (place & 63);
     listed[at] = word;
     last = at;
@@ -85,19 +62,21 @@ void touch_listed(float* own, const float* shared, uint64_t* touched, const int1
 
 // own += shared where a bit is set; clears the bits.
 void close_stretch(float* own, const float* shared, uint64_t* touched, int64_t n) {
-  int16_t places[64 + 64];
-  for (int64_t start = 0; start < n; start += 64, ++touched) {
-    if (*touched == ~uint64_t{0}) {
-      for (int64_t i = start; i < start + 64; ++i) own[i] += shared[i];
-    } else {
-      const int64_t found = list_bits(*touched, 0, places);
-      for (int64_t j = 0; j < found; ++j) own[start + places[j]] += shared[start + places[j]];
+  int16_t places[kMaxRow + 64];
+  for (; n > 0; n -= kMaxRow, own += kMaxRow, shared += kMaxRow) {
+    // All places first: to read each word's just after they are written would stall.
+    int64_t found = 0;
+    for (int64_t i = 0; i < std::min(n, kMaxRow); i += 64, ++touched) {
+      found += list_bits(*touched, i, places + found);
+      *touched = 0;
     }
-    *touched = 0;
+    for (int64_t j = 0; j < found; ++j) own[places[j]] += shared[places[j]];
   }
 }
 
-// --- all rows and pieces --------------------------------------------------------------------------
+// --- all rows and pieces -----------------------------------------------------------------------
+
+All all(int64_t) { return {}; }
 
 struct Move {
   const Block* blocks;
@@ -107,14 +86,15 @@ struct Move {
   void rows(const Run& run, int64_t first, int64_t stop, float* own, float* shared,
             uint64_t* touched) const {
     const int64_t n = run.row_numel, m = run.row_kept;
-    std::vector<float> beyond(touched || m == n ? 0 : num_blocks * m);
     for (int64_t row = first; row < stop; ++row) {
       const int64_t kept = run.kept_start + row * m;
       float* mine = own + row * n;
       float* theirs = shared + run.bucket_start + row * n;
+      auto listed = [&](int64_t b) { return Listed{blocks[b].indices + kept}; };
+      auto values = [&](int64_t b) { return blocks[b].values + kept; };
       if (touched) streamed(mine, theirs, touched + row * words_of(n), run, row);
-      else if (m == n) move_whole(mine, theirs, blocks, num_blocks, &Block::values, kept, n);
-      else move_row(mine, theirs, blocks, num_blocks, kept, m, beyond.data());
+      else if (m < n) move_at_once(mine, theirs, blocks, num_blocks, n, m, listed, values);
+      else move_at_once(mine, theirs, blocks, num_blocks, n, n, all, values);
     }
   }
 
@@ -133,7 +113,12 @@ struct Move {
   }
 
   void stretch(float* own, float* shared, uint64_t* touched, int64_t dense, int64_t n) const {
-    if (!touched) return move_whole(own, shared, blocks, num_blocks, &Block::dense, dense, n);
+    for (int64_t i = 0; i < n && !touched; i += kMaxRow) {
+      const int64_t here = std::min(kMaxRow, n - i);
+      auto values = [&](int64_t b) { return blocks[b].dense + dense + i; };
+      move_at_once(own + i, shared + i, blocks, num_blocks, here, here, all, values);
+    }
+    if (!touched) return;
     for (int64_t b = 0; b < num_blocks; ++b) {
       touch_whole(own, shared, touched, n);
       if (blocks[b].sent()) add_at(own, All{}, blocks[b].dense + dense, n, -1.0f);

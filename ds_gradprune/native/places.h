@@ -46,78 +46,110 @@ struct PlaceGroup {
 };
 
 constexpr int64_t kSpanNumbers = 8 * kMaxRow;  // most numbers of a span
+constexpr int64_t kSpanBits = 8 * kMaxRow;     // most bits of its upper parts; see code_of
 
-// --- numbers of 1 to 12 bits ----------------------------------------------------------------------
+// --- numbers of 1 to 12 bits -------------------------------------------------------------------
 
-constexpr uint64_t kLanes[3] = {0x00ff00ff00ff00ff, 0x0000ffff0000ffff, 0x00000000ffffffff};
+// The lowest `width` bits of every byte.
+constexpr uint64_t lowest(int width) { return 0x0101010101010101 * ((uint64_t{1} << width) - 1); }
 
-// Eight numbers of up to 8 bits, a byte each, moved together.
-inline uint64_t narrowed(uint64_t word, int width) {
-  for (int step = 0; step < 3; ++step)
-    word = (word & kLanes[step]) | (word & ~kLanes[step]) >> ((8 - width) << step);
-  return word;
+// Moves the lowest `width` bits of all bytes together.
+template <int width>
+inline uint64_t narrowed(uint64_t word) {
+#if defined(__BMI2__)
+  return _pext_u64(word, lowest(width));
+#else
+  word &= lowest(width);  // lanes of 1, 2 and 4 numbers become lanes of 2, 4 and 8
+  word = (word & 0x00ff00ff00ff00ff) | (word & 0xff00ff00ff00ff00) >> (8 - width);
+  word = (word & 0x0000ffff0000ffff) | (word & 0xffff0000ffff0000) >> 2 * (8 - width);
+  return (word & 0x00000000ffffffff) | (word & 0xffffffff00000000) >> 4 * (8 - width);
+#endif
 }
 
-// The reverse: width * 8 bits become eight bytes.
-inline uint64_t widened(uint64_t word, int width) {
-  uint64_t lower = width < 8 ? (uint64_t{1} << 8 * width) - 1 : ~uint64_t{0};
-  word &= lower;
-  for (int step = 2; step >= 0; --step) {
-    const uint64_t half = (uint64_t{1} << (width << step)) - 1;
-    uint64_t mask = half;
-    for (int at = 16 << step; at < 64; at += 16 << step) mask |= half << at;
-    word = (word & mask) | (word << ((8 - width) << step) & ~kLanes[step]);
-  }
-  return word;
+// The reverse.
+template <int width>
+inline uint64_t spread(uint64_t word) {
+#if defined(__BMI2__)
+  return _pdep_u64(word, lowest(width));
+#else
+  constexpr uint64_t four = (uint64_t{1} << 4 * width) - 1, two = (uint64_t{1} << 2 * width) - 1;
+  word = (word & four) | (word >> 4 * width & four) << 32;
+  word = (word & two * 0x0000000100000001) | (word << 2 * (8 - width) & two * 0x0001000000010000);
+  return (word & lowest(width) & 0x00ff00ff00ff00ff) |
+         (word << (8 - width) & lowest(width) & 0xff00ff00ff00ff00);
+#endif
 }
 
-// Writes the lowest bits of numbers into bytes; both have room for 8 more, numbers end in zeros.
-void pack(const int16_t* numbers, int64_t count, int width, uint8_t* out) {
-  const int narrow = width > 8 ? width - 8 : width, shift = width - narrow;
-  const auto mask = static_cast<uint16_t>((1 << narrow) - 1);
-  for (int64_t i = 0; i < count; i += 8) {
-    uint8_t upper[8], lower[8];
-    uint64_t word;
-    for (int j = 0; j < 8; ++j)
-      upper[j] = static_cast<uint8_t>(static_cast<uint16_t>(numbers[i + j]) >> shift & mask);
-    if (shift) {
-      const int64_t whole = std::min<int64_t>(8, count - i);
-      for (int j = 0; j < 8; ++j) lower[j] = static_cast<uint8_t>(numbers[i + j]);
-      std::memcpy(out, lower, 8);
-      out += whole;
+// Writes bytes' lowest `width` bits, and whole bytes before those of every eight if there are any.
+template <int width>
+void pack_bytes(const uint8_t* upper, const uint8_t* lower, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; i += 8, out += width) {
+    if (lower) {
+      std::memcpy(out, lower + i, 8);
+      out += std::min<int64_t>(8, count - i);
     }
-    std::memcpy(&word, upper, 8);
-    word = narrowed(word, narrow);
+    uint64_t word;
+    std::memcpy(&word, upper + i, 8);
+    word = narrowed<width>(word);
     std::memcpy(out, &word, 8);
-    out += narrow;
   }
 }
 
-// Reads numbers; both have room for 8 more. Returns whether all unused bits are zeros.
-bool unpack(const uint8_t* data, int64_t count, int width, int16_t* numbers) {
-  const int narrow = width > 8 ? width - 8 : width, shift = width - narrow;
-  for (int64_t i = 0; i < count; i += 8) {
+// The reverse. Returns whether all unused bits are zeros.
+template <int width>
+bool unpack_bytes(const uint8_t* data, int64_t count, uint8_t* upper, uint8_t* lower) {
+  for (int64_t i = 0; i < count; i += 8, data += width) {
     const int64_t here = std::min<int64_t>(8, count - i);
-    const uint8_t* lower = data;
-    uint8_t upper[8];
+    if (lower) {
+      std::memcpy(lower + i, data, 8);
+      data += here;
+    }
     uint64_t word;
-    if (shift) data += here;
     std::memcpy(&word, data, 8);
     if (here < 8) {  // what follows the last byte is not this stream's
-      word &= (uint64_t{1} << (here * narrow + 7) / 8 * 8) - 1;
-      if (word >> here * narrow) return false;
+      word &= (uint64_t{1} << (here * width + 7) / 8 * 8) - 1;
+      if (word >> here * width) return false;
     }
-    data += narrow;
-    word = widened(word, narrow);
-    std::memcpy(upper, &word, 8);
-    for (int j = 0; j < 8; ++j) numbers[i + j] = static_cast<int16_t>(upper[j] << shift);
-    if (shift)
-      for (int j = 0; j < here; ++j) numbers[i + j] |= lower[j];
+    word = spread<width>(word);
+    std::memcpy(upper + i, &word, 8);
   }
   return true;
 }
 
-// --- spans of rows --------------------------------------------------------------------------------
+using Packer = void (*)(const uint8_t*, const uint8_t*, int64_t, uint8_t*);
+using Unpacker = bool (*)(const uint8_t*, int64_t, uint8_t*, uint8_t*);
+constexpr Packer kPackers[9] = {nullptr,       pack_bytes<1>, pack_bytes<2>,
+                                pack_bytes<3>, pack_bytes<4>, pack_bytes<5>,
+                                pack_bytes<6>, pack_bytes<7>, pack_bytes<8>};
+constexpr Unpacker kUnpackers[9] = {nullptr,         unpack_bytes<1>, unpack_bytes<2>,
+                                    unpack_bytes<3>, unpack_bytes<4>, unpack_bytes<5>,
+                                    unpack_bytes<6>, unpack_bytes<7>, unpack_bytes<8>};
+
+// Writes the lowest bits of numbers into bytes, which have room for 8 more.
+void pack(const int16_t* numbers, int64_t count, int width, uint8_t* out) {
+  uint8_t upper[kSpanNumbers + 8], lower[kSpanNumbers + 8];
+  const int shift = width > 8 ? 8 : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    upper[i] = static_cast<uint8_t>(numbers[i] >> shift);
+    lower[i] = static_cast<uint8_t>(numbers[i]);
+  }
+  std::fill(upper + count, upper + count + 8, 0);
+  kPackers[width - shift](upper, shift ? lower : nullptr, count, out);
+}
+
+// Reads numbers; the bytes have room for 8 more. Returns whether all unused bits are zeros.
+bool unpack(const uint8_t* data, int64_t count, int width, int16_t* numbers) {
+  uint8_t upper[kSpanNumbers + 8], lower[kSpanNumbers + 8];
+  const int shift = width > 8 ? 8 : 0;
+  if (!kUnpackers[width - shift](data, count, upper, shift ? lower : nullptr)) return false;
+  if (shift)
+    for (int64_t i = 0; i < count; ++i) numbers[i] = static_cast<int16_t>(upper[i] << 8 | lower[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) numbers[i] = upper[i];
+  return true;
+}
+
+// --- spans of rows -----------------------------------------------------------------------------
 
 Fault check_row(const int16_t* row, int64_t m, int64_t n) {
   int falls = 0;
@@ -126,18 +158,21 @@ Fault check_row(const int16_t* row, int64_t m, int64_t n) {
   return row[0] < 0 || row[m - 1] >= n ? kRange : kNone;
 }
 
-// Sets the bits that stand for the upper parts of rows; `words` are zeros.
-void set_upper(const PlaceRun& code, const int16_t* numbers, int64_t rows, uint64_t* words) {
-  const int64_t m = code.row_kept;
-  int64_t last = -1;
-  uint64_t word = 0;
-  for (int64_t row = 0; row < rows; ++row, numbers += m)
-    for (int64_t j = 0; j < m; ++j) {
-      const int64_t bit = row * code.row_bits + j * code.run_length + (numbers[j] >> code.low_bits);
-      word = (bit >> 6 == last ? word : 0) | uint64_t{1} << (bit & 63);
-      last = bit >> 6;
-      words[last] = word;
-    }
+// Writes the bits that stand for the upper parts of rows.
+void write_upper(const PlaceRun& code, const int16_t* numbers, int64_t rows, uint8_t* out) {
+  uint8_t flags[kSpanBits + 8];
+  const int64_t m = code.row_kept, bits = rows * code.row_bits;
+  const int low_bits = static_cast<int>(code.low_bits);
+  std::fill(flags, flags + (bits + 7) / 8 * 8, 0);
+  for (int64_t row = 0; row < rows; ++row, numbers += m) {
+    uint8_t* flag = flags + row * code.row_bits;
+    for (int64_t j = 0; j < m; ++j, flag += code.run_length) flag[numbers[j] >> low_bits] = 1;
+  }
+  for (int64_t i = 0; i < bits; i += 8) {  // eight bytes of 0 or 1 become eight bits
+    uint64_t word;
+    std::memcpy(&word, flags + i, 8);
+    *out++ = static_cast<uint8_t>(word * 0x0102040810204080 >> 56);
+  }
 }
 
 // Adds the upper parts that a row's bits stand for; false: they are not as many as it keeps.
@@ -164,11 +199,10 @@ Fault write_span(const PlaceGroup& group, int64_t first, int64_t rows, const int
                  uint8_t* out) {
   const PlaceRun& code = *group.runs;
   const int64_t m = code.row_kept, count = rows * m;
-  int16_t numbers[kSpanNumbers + 8];
+  int16_t numbers[kSpanNumbers];
   group.over_runs(first, rows, [&](int64_t kept, int64_t at, int64_t n) {
     std::memcpy(numbers + at, indices + kept, n * sizeof(int16_t));
   });
-  std::fill(numbers + count, numbers + count + 8, 0);
   for (int64_t row = 0; row < rows; ++row)
     if (const Fault fault = check_row(numbers + row * m, m, code.row_numel)) return fault;
   if (code.low_bits) {
@@ -178,11 +212,7 @@ Fault write_span(const PlaceGroup& group, int64_t first, int64_t rows, const int
                 packed_bytes(count, code.low_bits));
   }
   if (code.row_bits) {
-    uint64_t words[64 * 2 * kMaxRow / 64];
-    const int64_t bytes = (rows * code.row_bits + 7) / 8;
-    std::fill(words, words + (bytes + 7) / 8, 0);
-    set_upper(code, numbers, rows, words);
-    std::memcpy(out + group.high_start + first * code.row_bits / 8, words, bytes);
+    write_upper(code, numbers, rows, out + group.high_start + first * code.row_bits / 8);
   }
   return kNone;
 }
@@ -192,8 +222,8 @@ Fault read_span(const PlaceGroup& group, int64_t first, int64_t rows, const uint
                 int16_t* indices) {
   const PlaceRun& code = *group.runs;
   const int64_t m = code.row_kept, count = rows * m;
-  int16_t numbers[kSpanNumbers + 8];
-  uint8_t bytes[64 * 2 * kMaxRow / 8 + 16];
+  int16_t numbers[kSpanNumbers];
+  uint8_t bytes[kSpanNumbers * 3 / 2 + 16];
   if (m == code.row_numel) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < m; ++j) numbers[row * m + j] = static_cast<int16_t>(j);

@@ -25,7 +25,7 @@ constexpr Levels kFourBits = {4,
 
 const Levels& levels_of(int bits) { return bits == 2 ? kTwoBits : kFourBits; }
 
-// --- writing --------------------------------------------------------------------------------------
+// --- writing -----------------------------------------------------------------------------------
 
 // The sum of 128 numbers in numpy's order: eight partial sums, then pairs of those.
 float pairwise_sum(const float* x) {
@@ -113,18 +113,17 @@ void write_levels(const Levels& levels, const float* values, int64_t count, uint
 void write_values(int bits, const float* values, int64_t count, uint8_t* out, int threads) {
   if (bits <= 4) return write_levels(levels_of(bits), values, count, out, threads);
   over_numel(count, threads, [&](int64_t first, int64_t stop) {
-    if (bits == 32) {
-      std::memcpy(out + 4 * first, values + first, 4 * (stop - first));
-      return;
-    }
-    for (int64_t i = first; i < stop; ++i) {
-      const uint16_t half = to_bfloat16(values[i]);
-      std::memcpy(out + 2 * i, &half, 2);
+    if (bits == 32) std::memcpy(out + 4 * first, values + first, 4 * (stop - first));
+    uint16_t halves[kBlock];
+    for (int64_t start = first; bits == 16 && start < stop; start += kBlock) {
+      const int64_t n = std::min(kBlock, stop - start);
+      for (int64_t i = 0; i < n; ++i) halves[i] = to_bfloat16(values[start + i]);
+      std::memcpy(out + 2 * start, halves, 2 * n);
     }
   });
 }
 
-// --- reading --------------------------------------------------------------------------------------
+// --- reading -----------------------------------------------------------------------------------
 
 void read_ends(const uint8_t* data, int64_t block, float& low, float& high) {
   uint16_t ends[2];
@@ -183,14 +182,12 @@ Fault read_values(int bits, const uint8_t* data, int64_t count, float* out, int 
     return kNone;
   }
   over_numel(count, threads, [&](int64_t first, int64_t stop) {
-    if (bits == 32) {
-      std::memcpy(out + first, data + 4 * first, 4 * (stop - first));
-      return;
-    }
-    for (int64_t i = first; i < stop; ++i) {
-      uint16_t half;
-      std::memcpy(&half, data + 2 * i, 2);
-      out[i] = from_bfloat16(half);
+    if (bits == 32) std::memcpy(out + first, data + 4 * first, 4 * (stop - first));
+    uint16_t halves[kBlock];
+    for (int64_t start = first; bits == 16 && start < stop; start += kBlock) {
+      const int64_t n = std::min(kBlock, stop - start);
+      std::memcpy(halves, data + 2 * start, 2 * n);
+      for (int64_t i = 0; i < n; ++i) out[start + i] = from_bfloat16(halves[i]);
     }
   });
   return kNone;

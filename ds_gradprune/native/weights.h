@@ -1,4 +1,4 @@
-// What blocks do to vectors: scatter_add, the move of weights, the commit of a residual, a checksum.
+// What blocks do to a vector and to a residual, and the checksum of an array.
 #pragma once
 
 #include "common.h"
