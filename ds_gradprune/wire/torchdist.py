@@ -35,7 +35,7 @@ SEGMENT_BYTES = 256 * 1024
 """Longer payloads are gathered in segments. All of them are queued at once, and gloo's threads work
 on two at a time. In one piece megabytes leave the host as fast as TCP takes them, the queues of a
 slow link overflow, and what they dropped is sent again: 5 MB at 20 Mbit/s took 3.7 s instead of 2.3
-(benchmarks/gather.py; LOG.md, 2026-11-24)."""
+(LOG.md, 2026-11-24)."""
 
 _NAP_S = 200e-6
 """Between two looks at a call of nccl."""
