@@ -76,7 +76,7 @@ def connect(place: Place, timeout_s: float) -> Peers:
         limit = timedelta(seconds=timeout_s)
         # torch gives a new group its own half hour, whatever the first group was given.
         dist.distributed_c10d.default_pg_timeout = limit
-        dist.distributed_c10d.default_pg_nccl_timeout = limit
+        dist.distributed_c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             dist.init_process_group("gloo", timeout=limit)
         else:
