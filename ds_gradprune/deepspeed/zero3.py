@@ -56,7 +56,7 @@ class Zero3:
         require_fp32([f"sub-group {number}" for number in numbers], self._tensors())
         copies = zip(self._tensors(), self._optimizer.fp16_partitioned_groups_flat, strict=True)
         self.has_masters = any(own.data_ptr() != copy.data_ptr() for own, copy in copies)
-        self._release = confine(self._optimizer, groups)
+        self._release = confine(engine, groups)
 
     def pieces(self) -> list[Piece]:
         """See `Shards.pieces`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import google_crc32c
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -50,11 +51,11 @@ def repartition(module: torch.nn.Module, groups: Groups) -> None:
             _move(parameter, group)
 
 
-def confine(optimizer: Any, groups: Groups) -> Callable[[], None]:
+def confine(engine: Any, groups: Groups) -> Callable[[], None]:
     """Compare the order of modules inside the island only.
 
     Args:
-        optimizer: `DeepSpeedZeroOptimizer_Stage3`.
+        engine: a DeepSpeed engine at stage 3, with an optimizer or without.
         groups: the island.
 
     Returns:
@@ -62,11 +63,12 @@ def confine(optimizer: Any, groups: Groups) -> Callable[[], None]:
 
     Local.
     """
-    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    owner = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    coordinator = owner.get_param_coordinator()
     original = coordinator.reset_step
 
     def compare(ints: list[int]) -> None:
-        _compare(ints, groups)
+        _compare(ints, groups, engine.device)
 
     def reset_step() -> None:
         before = getattr(partitioned_param_coordinator, _COMPARE)
@@ -84,12 +86,15 @@ def confine(optimizer: Any, groups: Groups) -> Callable[[], None]:
     return release
 
 
-def _compare(ints: list[int], groups: Groups) -> None:
+def _compare(ints: list[int], groups: Groups, device: torch.device) -> None:
+    """All ranks of the island must bring the same numbers."""
     if groups.inner is None:
         return
-    answers: list[Any] = [None] * groups.num_shards
-    dist.all_gather_object(answers, ints, group=groups.inner)
-    different = [rank for rank, answer in enumerate(answers) if answer != answers[0]]
+    packed = torch.tensor([len(ints), *ints], dtype=torch.int64).numpy().tobytes()
+    mine = torch.tensor([google_crc32c.value(packed)], dtype=torch.int64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(groups.num_shards)]
+    dist.all_gather(rows, mine, group=groups.inner)
+    different = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
     if different:
         raise RankMismatchError(
             f"ranks of island {groups.island} run the model's modules in different orders: ranks "
