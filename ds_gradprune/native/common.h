@@ -160,6 +160,13 @@ inline int64_t list_bits(uint64_t word, int64_t origin, int16_t* out) {
   return count;
 }
 
+// Eight bytes of 0 or 1 as eight bits.
+inline uint8_t gathered(const uint8_t* flags) {
+  uint64_t word;
+  std::memcpy(&word, flags, 8);
+  return static_cast<uint8_t>(word * 0x0102040810204080 >> 56);
+}
+
 // Bit i: the magnitude of t[i] is at least `least` > 0; 64 elements.
 inline uint64_t at_least_64(const int32_t* t, int32_t least) {
   uint64_t found = 0;
@@ -178,8 +185,9 @@ inline uint64_t at_least_64(const int32_t* t, int32_t least) {
     found |= static_cast<uint64_t>(lanes) << i;
   }
 #else
-  for (int i = 0; i < 64; ++i)
-    found |= static_cast<uint64_t>((t[i] & static_cast<int32_t>(kMagnitude)) >= least) << i;
+  uint8_t flags[64];
+  for (int i = 0; i < 64; ++i) flags[i] = (t[i] & static_cast<int32_t>(kMagnitude)) >= least;
+  for (int i = 0; i < 64; i += 8) found |= static_cast<uint64_t>(gathered(flags + i)) << i;
 #endif
   return found;
 }

@@ -168,11 +168,7 @@ void write_upper(const PlaceRun& code, const int16_t* numbers, int64_t rows, uin
     uint8_t* flag = flags + row * code.row_bits;
     for (int64_t j = 0; j < m; ++j, flag += code.run_length) flag[numbers[j] >> low_bits] = 1;
   }
-  for (int64_t i = 0; i < bits; i += 8) {  // eight bytes of 0 or 1 become eight bits
-    uint64_t word;
-    std::memcpy(&word, flags + i, 8);
-    *out++ = static_cast<uint8_t>(word * 0x0102040810204080 >> 56);
-  }
+  for (int64_t i = 0; i < bits; i += 8) *out++ = gathered(flags + i);
 }
 
 // Adds the upper parts that a row's bits stand for; false: they are not as many as it keeps.

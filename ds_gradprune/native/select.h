@@ -39,8 +39,13 @@ struct Source {
 int32_t magnitude(int32_t bits) { return bits & static_cast<int32_t>(kMagnitude); }
 
 int64_t count_at_least(const int32_t* t, int64_t n, int32_t least) {
+#if defined(__AVX2__)
   int64_t count = 0, i = 0;
   for (; i + 64 <= n; i += 64) count += __builtin_popcountll(at_least_64(t + i, least));
+#else
+  int32_t count = 0;
+  int64_t i = 0;
+#endif
   for (; i < n; ++i) count += magnitude(t[i]) >= least;
   return count;
 }
