@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.netbed import parse_rate
 from labs.race.crew import Crew, Place, Stretch, crew
 from labs.race.job import Recipe
 from labs.race.methods import DENSE, Method
+from tools.netbed import parse_rate
 
 SETTLE_STEPS = 2
 """After a change of the rate, uncounted: queues and windows find their size."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tools.netbed import Bed, parse_rate
+from ds_gradprune.errors import ConfigError, GradPruneError
 from labs.race import breakeven, page, plots
 from labs.race.campaign import Plan, execute
 from labs.race.crew import ROOT, BedPlace, LoopbackPlace, Place
@@ -22,10 +22,10 @@ from labs.race.figures import Figures, Row
 from labs.race.job import Recipe
 from labs.race.methods import DEFAULT, DENSE, parse_methods
 from labs.race.record import Record
-from ds_gradprune.errors import ConfigError, GradPruneError
 from textgen.data import VALIDATION_WINDOWS
 from textgen.model import SIZES
 from textgen.prepare import prepare
+from tools.netbed import Bed, parse_rate
 
 LEARNING_RATES = {"nano": 3e-3, "micro": 1e-3, "small": 6e-4}
 

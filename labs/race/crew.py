@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from tools.netbed import Bed
-from labs.race.job import Job, Recipe
 from ds_gradprune.errors import GradPruneError
+from labs.race.job import Job, Recipe
+from tools.netbed import Bed
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_gradprune.errors import MissingDependencyError
 from labs.race.campaign import rate_mbit
 from labs.race.figures import Figures, Row
 from labs.race.methods import parse_method
-from ds_gradprune.errors import MissingDependencyError
 
 MARKERS = "osD^v<>Px*"
 COLORS = "tab20"

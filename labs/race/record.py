@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_gradprune.errors import ConfigError
 from labs.race.campaign import Plan, Run
 from labs.race.crew import Step, Stretch
-from ds_gradprune.errors import ConfigError
 
 
 class Record:

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from labs.race.engines import Engine, open_engine
 from labs.race.job import Job
 from labs.race.methods import parse_method
+from launch.support.peers import leave_group
 from textgen.data import TokenData
 from textgen.model import open_model, quiet_transformers, sequence_length
 from textgen.prepare import prepared_tokenizer
-from launch.support.peers import leave_group
 
 
 class Worker:

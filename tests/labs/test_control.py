@@ -8,16 +8,16 @@ from functools import partial
 
 import pytest
 
-from benchmarks.control_lab import losses, replay, traces
-from benchmarks.control_lab.campaign import run_all
-from benchmarks.control_lab.command import main
-from benchmarks.control_lab.laws import NAMES, Oracle, best_density, make_law
-from benchmarks.control_lab.plant import BUDGET_S, COMPUTE_S, Plant, draw, wire_bytes
-from benchmarks.control_lab.score import Course, changes, in_budget, percentile_95, run_law, settles
-from benchmarks.control_lab.traces import MBIT, Trace
-from benchmarks.peers.job import Recipe
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.errors import ConfigError
-from ds_gradprune.records import CHUNK_NUMEL
+from labs.control import losses, replay, traces
+from labs.control.campaign import run_all
+from labs.control.command import main
+from labs.control.laws import NAMES, Oracle, best_density, make_law
+from labs.control.plant import BUDGET_S, COMPUTE_S, Plant, draw, wire_bytes
+from labs.control.score import Course, changes, in_budget, percentile_95, run_law, settles
+from labs.control.traces import MBIT, Trace
+from labs.race.job import Recipe
 
 STEPS = 400
 
@@ -144,7 +144,9 @@ def test_figures_have_the_promised_keys() -> None:
     assert set(laws["predictive"]["links"]) == set(traces.KINDS)
     assert set(laws["predictive"]["losses"]) == set(losses.KINDS)
     assert laws["kimad"]["false_miss"] is None
-    assert laws["predictive"]["losses"]["rise"]["unanswered"] == 0
+    for kind in losses.RISING:
+        assert laws["predictive"]["losses"][kind]["unanswered"] == 0
+    assert laws["predictive"]["losses"]["cut"]["miss_share"] == 0.0
     assert laws["predictive"]["in_budget"] > laws["kimad"]["in_budget"]
 
 
@@ -173,7 +175,7 @@ RATES = ["200mbit", "20mbit", None]
 
 
 def bed_record(path, *, bytes_per_density=3_000_000.0, comm_factor=1.0, count=130):
-    """A file as benchmarks/control_bed.py writes it: each rate for `count` steps, 0.1 s of work.
+    """A file as `python -m labs.control bed` writes it: each rate for `count` steps, 0.1 s of work.
 
     The density that is recorded does not matter to the law that replays it: 0.02 or 0.1.
     """
@@ -252,7 +254,7 @@ def test_replay_of_its_own_simulation_agrees(tmp_path) -> None:
 def test_file_that_holds_no_record_is_refused(tmp_path, text) -> None:
     path = tmp_path / "bed.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="--replay must be a file written by"):
+    with pytest.raises(ConfigError, match="--replay must be a file that"):
         replay.read(path)
 
 

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks.control_lab.bed import Route, Trip, common_loss, drive, summarize, wall_to_loss
-from benchmarks.control_lab.bed_command import draw, make_route, parser, rows_of
-from benchmarks.peers.command import make_recipe
-from benchmarks.peers.crew import Step, Stretch
 from ds_gradprune.errors import ConfigError
+from labs.control.bed import Route, Trip, common_loss, drive, summarize, wall_to_loss
+from labs.control.bed_command import draw, make_route, parser, rows_of
+from labs.race.command import make_recipe
+from labs.race.crew import Step, Stretch
 
 
 def step(number, *, wall_s=1.0, comm_s=0.1, density=0.05):

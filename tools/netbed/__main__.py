@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ds_gradprune.errors import GradPruneError
 from tools.netbed.bed import Bed
 from tools.netbed.host import Counters
 from tools.netbed.schedule import merge, parse_schedule
-from ds_gradprune.errors import GradPruneError
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,13 +24,13 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+from ds_gradprune.errors import ConfigError, GradPruneError
 from tools.netbed import requirements
 from tools.netbed.folder import make_folder, remove_leftovers, temporary_folder
 from tools.netbed.host import INTERFACE, Direction, Host, host_name
 from tools.netbed.rates import parse_rate
 from tools.netbed.schedule import Event, Player
 from tools.netbed.space import NETWORK_ONLY, Space
-from ds_gradprune.errors import ConfigError, GradPruneError
 
 NETWORK, PREFIX = "10.77.0", 24
 MIN_HOSTS, MAX_HOSTS = 2, 8

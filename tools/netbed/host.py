@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ds_gradprune.errors import ConfigError
 from tools.netbed.rates import shape_arguments
 from tools.netbed.space import WHOLE_HOST, Space, tool_environ
-from ds_gradprune.errors import ConfigError
 
 INTERFACE = "eth0"
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ds_gradprune.errors import ConfigError
 from tools.netbed.host import Direction
 from tools.netbed.rates import parse_rate
-from ds_gradprune.errors import ConfigError
 
 WALK_STEP = math.log(2) / 2
 """Standard deviation of one step of the random walk, in the logarithm of the rate: a factor of

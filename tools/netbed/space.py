@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.netbed.requirements import SBIN, find_command
 from ds_gradprune.errors import GradPruneError
+from tools.netbed.requirements import SBIN, find_command
 
 KEEPER = Path(__file__).with_name("keeper.py")
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tools.netbed import requirements
+from ds_gradprune.errors import ConfigError
 from labs.race import breakeven, campaign, command, page, plots
 from labs.race.breakeven import Cost, break_even_mbit
 from labs.race.campaign import Run
@@ -24,7 +24,7 @@ from labs.race.figures import CONTRACT, Figures, first_below
 from labs.race.job import Job, Recipe
 from labs.race.methods import DEFAULT, parse_method, parse_methods
 from labs.race.record import Record
-from ds_gradprune.errors import ConfigError
+from tools.netbed import requirements
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -1,0 +1,257 @@
+"""The laboratory's command: grids, the store of finished runs, tables and the contract."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.convergence_lab import command, plot
+from benchmarks.convergence_lab.grid import Grid, read_grid
+from benchmarks.convergence_lab.store import Store, run_key
+from benchmarks.convergence_lab.table import by_bits, cells, markdown_table, rows_of
+from benchmarks.convergence_lab.trial import _is_hopeless
+from ds_gradprune.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL: dict[str, Any] = {
+    "question": "Does it run?",
+    "model": {"n_layer": 1, "n_head": 1, "n_embd": 16, "context": 8},
+    "train": {"batch": 1, "warmup_steps": 2, "lr_warmup_steps": 1},
+    "methods": [
+        {"kind": "gradient", "name": "gradient", "value_bits": 16},
+        {"kind": "update", "name": "update", "train": {"lr": 0.001}},
+    ],
+}
+CONTRACT = {"method", "bits_per_param", "val_loss", "gap_pct", "gap_std", "seeds"}
+
+
+def record(method: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+    base = {"kind": "update", "train": {"lr": 1.0}, "bits_per_param": 0.5, "stopped_at": None}
+    return (
+        {"method": method, "seed": seed, "val_loss": loss, "val_loss_flushed": loss} | base | more
+    )
+
+
+def test_a_grid_gets_the_dense_runs_it_needs() -> None:
+    grid = Grid.model_validate(SMALL)
+    assert [m.name for m in grid.with_dense()] == ["dense", "dense lr=0.001", "gradient", "update"]
+    more: dict[str, Any] = {"kind": "dense", "name": "baseline"}
+    named = copy.deepcopy({**SMALL, "methods": [*SMALL["methods"], more]})
+    named["methods"][0]["train"] = {"warmup_steps": 3}  # which a dense run does not have
+    names = [m.name for m in Grid.model_validate(named).with_dense()]
+    assert names == ["baseline", "dense lr=0.001", "gradient", "update"]
+    more["accumulate"] = 2  # it has every hyper-parameter of a baseline, and is none
+    grid = Grid.model_validate({**SMALL, "methods": [*SMALL["methods"], more]})
+    names = [m.name for m in grid.with_dense()]
+    assert names == ["dense", "dense lr=0.001", "gradient", "update", "baseline"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 3}, "steps: Extra inputs are not permitted, got 3"),
+        ({"methods": [{"kind": "update", "name": "a", "density": 0}]}, r"density: .*, got 0"),
+        ({"methods": [{"kind": "dense", "name": "a", "density": 1}]}, "density: Extra inputs"),
+        ({"methods": [{"kind": "lossy", "name": "a"}]}, "kind"),
+        ({"methods": [{"kind": "dense", "name": "a"}] * 2}, r"must be unique, got \['a'\] twice"),
+        ({"methods": [{"kind": "dense", "name": "a", "train": {"lrate": 1}}]}, "lrate: Extra"),
+        (
+            {"methods": [{"kind": "update", "name": "a", "scale": "measured"}]},
+            'scale must be a number or "sqrt" with pick "top_k"',
+        ),
+        (
+            {
+                "methods": [
+                    {"kind": "update", "name": "a", "momentum": 0.9, "momentum_at": "shared"}
+                ]
+            },
+            'momentum must be 0 with momentum_at "shared", got 0.9',
+        ),
+    ],
+)
+def test_faulty_grids_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({**SMALL, **change}))
+    with pytest.raises(ConfigError, match=message):
+        read_grid(path)
+
+
+def test_an_absent_grid_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent.json must be a readable JSON file"):
+        read_grid(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "grids").glob("*.json")), ids=str)
+def test_shipped_grids_load(path: Path) -> None:
+    assert read_grid(path).with_dense()[0].kind == "dense"
+
+
+def test_a_run_cut_short_is_made_anew_and_damage_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    store = Store(path)
+    store.add({"key": "a", "val_loss": 1.0})
+    store.add({"key": "b", "val_loss": 2.0})
+    path.write_text(path.read_text() + '{"key": "c", "val')
+    again = Store(path)
+    assert again.get("b") == {"key": "b", "val_loss": 2.0}
+    assert again.get("c") is None
+    again.add({"key": "c", "val_loss": 3.0})
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+    path.write_text("damage\n" + path.read_text())
+    with pytest.raises(DataError, match="line 1, must be a finished run, but is damaged"):
+        Store(path)
+
+
+def test_a_runs_key_is_what_decides_its_outcome() -> None:
+    assert run_key(seed=1, method={"a": 1}) == run_key(method={"a": 1}, seed=1)
+    assert run_key(seed=1, method={"a": 1}) != run_key(seed=2, method={"a": 1})
+
+
+def test_gaps_are_paired_by_seed_and_settings() -> None:
+    runs = [
+        record("dense", 0, 2.0, kind="dense"),
+        record("dense", 1, 4.0, kind="dense"),
+        record("slow", 0, 8.0, kind="dense", train={"lr": 0.5}),
+        record("a", 0, 2.02),
+        record("a", 1, 4.12, val_loss_flushed=4.0),
+        record("b", 0, 7.6, train={"lr": 0.5}, stopped_at=30),
+    ]
+    dense, slow, a, b = rows_of(runs)
+    assert dense["gap_pct"] == 0.0
+    assert a["gap_pct"] == pytest.approx(2.0)  # 1 % and 3 %
+    assert a["gap_std"] == pytest.approx(2.0**0.5)
+    assert a["gap_flushed_pct"] == pytest.approx(0.5)
+    assert a["gap_best_pct"] == pytest.approx(100 * (3.07 / 3.0 - 1))
+    assert b["gap_pct"] == pytest.approx(-5.0)
+    assert b["gap_std"] is None
+    assert slow["gap_best_pct"] == pytest.approx(100 * (8 / 3 - 1))
+    assert cells(b)[-1] == "1, ended at step 30"
+    assert "| a | 0.5* | 3.0700 | +2.00 | 1.41 |" in markdown_table([dense, a])
+    assert by_bits([a, dense])[0] is dense
+
+
+def test_averaged_weights_are_compared_with_averaged_weights() -> None:
+    runs = [
+        record("dense", 0, 2.0, kind="dense", val_loss_averaged=1.9),
+        record("a", 0, 2.2, val_loss_averaged=1.938),
+        record("old", 0, 2.2),  # made before averages were measured
+    ]
+    _, a, old = rows_of(runs)
+    assert a["gap_averaged_pct"] == pytest.approx(2.0)
+    assert old["gap_averaged_pct"] is None
+    assert (cells(a)[-2], cells(old)[-2]) == ("+2.00", "")
+
+
+def test_the_frontier_leaves_out_what_is_beaten() -> None:
+    def row(name: str, bits: float, gap: float, **more: Any) -> dict[str, Any]:
+        base = {"kind": "update", "stopped_at": None}
+        return {"method": name, "bits_per_param": bits, "gap_pct": gap} | base | more
+
+    rows = [
+        row("few", 0.1, 3.0),
+        row("beaten", 0.2, 3.5),
+        row("some", 0.5, 1.0),
+        row("many", 2.0, 0.1),
+        row("ended", 0.05, 0.0, stopped_at=4),
+        row("dense", 48.0, 0.0, kind="dense"),
+    ]
+    assert [r["method"] for r in plot.frontier(rows)] == ["many", "some", "few"]
+
+
+def test_hopeless_runs_are_ended_at_the_half() -> None:
+    dense = [[float(i), 2.0] for i in range(8)]
+    behind = [[float(i), 2.2] for i in range(8)]
+    assert not _is_hopeless(behind[:3], dense, 5.0)
+    assert _is_hopeless(behind[:4], dense, 5.0)
+    assert not _is_hopeless(behind[:4], dense, 20.0)
+    assert not _is_hopeless(behind[:4], None, 5.0)
+    assert _is_hopeless([[1.0, float("nan")]], None, None)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Grid, text and --out."""
+    grid, text = tmp_path / "grid.json", tmp_path / "text"
+    grid.write_text(json.dumps(SMALL))
+    text.write_bytes(bytes(i * i % 61 for i in range(3000)))
+    return grid, text, tmp_path / "out" / "result.json"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path, Path], *more: str) -> int:
+    grid, text, out = files
+    words = ["--grid", str(grid), "--text", str(text), "--out", str(out), "--workers", "2", *more]
+    monkeypatch.setattr(sys, "argv", ["convergence.py", *words])
+    return command.main("what")
+
+
+def test_a_grid_is_made_once_and_widened(
+    monkeypatch: pytest.MonkeyPatch, files: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out: Path = files[2]
+    assert call(monkeypatch, files, "--steps", "8") == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    runs = out.with_name(command.RUNS).read_text().splitlines()
+    assert len(runs) == 4
+    assert [row["method"] for row in first["rows"]] == [
+        "dense",
+        "dense lr=0.001",
+        "gradient",
+        "update",
+    ]
+    assert set(first["rows"][0]) >= CONTRACT
+    assert first["rows"][0]["bits_per_param"] == 32.0  # a ring of two: 2 * 1/2 * 32
+    assert out.with_suffix(".png").stat().st_size > 0
+    page = out.with_suffix(".md")
+    assert "# Does it run?" in page.read_text()
+    page.write_text(page.read_text() + "Kept.\n")
+
+    assert call(monkeypatch, files, "--steps", "8", "--seeds", "2") == 0
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert out.with_name(command.RUNS).read_text().splitlines()[:4] == runs
+    assert len(out.with_name(command.RUNS).read_text().splitlines()) == 8
+    assert [row["seeds"] for row in second["rows"]] == [2, 2, 2, 2]
+    assert page.read_text().endswith("## Remarks\nKept.\n")
+
+
+def test_a_stopped_grid_has_a_page(monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
+    made = command.run_trial
+
+    def stop_at_third(*args: Any, **words: Any) -> Any:
+        if args[1].kind == "gradient":
+            raise KeyboardInterrupt
+        return made(*args, **words)
+
+    monkeypatch.setattr(command, "run_trial", stop_at_third)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        call(monkeypatch, files, "--steps", "8", "--no-plot")
+    page: str = files[2].with_suffix(".md").read_text()
+    assert "Not finished: 2 runs are missing." in page
+    assert "| dense lr=0.001 |" in page
+    monkeypatch.setattr(command, "run_trial", made)
+    assert call(monkeypatch, files, "--steps", "8", "--no-plot") == 0
+    assert "Not finished" not in files[2].with_suffix(".md").read_text()
+
+
+def test_equal_runs_give_equal_figures(monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
+    losses = []
+    for _ in range(2):
+        assert call(monkeypatch, files, "--steps", "8", "--no-plot") == 0
+        store: Path = files[2].with_name(command.RUNS)
+        losses.append([json.loads(line)["val_loss"] for line in store.read_text().splitlines()])
+        store.unlink()
+    assert losses[0] == losses[1]
+
+
+def test_wrong_flags_are_one_message(
+    monkeypatch: pytest.MonkeyPatch, files: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, files, "--steps", "2", "--seeds", "0") == 2
+    told = capsys.readouterr().err
+    assert "--steps must be at least 8, got 2" in told
+    assert "--seeds must be at least 1, got 0" in told
