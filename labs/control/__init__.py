@@ -1,1 +1,1 @@
-"""Control laws on simulated links and losses: traces, plant, laws, score, page."""
+"""A simulator in which control laws steer a training run, and runs of ours on a real link."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from benchmarks.peers.crew import Step, Stretch
+from labs.race.crew import Step, Stretch
 
 By = Literal["steps", "time"]
 
@@ -20,7 +20,7 @@ TIME_CHUNK_STEPS = 5
 
 
 class Ranks(Protocol):
-    """What trains; `benchmarks.peers.crew.Crew` is one."""
+    """What trains; `labs.race.crew.Crew` is one."""
 
     def set_rate(self, rate: str | None) -> None:
         """Shape all links from now on."""
@@ -82,7 +82,7 @@ class Trip:
     validations: list[tuple[int, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """For a file; `benchmarks/control.py --replay` reads it."""
+        """For a file; `python -m labs.control --replay` reads it."""
         steps = [
             asdict(step) | {"rate": rate} for step, rate in zip(self.steps, self.rates, strict=True)
         ]

@@ -1,4 +1,22 @@
-"""The command line of benchmarks/control_bed.py."""
+"""Ours against static densities on a real link whose rate changes while it trains.
+
+What limits the quantity: the link carries rate / 8 bytes per second, and a static density is right
+for one rate only; what a changing density gains is what each static one loses on the other rates.
+Every method trains the same model on the same tokens in the same order, through the same rates:
+--by steps gives each rate the same share of the steps, --by time changes the rate on the training's
+own clock, as a network would.
+
+    sudo python -m labs.control bed --rates 1gbit,200mbit,50mbit,500mbit --text FILE
+
+Needs root and what tools/netbed needs; `--bed none` runs unshaped on the loopback interface, to try
+the command. Every step's times are in the JSON file of --out, and `python -m labs.control --replay
+FILE` plays the link that was recorded to all laws.
+
+The last line of stdout is one JSON document: for each method `wall_s`, `wall_s_to_loss` (null:
+never), `val_loss`, `in_budget`, `density_min`, `density_max`, `changes`; and `speedup`: the best
+static density's time to the loss over ours. The loss is the worst final one of the static densities
+and ours, so all that did not diverge reach it.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +28,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.control_lab.bed import Route, Trip, drive, summarize
-from benchmarks.control_lab.page import markdown_table, text_table
-from benchmarks.netbed import parse_rate
-from benchmarks.peers.command import LEARNING_RATES, answer, make_recipe, open_place, say
-from benchmarks.peers.crew import ROOT, crew
-from benchmarks.peers.methods import parse_methods
-from benchmarks.peers.page import machine, setting
-from benchmarks.peers.plots import load_pyplot
 from ds_gradprune.errors import ConfigError
-from ds_gradprune.textgen.model import SIZES
-from ds_gradprune.textgen.prepare import prepare
+from labs.control import page
+from labs.control.bed import Route, Trip, drive, summarize
+from labs.control.page import markdown_table, text_table
+from labs.race.command import LEARNING_RATES, answer, make_recipe, open_place, say
+from labs.race.crew import ROOT, crew
+from labs.race.methods import parse_methods
+from labs.race.page import machine, setting
+from labs.race.plots import load_pyplot
+from textgen.model import SIZES
+from textgen.prepare import prepare
+from tools.netbed import parse_rate
 
 OURS = "ours"
 HEADS = {
@@ -34,10 +53,12 @@ HEADS = {
 }
 
 
-def parser(description: str | None = None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m labs.control bed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = flags.add_argument
     add("--hosts", type=int, default=2, help="2 to 8, one rank each (default: 2)")
@@ -159,26 +180,16 @@ def write_files(
     if not flags.no_plots:
         pictures.append(out.with_suffix(".png"))
         draw(ordered[0], pictures[0])
-    at_start, recipe = about["machine"], about["recipe"]
     speedup = "not known" if document["speedup"] is None else f"{document['speedup']:.2f}"
     facts = [
-        f"command: `{about['command']}`",
-        f"commit {about['commit']}, {about['date']}",
-        f"{at_start['cpu']}, {at_start['cores']} cores for {flags.hosts} hosts; Linux "
-        f"{at_start['kernel']}, Python {at_start['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in at_start["versions"].items()),
-        f"load average at the start: {', '.join(f'{x:.1f}' for x in at_start['load_average'])}",
-        f"{flags.model}, {flags.steps} steps, {recipe['dense_steps']} of them dense; rates "
-        f"{flags.rates} by {flags.by}; {flags.repeats} rounds, medians",
+        f"{flags.hosts} hosts; {flags.model}, {flags.steps} steps, {flags.dense_steps} of them "
+        f"dense; rates {flags.rates} by {flags.by}; {flags.repeats} rounds, medians",
         f"the best static density's time to the loss over ours: {speedup}",
     ]
-    parts = [
-        "# Ours and static densities on a link that changes",
-        "\n".join(f"- {fact}" for fact in facts),
-        markdown_table(rows_of(document["methods"])),
-        *(f"![{path.stem}]({path.name})" for path in pictures),
-    ]
-    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts = [markdown_table(rows_of(document["methods"]))]
+    page.write(
+        out, "Ours and static densities on a link that changes", about, facts, parts, pictures
+    )
 
 
 def draw(trip: Trip, path: Path) -> None:
@@ -204,7 +215,7 @@ def draw(trip: Trip, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:
-    """Run the script; returns its exit code."""
-    flags = parser(description).parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    flags = parser().parse_args(arguments)
     return answer(lambda: run(flags))

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks.control_lab import losses as loss_traces
-from benchmarks.control_lab import traces
-from benchmarks.control_lab.laws import make_law
-from benchmarks.control_lab.plant import draw
-from benchmarks.control_lab.score import (
+from labs.control import losses as loss_traces
+from labs.control import traces
+from labs.control.laws import make_law
+from labs.control.plant import draw
+from labs.control.score import (
     Course,
     changes,
     in_budget,
@@ -22,7 +22,7 @@ from benchmarks.control_lab.score import (
     run_law,
     settles,
 )
-from benchmarks.control_lab.traces import Trace
+from labs.control.traces import Trace
 
 HOSTS = (4, 8)
 LOSS_LINK = "calm"
@@ -102,7 +102,7 @@ class LossTally:
             self.evaluations = None
         else:
             self.evaluations += course.evaluations
-        if course.losses == "rise":
+        if course.losses in loss_traces.RISING:
             begin = loss_traces.rise_begins(len(course.step_s))
             answer = next((step - begin for step in course.misses if step >= begin), None)
             if answer is None:

@@ -1,34 +1,35 @@
-"""The command line of benchmarks/control.py."""
+"""The command line of the simulator."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.control_lab import page, replay, traces
-from benchmarks.control_lab.campaign import HOSTS, follow, run_all
-from benchmarks.control_lab.laws import NAMES
-from benchmarks.control_lab.traces import BEGIN_STEPS
-from benchmarks.peers.command import say
-from benchmarks.peers.crew import ROOT
-from benchmarks.peers.page import machine, setting
-from benchmarks.peers.plots import load_pyplot
 from ds_gradprune.errors import ConfigError, GradPruneError
+from labs.control import page, replay, traces
+from labs.control.campaign import HOSTS, follow, run_all
+from labs.control.laws import NAMES
+from labs.control.traces import BEGIN_STEPS
+from labs.race.page import machine, setting
+from labs.race.plots import load_pyplot
 
 DRAWN = ("predictive", "stepwise", "seed_0.7", "model_cusum")
 LEAST_STEPS = 3 * BEGIN_STEPS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parser(description: str | None = None) -> argparse.ArgumentParser:
     """The flags."""
     flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m labs.control",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = flags.add_argument
     add("--seeds", type=int, default=20, help="runs of each trace and number of hosts")
@@ -37,7 +38,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add(
         "--replay",
         type=Path,
-        help="a run recorded by benchmarks/control_bed.py --out: its link for all laws, and the "
+        help="a run recorded by `python -m labs.control bed --out`: its link for all laws, and the "
         "run itself once more in the simulator, beside what was recorded",
     )
     add("--out", type=Path, help="JSON file; a page (.md) and a picture are put beside it")
@@ -83,7 +84,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         agreement = replay.compare(recording, replay.simulate(recording))
         traces.add_recorded(flags.replay.stem, replay.measured_rates(recording))
     began_s, at_start = time.monotonic(), machine()
-    laws = run_all(names, flags.seeds, flags.steps, say)
+    laws = run_all(names, flags.seeds, flags.steps, lambda text: print(text, file=sys.stderr))
     print(page.text_table(page.rows_of(laws, page.COLUMNS, "law")))
     for name in names[:1]:
         print()
@@ -121,22 +122,16 @@ def write_files(
         courses = follow(drawn, "steps", HOSTS[0], 0, flags.steps)
         pictures.append(out.with_suffix(".png"))
         page.draw(courses, pictures[0])
-    at_start = about["machine"]
     facts = [
-        f"command: `{about['command']}`, {about['duration_s']} s",
-        f"commit {about['commit']}, {about['date']}",
-        f"{at_start['cpu']}, one thread; Linux {at_start['kernel']}, "
-        f"Python {platform.python_version()}; load average at the start: "
-        + ", ".join(f"{x:.1f}" for x in at_start["load_average"]),
+        f"one thread, {about['duration_s']} s",
         f"{flags.seeds} seeds of each trace with {HOSTS[0]} and with {HOSTS[1]} hosts, "
         f"{flags.steps} steps each; figures over all of them",
     ]
-    tables = {}
+    parts = page.tables_of(laws)
     if agreement is not None:
-        tables[f"The recorded run and its simulation: {flags.replay.name}"] = replay.rows_of(
-            agreement
-        )
-    page.write_page(out, facts, laws, pictures, tables)
+        parts.append(f"## The recorded run and its simulation: {flags.replay.name}")
+        parts.append(page.markdown_table(replay.rows_of(agreement)))
+    page.write(out, "Control laws on simulated links", about, facts, parts, pictures)
 
 
 def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:

@@ -7,8 +7,14 @@ from collections import deque
 from statistics import median
 from typing import Protocol
 
-from benchmarks.control_lab.losses import WINDOW
-from benchmarks.control_lab.plant import (
+from ds_gradprune import law as control
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
+from ds_gradprune.config import DensityConfig, GradientPruningConfig
+from ds_gradprune.law import learning
+from ds_gradprune.law.decision import Cause
+from ds_gradprune.law.signals import StepSignals
+from labs.control.losses import WINDOW
+from labs.control.plant import (
     BUDGET_S,
     CODEC_S,
     COMPUTE_S,
@@ -17,10 +23,7 @@ from benchmarks.control_lab.plant import (
     OVERHEAD_S,
     wire_bytes,
 )
-from benchmarks.control_lab.traces import Trace
-from ds_gradprune import controller, performance
-from ds_gradprune.config import DensityConfig, GradientPruningConfig
-from ds_gradprune.records import CHUNK_NUMEL, Cause, StepSignals
+from labs.control.traces import Trace
 
 FIRST_DENSITY = 41 / CHUNK_NUMEL
 
@@ -62,7 +65,7 @@ class Product:
                 initial=FIRST_DENSITY, min=K_MIN / CHUNK_NUMEL, max=K_MAX / CHUNK_NUMEL
             ),
         )
-        self.state, self.decision = controller.start(self.config)
+        self.state, self.decision = control.start(self.config)
         self.density = self.decision.density
         self.missed: bool | None = False
         self.evaluated = False
@@ -71,7 +74,7 @@ class Product:
 
     def update(self, signals: StepSignals) -> None:
         """See `Law`."""
-        self.state, self.decision = controller.update(self.config, self.state, signals)
+        self.state, self.decision = control.update(self.config, self.state, signals)
         self.density = self.decision.density
         self.missed = self.decision.cause is Cause.PERFORMANCE_MISSED
         self._known += self.decision.performance is not None
@@ -101,14 +104,12 @@ class Seed(_Simple):
     def __init__(self, factor: float) -> None:
         super().__init__()
         self._factor = factor
-        self._window = performance.PerformanceState()
+        self._window = learning.LossWindow()
 
     def update(self, signals: StepSignals) -> None:
         """See `Law`."""
         loss = None if signals.nonfinite else signals.loss
-        self._window, p = performance.observe(
-            self._window, loss, window_size=WINDOW, form="literal"
-        )
+        self._window, p = learning.observe(self._window, loss, window_size=WINDOW, form="literal")
         self.evaluated, self.missed = p is not None, p is not None and p < 0.0
         if signals.step_time_s is None:
             return

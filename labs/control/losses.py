@@ -54,6 +54,11 @@ def _nan(step: int, steps: int) -> float:
     return _healthy(step, steps)
 
 
+def _cut(loss: Callable[[int, int], float]) -> Callable[[int, int], float]:
+    """Every 50th step is told as half of its loss, as where an epoch's end cut its micro-steps."""
+    return lambda step, steps: loss(step, steps) * (0.5 if step % 50 == 49 else 1.0)
+
+
 KINDS: dict[str, Callable[[int, int], float]] = {
     "healthy": _healthy,
     "plateau": _plateau,
@@ -61,7 +66,13 @@ KINDS: dict[str, Callable[[int, int], float]] = {
     "spike": _spike,
     "restarts": _restarts,
     "nan": _nan,
+    "cut": _cut(_healthy),
+    "cut_rise": _cut(_rise),
 }
+
+
+RISING = ("rise", "cut_rise")
+"""Kinds that rise from the middle on, and want an answer."""
 
 
 def make_losses(kind: str, seed: int, steps: int) -> list[float]:

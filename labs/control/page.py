@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.control_lab.plant import BUDGET_S
-from benchmarks.control_lab.score import Course
-from benchmarks.peers.plots import load_pyplot
+from labs.control.plant import BUDGET_S
+from labs.control.score import Course
+from labs.race.plots import load_pyplot
 
 COLUMNS = (
     ("settle_down_p95", "settle down", ".0f"),
@@ -74,15 +74,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_page(
-    out: Path,
-    facts: Sequence[str],
-    laws: dict[str, Any],
-    pictures: list[Path],
-    more: dict[str, list[list[str]]],
-) -> None:
-    """The page beside the JSON file; `more`: tables by their titles."""
-    ours = laws.get("predictive") or next(iter(laws.values()))
+def tables_of(laws: dict[str, Any]) -> list[str]:
+    """The tables of the simulator's page, in Markdown: all laws, ours by link, losses."""
     name = "predictive" if "predictive" in laws else next(iter(laws))
     by_loss = {
         f"{law}, {kind}": figures
@@ -90,19 +83,47 @@ def write_page(
         if laws[law]["false_miss"] is not None
         for kind, figures in laws[law]["losses"].items()
     }
-    parts = [
-        "# Control laws on simulated links",
-        "\n".join(f"- {fact}" for fact in facts),
+    return [
         markdown_table(rows_of(laws, COLUMNS, "law")),
         NOTE,
         f"## {name}, link by link",
-        markdown_table(rows_of(ours["links"], LINK_COLUMNS, "link")),
+        markdown_table(rows_of(laws[name]["links"], LINK_COLUMNS, "link")),
         "## Losses, on an unchanged link",
         markdown_table(rows_of(by_loss, LOSS_COLUMNS, "law and loss")),
-        *(f"## {title}\n\n{markdown_table(rows)}" for title, rows in more.items()),
-        *(f"![{path.stem}]({path.name})" for path in pictures),
     ]
-    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write(
+    out: Path,
+    title: str,
+    about: dict[str, Any],
+    facts: Sequence[str],
+    parts: Sequence[str],
+    pictures: Sequence[Path],
+) -> None:
+    """The page beside a JSON file.
+
+    Args:
+        out: the JSON file.
+        title: of the page.
+        about: what `setting` says of the run.
+        facts: one line each, after those of the setting.
+        parts: tables and text, in Markdown.
+        pictures: beside the JSON file.
+    """
+    machine = about["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    load = ", ".join(f"{x:.1f}" for x in machine["load_average"])
+    lines = [
+        f"command: `{about['command']}`",
+        f"commit {about['commit']}, {about['date']}",
+        f"{machine['cpu']}, {machine['cores']} cores; Linux {machine['kernel']}, Python "
+        f"{machine['python']}, {versions}; load average at the start: {load}",
+        *facts,
+    ]
+    whole = [f"# {title}", "\n".join(f"- {line}" for line in lines), *parts]
+    whole += [f"![{path.stem}]({path.name})" for path in pictures]
+    out.with_suffix(".md").write_text("\n\n".join(whole) + "\n", encoding="utf-8")
 
 
 def draw(courses: Sequence[Course], path: Path) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.control_lab.traces import Trace
-from ds_gradprune.records import CHUNK_NUMEL, RankSignals, StepSignals
-from ds_gradprune.signals import aggregate
-from ds_gradprune.stats import all_gather_bytes, ring_all_reduce_bytes
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
+from ds_gradprune.law.consensus import aggregate
+from ds_gradprune.law.signals import RankSignals, StepSignals
+from ds_gradprune.wire.traffic import all_gather_bytes, ring_all_reduce_bytes
+from labs.control.traces import Trace
 
 NUMEL = 124_000_000
 COMPUTE_S, CODEC_S, OVERHEAD_S, BUDGET_S = 0.6, 0.02, 0.010, 0.9

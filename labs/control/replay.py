@@ -24,15 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.netbed import parse_rate
-from benchmarks.peers.engines import ds_config
-from benchmarks.peers.job import Recipe
-from benchmarks.peers.methods import parse_method
-from ds_gradprune import controller
+from ds_gradprune import law
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import ConfigError
-from ds_gradprune.records import RankSignals
-from ds_gradprune.signals import aggregate
+from ds_gradprune.law.consensus import aggregate
+from ds_gradprune.law.signals import RankSignals
+from tools.netbed import parse_rate
 
 FRAMES = 1.0 + 66 / 1448
 """Bytes on an Ethernet link for a byte of TCP payload: headers of a full segment."""
@@ -88,11 +85,16 @@ class Recording:
 
 
 def read(path: Path) -> Recording:
-    """What benchmarks/control_bed.py wrote: the first run in it, which is ours.
+    """What `python -m labs.control bed` wrote: the first run in it, which is ours.
 
     Raises:
         ConfigError: the file holds no such record.
     """
+    # They load torch, which nothing else of the simulator does.
+    from labs.race.engines import ds_config
+    from labs.race.job import Recipe
+    from labs.race.methods import parse_method
+
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         run = document["runs"][0]
@@ -101,7 +103,8 @@ def read(path: Path) -> Recording:
         steps = [_passed(step) for step in run["steps"]]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as exc:
         raise ConfigError(
-            f"--replay must be a file written by benchmarks/control_bed.py --out, got {path}: {exc}"
+            f'--replay must be a file that "python -m labs.control bed --out" wrote, got {path}: '
+            f"{exc}"
         ) from exc
     recording = Recording(config, steps)
     if len(steps) <= recording.first_free + 1 or any(step.comm_s <= 0 for step in steps):
@@ -171,7 +174,7 @@ def _wire_s(payload_bytes: float, rate_bps: float) -> float:
 def simulate(recording: Recording) -> list[Passed]:
     """The run once more, the law in charge. Pure."""
     model, passed = Model(recording), list[Passed]()
-    state, decision = controller.start(recording.config)
+    state, decision = law.start(recording.config)
     for number, real in enumerate(recording.steps, start=1):
         density = decision.density
         now = Passed(
@@ -197,7 +200,7 @@ def simulate(recording: Recording) -> list[Passed]:
         )
         timed = None if last is None else last.density
         signals = aggregate(number, [rank], timed, round(model.dense_bytes))
-        state, decision = controller.update(recording.config, state, signals)
+        state, decision = law.update(recording.config, state, signals)
         passed.append(now)
     return passed
 

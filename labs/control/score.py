@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.control_lab.laws import Law, best_density
-from benchmarks.control_lab.plant import BUDGET_S, Chance, Plant
-from benchmarks.control_lab.traces import BEGIN_STEPS, Trace
-from ds_gradprune.records import StepSignals
+from ds_gradprune.law.signals import StepSignals
+from labs.control.laws import Law, best_density
+from labs.control.plant import BUDGET_S, Chance, Plant
+from labs.control.traces import BEGIN_STEPS, Trace
 
 STATIONARY_STEPS = 1000
 TIMED_SEEDS = 3

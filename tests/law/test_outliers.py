@@ -165,9 +165,9 @@ def watch(seed, every, *, broken_at=None, steps=1300, is_random=False):
 def test_rise_is_answered_although_some_losses_are_halved(every) -> None:
     answers = []
     for seed in range(40):
-        raises = watch(seed, every, broken_at=900, steps=970)
-        answers += [step - 900 for step in raises if step >= 900][:1]
-        assert not [step for step in raises if step < 900]
+        raises = watch(seed, every, broken_at=500, steps=570)
+        answers += [step - 500 for step in raises if step >= 500][:1]
+        assert not [step for step in raises if step < 500]
     assert len(answers) == 40
     # Without halved losses all take 44; P is looked at every 16 losses.
     assert statistics.median(answers) == 44
@@ -181,6 +181,6 @@ def test_halved_losses_alone_raise_nothing(every) -> None:
 
 def test_halved_losses_at_random_hide_no_rise() -> None:
     for seed in range(10):
-        raises = watch(seed, 50, broken_at=900, is_random=True, steps=980)
+        raises = watch(seed, 50, broken_at=500, is_random=True, steps=580)
         assert raises
-        assert 900 <= raises[0] <= 900 + 44 + 32
+        assert 500 <= raises[0] <= 500 + 44 + 32
