@@ -79,7 +79,7 @@ def _read(kind: Any, data: Any, path: str, bounds: Within | None = None) -> Any:
     origin = get_origin(kind)
     if origin is Annotated:
         inner, *extras = get_args(kind)
-        return _read(inner, data, path, next(x for x in extras if isinstance(x, Within)))
+        return _read(inner, data, path, next((x for x in extras if isinstance(x, Within)), None))
     if origin in (Union, types.UnionType):
         return _read_optional(kind, data, path)
     if origin is tuple:
