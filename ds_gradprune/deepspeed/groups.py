@@ -32,6 +32,7 @@ from deepspeed.utils import groups
 from ds_gradprune.errors import UnsupportedError
 
 _FIELD = "gradient_pruning.island.ranks"
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 _LOCAL_SIZES = (
     "LOCAL_WORLD_SIZE",
     "LOCAL_SIZE",
@@ -61,10 +62,19 @@ class Seat:
 
     @classmethod
     def here(cls) -> Seat:
-        """This process's seat. Local."""
+        """This process's seat. Local.
+
+        Raises:
+            UnsupportedError: no launcher has said the local rank, which DeepSpeed needs, too.
+        """
+        ranks = [os.environ[name] for name in _LOCAL_RANKS if name in os.environ]
         sizes = [os.environ[name] for name in _LOCAL_SIZES if name in os.environ]
-        size = int(sizes[0]) if sizes else None
-        return cls(int(os.environ["LOCAL_RANK"]), size, socket.gethostname())
+        if not ranks:
+            raise UnsupportedError(
+                "the environment must hold LOCAL_RANK, this rank's number on its host. Start with "
+                "deepspeed, torchrun or mpirun, or set it."
+            )
+        return cls(int(ranks[0]), int(sizes[0]) if sizes else None, socket.gethostname())
 
 
 def ranks_per_island(seats: Sequence[Seat], ranks: int | None) -> int:

@@ -71,6 +71,10 @@ def test_the_launchers_count_must_fit() -> None:
 def test_every_launchers_count_is_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for other in groups._LOCAL_SIZES:
         monkeypatch.delenv(other, raising=False)
+    for other in groups._LOCAL_RANKS:
+        monkeypatch.delenv(other, raising=False)
+    with pytest.raises(UnsupportedError, match="must hold LOCAL_RANK"):
+        Seat.here()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Seat.here().local_size is None
     monkeypatch.setenv(name, "8")

@@ -193,7 +193,10 @@ def warms_up(bench: Bench, plain: Any = None) -> dict[str, Any]:
     with bench.averaging():
         train(bench.engine, 1, 3)
     mine = bench.weights()
-    answers = {"alike": alike(mine, bench.groups.everyone), "fault": bench.shards.warmup_fault}
+    answers: dict[str, Any] = {
+        "alike": alike(mine, bench.groups.everyone),
+        "fault": bench.shards.warmup_fault,
+    }
     if plain is not None:
         train(plain, 1, 3)
         wanted = weights_of(plain)
@@ -315,13 +318,13 @@ def _orders(groups: Any) -> str:
 
 def _frozen(bench: Bench) -> tuple[list[str], bool]:
     """Which pieces leave when a layer is frozen, and whether they are back when it is thawed."""
-    keys = [piece.key for piece in bench.shards.pieces()]
+    names = {piece.key: piece.name for piece in bench.shards.pieces()}
     weight = bench.engine.module.up.weight
     weight.requires_grad_(False)
     fewer = {piece.key for piece in bench.shards.pieces()}
     weight.requires_grad_(True)
-    back = [piece.key for piece in bench.shards.pieces()] == keys
-    return sorted({name for name, first in keys if (name, first) not in fewer}), back
+    back = [piece.key for piece in bench.shards.pieces()] == [*names]
+    return sorted({name for key, name in names.items() if key not in fewer}), back
 
 
 def _overflows(bench: Bench) -> bool:
