@@ -16,8 +16,15 @@ int64_t words_of(int64_t numel) { return (numel + 63) / 64; }
 template <class Elements, class Values>
 void move_at_once(float* own, float* shared, const Block* blocks, int64_t num_blocks, int64_t n,
                   int64_t kept, const Elements& elements, const Values& values) {
-  float beyond[kMaxRow];
-  for (int64_t i = 0; i < n; ++i) beyond[i] = own[i] - shared[i];
+  float beyond[kMaxRow];  // where a block has elements
+  if (kept * num_blocks * 32 < n) {
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const auto places = elements(b);
+      for (int64_t j = 0; j < kept; ++j) beyond[places(j)] = own[places(j)] - shared[places(j)];
+    }
+  } else {  // most cache lines hold some: reading all of them in order is faster
+    for (int64_t i = 0; i < n; ++i) beyond[i] = own[i] - shared[i];
+  }
   for (int64_t b = 0; b < num_blocks; ++b) {
     if (blocks[b].sent()) add_at(beyond, elements(b), values(b), kept, -1.0f);
     if (blocks[b].adds()) add_at(shared, elements(b), values(b), kept, blocks[b].factor);
