@@ -57,7 +57,9 @@ def keys_of(
         return run_key(method=own, **where), None
     key = run_key(method=own, codec=VERSION, product=PRODUCT_VERSION, **where)
     first = _in_first_lab(method) if isinstance(method, Pruned) else None
-    return key, first and run_key(method=first, codec=_FIRST_LAB_CODEC, **where)
+    if first is None:
+        return key, None
+    return key, run_key(method=first, codec=_FIRST_LAB_CODEC, **where)
 
 
 def _in_first_lab(method: Pruned) -> dict[str, Any] | None:
@@ -67,9 +69,8 @@ def _in_first_lab(method: Pruned) -> dict[str, Any] | None:
         own["ramp_from"] = method.ramp_from
     if not isinstance(method, Update):
         return own
-    if method.residual == "reset" or method.residual is None and method.sync_every > 1:
-        return None
-    if method.slow_momentum and method.sync_every > 1:
+    is_reset = method.residual == "reset" or (method.residual is None and method.sync_every > 1)
+    if is_reset or (method.slow_momentum and method.sync_every > 1):
         return None
     for now, then in (("update_scale", "scale"), ("slow_momentum", "slow")):
         if now in own:

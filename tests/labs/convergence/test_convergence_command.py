@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.convergence_lab import command, plot
-from benchmarks.convergence_lab.grid import Grid, read_grid
-from benchmarks.convergence_lab.store import Store, run_key
-from benchmarks.convergence_lab.table import by_bits, cells, markdown_table, rows_of
-from benchmarks.convergence_lab.trial import _is_hopeless
 from ds_gradprune.errors import ConfigError, DataError
+from labs.convergence import command, plot
+from labs.convergence.grid import Grid, read_grid
+from labs.convergence.store import Store, keys_of, run_key
+from labs.convergence.table import by_bits, cells, comparable, markdown_table, rows_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
+GRIDS = sorted((ROOT / "labs" / "convergence" / "grids").glob("*.json"))
+TEXT_DIGEST = "86c4e6aa9db7c042"  # of the Shakespeare that all stored runs were made on
 SMALL: dict[str, Any] = {
     "question": "Does it run?",
     "model": {"n_layer": 1, "n_head": 1, "n_embd": 16, "context": 8},
@@ -27,7 +28,7 @@ SMALL: dict[str, Any] = {
         {"kind": "update", "name": "update", "train": {"lr": 0.001}},
     ],
 }
-CONTRACT = {"method", "bits_per_param", "val_loss", "gap_pct", "gap_std", "seeds"}
+CONTRACT = {"method", "bits_per_param", "val_loss", "gap_pct", "gap_std", "gap_error", "seeds"}
 
 
 def record(method: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
@@ -60,17 +61,10 @@ def test_a_grid_gets_the_dense_runs_it_needs() -> None:
         ({"methods": [{"kind": "lossy", "name": "a"}]}, "kind"),
         ({"methods": [{"kind": "dense", "name": "a"}] * 2}, r"must be unique, got \['a'\] twice"),
         ({"methods": [{"kind": "dense", "name": "a", "train": {"lrate": 1}}]}, "lrate: Extra"),
+        ({"methods": [{"kind": "update", "name": "a", "keep": 0.5}]}, "keep: Extra inputs"),
         (
-            {"methods": [{"kind": "update", "name": "a", "scale": "measured"}]},
-            'scale must be a number or "sqrt" with pick "top_k"',
-        ),
-        (
-            {
-                "methods": [
-                    {"kind": "update", "name": "a", "momentum": 0.9, "momentum_at": "shared"}
-                ]
-            },
-            'momentum must be 0 with momentum_at "shared", got 0.9',
+            {"methods": [{"kind": "update", "name": "a", "residual_decay": 0.5}]},
+            r"methods\[\].name 'a': .*residual_decay must be 0.95 where the residual is \"used\"",
         ),
     ],
 )
@@ -86,7 +80,7 @@ def test_an_absent_grid_is_one_line(tmp_path: Path) -> None:
         read_grid(tmp_path / "absent.json")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "grids").glob("*.json")), ids=str)
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_shipped_grids_load(path: Path) -> None:
     assert read_grid(path).with_dense()[0].kind == "dense"
 
@@ -131,7 +125,9 @@ def test_gaps_are_paired_by_seed_and_settings() -> None:
     assert b["gap_std"] is None
     assert slow["gap_best_pct"] == pytest.approx(100 * (8 / 3 - 1))
     assert cells(b)[-1] == "1, ended at step 30"
-    assert "| a | 0.5* | 3.0700 | +2.00 | 1.41 |" in markdown_table([dense, a])
+    assert a["gap_error"] == pytest.approx(1.0)
+    assert "| a | 0.5 | 3.0700 | +2.00 | 1.41 | 1.00 |" in markdown_table([dense, a])
+    assert cells({**a, "first_lab": True})[1] == "0.5*"
     assert by_bits([a, dense])[0] is dense
 
 
@@ -163,14 +159,31 @@ def test_the_frontier_leaves_out_what_is_beaten() -> None:
     assert [r["method"] for r in plot.frontier(rows)] == ["many", "some", "few"]
 
 
-def test_hopeless_runs_are_ended_at_the_half() -> None:
-    dense = [[float(i), 2.0] for i in range(8)]
-    behind = [[float(i), 2.2] for i in range(8)]
-    assert not _is_hopeless(behind[:3], dense, 5.0)
-    assert _is_hopeless(behind[:4], dense, 5.0)
-    assert not _is_hopeless(behind[:4], dense, 20.0)
-    assert not _is_hopeless(behind[:4], None, 5.0)
-    assert _is_hopeless([[1.0, float("nan")]], None, None)
+def test_runs_without_their_dense_run_wait() -> None:
+    dense, early = record("dense", 0, 2.0, kind="dense"), record("a", 1, 2.0)
+    assert comparable([dense, record("a", 0, 2.0), early]) == [dense, record("a", 0, 2.0)]
+    assert comparable([early]) == []
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_stored_runs_stay_readable(path: Path) -> None:
+    """Dense and peers keep their keys; runs of the first laboratory are found beside them."""
+    stored = {
+        line["key"]: line
+        for line in map(json.loads, (ROOT / "results" / command.RUNS).read_text().splitlines())
+    }
+    grid = read_grid(path)
+    first = set()
+    for method in grid.with_dense():
+        key, first_key = keys_of(grid, method, steps=3000, workers=4, seed=0, text=TEXT_DIGEST)
+        if method.label in ("dense", "onebit_adam", "powersgd"):
+            assert stored[key]["kind"] == method.label
+        elif first_key in stored:
+            assert stored[first_key]["kind"] == method.label
+            assert key != first_key
+            first.add(method.name)
+    if path.stem == "frontier":
+        assert {"update 1 %", "update 10 %", "update 1 %, slow", "gradient 10 %"} <= first
 
 
 @pytest.fixture
@@ -185,7 +198,7 @@ def files(tmp_path: Path) -> tuple[Path, Path, Path]:
 def call(monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path, Path], *more: str) -> int:
     grid, text, out = files
     words = ["--grid", str(grid), "--text", str(text), "--out", str(out), "--workers", "2", *more]
-    monkeypatch.setattr(sys, "argv", ["convergence.py", *words])
+    monkeypatch.setattr(sys, "argv", ["convergence", *words])
     return command.main("what")
 
 
@@ -222,10 +235,10 @@ def test_a_grid_is_made_once_and_widened(
 def test_a_stopped_grid_has_a_page(monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
     made = command.run_trial
 
-    def stop_at_third(*args: Any, **words: Any) -> Any:
-        if args[1].kind == "gradient":
+    def stop_at_third(setting: Any, method: Any, text: Any) -> Any:
+        if method.kind == "gradient":
             raise KeyboardInterrupt
-        return made(*args, **words)
+        return made(setting, method, text)
 
     monkeypatch.setattr(command, "run_trial", stop_at_third)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
@@ -255,3 +268,48 @@ def test_wrong_flags_are_one_message(
     told = capsys.readouterr().err
     assert "--steps must be at least 8, got 2" in told
     assert "--seeds must be at least 1, got 0" in told
+
+
+def test_two_processes_give_the_same_figures(
+    monkeypatch: pytest.MonkeyPatch, files: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for jobs in ("1", "2"):
+        assert call(monkeypatch, files, "--steps", "8", "--no-plot", "--jobs", jobs) == 0
+        rows.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
+        files[2].with_name(command.RUNS).unlink()
+    assert rows[0] == rows[1]
+
+
+def test_a_run_of_the_first_laboratory_is_marked(
+    monkeypatch: pytest.MonkeyPatch, files: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, files, "--steps", "8", "--no-plot") == 0
+    grid, out = read_grid(files[0]), files[2]
+    store = out.with_name(command.RUNS)
+    runs = [json.loads(line) for line in store.read_text().splitlines()]
+    digest = json.loads(out.read_text())["text"]["digest"]
+    for run in runs:
+        method = next(m for m in grid.with_dense() if m.name == run["method"])
+        _, first_key = keys_of(grid, method, steps=8, workers=2, seed=0, text=digest)
+        run["key"] = first_key or run["key"]
+    store.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    capsys.readouterr()
+    assert call(monkeypatch, files, "--steps", "8", "--no-plot") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["first_lab"] for row in rows] == [False, False, True, True]
+    assert len(store.read_text().splitlines()) == 4  # nothing was made anew
+    assert "*: made when the laboratory still simulated" in out.with_suffix(".md").read_text()
+
+
+def test_words_of_the_first_laboratory() -> None:
+    def keys(**fields: Any) -> tuple[str, str | None]:
+        method = {"kind": "update", "name": "a", **fields}
+        grid = Grid.model_validate({**SMALL, "methods": [method]})
+        return keys_of(grid, grid.methods[0], steps=9, workers=2, seed=0, text="t")
+
+    assert keys(sync_every=5)[1] is None  # reset, which it did not know
+    assert keys(residual="reset")[1] is None
+    assert keys(residual="used", sync_every=4, slow_momentum=1.0)[1] is None  # another memory
+    assert keys(residual="used")[1] == keys()[1] != keys(local_lr=0.5)[1]
+    assert len({keys(**f)[0] for f in ({}, {"residual": "reset"}, {"update_scale": 2.0})}) == 3
