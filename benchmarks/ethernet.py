@@ -13,6 +13,9 @@ unshaped and uncounted. A loss is measured where a run was made at that rate; me
 does not depend on the link are run once unshaped, and their times at a rate come from a short
 stretch: such rows are marked.
 
+`--zero-stage` is that of every method in DeepSpeed, `--ranks-per-host` ranks form an island, and
+`--model smollm2` fine-tunes a real model of 135M parameters (labs/smollm2.py).
+
 `topk_*` and `ours` prune the gradient, `islands_*` and `ours_update` the update; the first of each
 pair at a fixed density, the second under the controller.
 
@@ -23,8 +26,9 @@ where it differs), on schedules scaled to the run (labs/race/job.py). zeroone_ad
 in every step, which is its authors' rule where the learning rate does not fall; zeroone_adam_4 lets
 the interval grow to 4 steps.
 
-The last line of stdout is one JSON document: results, one row per method and rate, and the link
-rate below which the first topk method beats dense_fp32 (null: the winner is the same everywhere).
+The last line of stdout is one JSON document: results, one row per method and rate
+(labs/race/figures.py says what its keys mean), and the link rate below which the first topk method
+beats dense_fp32 (null: the winner is the same everywhere).
 """
 
 import sys

@@ -15,19 +15,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ds_gradprune.errors import ConfigError, GradPruneError
-from labs.race import breakeven, page, plots
+from labs.race import breakeven, files, page, plots
 from labs.race.campaign import Plan, execute
 from labs.race.crew import ROOT, BedPlace, LoopbackPlace, Place
 from labs.race.figures import Figures, Row
 from labs.race.job import Recipe
 from labs.race.methods import DEFAULT, DENSE, parse_methods
 from labs.race.record import Record
-from textgen.data import VALIDATION_WINDOWS
+from labs.smollm2 import export, model_folder
 from textgen.model import SIZES
 from textgen.prepare import prepare
 from tools.netbed import Bed, parse_rate
 
-LEARNING_RATES = {"nano": 3e-3, "micro": 1e-3, "small": 6e-4}
+LEARNING_RATES = {"nano": 3e-3, "micro": 1e-3, "small": 6e-4, "smollm2": 1e-4}
+
+
+LEAST = {
+    "hosts": 2,
+    "ranks-per-host": 1,
+    "steps": 4,
+    "repeats": 1,
+    "batch": 1,
+    "timing-steps": 2,
+}
 
 
 def parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -36,14 +46,15 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = flags.add_argument
-    add("--hosts", type=int, default=2, help="2 to 8, one rank each (default: 2)")
+    add("--hosts", type=int, default=2, help="2 to 8 (default: 2)")
+    add("--ranks-per-host", type=int, default=1, help="they form an island (default: 1)")
     add("--rates", default="20mbit,100mbit,1gbit", help="of every link; unshaped is always added")
     add("--methods", default=",".join(DEFAULT), help=f"default: {','.join(DEFAULT)}")
-    add("--model", default="nano", choices=sorted(SIZES), help="default: nano")
+    add("--model", default="nano", choices=sorted(LEARNING_RATES), help="default: nano")
     add("--steps", type=int, default=300, help="the loss is compared after so many (default: 300)")
     add("--repeats", type=int, default=3, help="rounds, each with its own seed (default: 3)")
     add("--text", type=Path, help="UTF-8 file or folder (default: the embedded text)")
-    add("--zero-stage", type=int, default=0, choices=(0, 1, 2), help="of dense DeepSpeed")
+    add("--zero-stage", type=int, default=0, choices=(0, 1, 2, 3), help="of DeepSpeed")
     add("--resume", action="store_true", help="go on with an interrupted campaign of this --out")
     add("--out", type=Path, help="JSON file; a page (.md) and pictures are put beside it")
     add("--bed", choices=("netns", "none"), default="netns", help="none: loopback, unshaped")
@@ -58,6 +69,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
         "--extend", type=float, default=1.5, help="all but dense_fp32 train so many times the steps"
     )
     add("--budget-s", type=float, help="step time budget of ours (default: its own default)")
+    add("--block", help="JSON: more keys of gradient_pruning for ours and islands")
     add("--no-plots", action="store_true", help="draw nothing; needs no matplotlib")
     return flags
 
@@ -73,19 +85,25 @@ def make_plan(flags: argparse.Namespace) -> Plan:
     rates: list[str | None] = [None]
     if flags.bed == "netns":
         rates = [*(r.strip() for r in flags.rates.split(",") if parse_rate(r) is not None), None]
-    for name, least in (("hosts", 2), ("steps", 4), ("repeats", 1), ("batch", 1)):
-        if getattr(flags, name) < least:
-            faults.append(f"--{name} must be at least {least}, got {getattr(flags, name)}.")
-    if flags.timing_steps < 2:
-        faults.append(f"--timing-steps must be at least 2, got {flags.timing_steps}.")
+    for name, least in LEAST.items():
+        if getattr(flags, name.replace("-", "_")) < least:
+            given = getattr(flags, name.replace("-", "_"))
+            faults.append(f"--{name} must be at least {least}, got {given}.")
     if flags.eval_sequences is not None and flags.eval_sequences < 1:
         faults.append(f"--eval-sequences must be at least 1, got {flags.eval_sequences}.")
     if flags.extend < 1.0:
         faults.append(f"--extend must be at least 1, got {flags.extend:g}.")
-    if flags.zero_stage and any(method.prunes or method.side != "deepspeed" for method in methods):
+    try:
+        is_block = isinstance(json.loads(flags.block or "{}"), dict)
+    except ValueError:
+        is_block = False
+    if not is_block:
+        faults.append(f"--block must be a JSON object, got {flags.block}.")
+    strangers = [method.name for method in methods if method.side != "deepspeed"]
+    if flags.zero_stage and strangers:
         faults.append(
-            "--zero-stage must be 0 unless all methods are dense_fp32 or dense_bf16: no other "
-            f"knows it, got {flags.zero_stage}."
+            f"--zero-stage must be 0 for methods that do not run in DeepSpeed "
+            f"({', '.join(strangers)}), got {flags.zero_stage}. Name the others with --methods."
         )
     eval_every = flags.eval_every or max(1, flags.steps // 10)
     if flags.steps % eval_every:
@@ -122,6 +140,8 @@ def make_recipe(flags: argparse.Namespace, dense_steps: int) -> Recipe:
         zero_stage=flags.zero_stage,
         budget_s=flags.budget_s,
         eval_sequences=flags.eval_sequences,
+        ranks_per_host=getattr(flags, "ranks_per_host", 1),  # other laboratories have no such flag
+        block=getattr(flags, "block", None),
     )
 
 
@@ -151,11 +171,11 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     record = Record(flags.out, plan, flags.resume)
     with open_place(flags) as place, tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        prepare(data, flags.text, flags.model)
+        prepare_data(data, flags)
         for visit in execute(plan, place, data, say, list(record.visits)):
             record.add(visit)
     runs = [run for visit in record.visits for run in visit]
-    tokens_per_step = flags.hosts * flags.batch * SIZES[flags.model].context
+    tokens_per_step = flags.hosts * flags.ranks_per_host * flags.batch * plan.recipe.seq_len
     figures = Figures(runs, flags.hosts, flags.steps, tokens_per_step)
     rows = figures.rows()
     document = summarize(rows)
@@ -169,12 +189,21 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             "tokens_per_step": tokens_per_step,
             "recipe": dataclasses.asdict(plan.recipe),
         }
-        write_files(flags, setting, figures, rows, document, lines, plan)
+        files.write(flags, setting, figures, rows, document, lines, plan)
     record.finish()
     return {
         "results": [row.contract() for row in rows],
         "break_even_mbit": document["break_even_mbit"],
     }
+
+
+def prepare_data(data: Path, flags: argparse.Namespace) -> None:
+    """Tokens, tokenizer, and where it is no size of textgen the model, for all ranks."""
+    if flags.model in SIZES:
+        prepare(data, flags.text, flags.model)
+        return
+    export(model_folder(data))
+    prepare(data, flags.text, str(model_folder(data)))
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -195,64 +224,6 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "break_even_mbit": breakeven.break_even_mbit(dense, pruned),
         "break_even_checks": breakeven.check(rows, DENSE, method or ""),
     }
-
-
-def write_files(
-    flags: argparse.Namespace,
-    setting: dict[str, Any],
-    figures: Figures,
-    rows: Sequence[Row],
-    document: dict[str, Any],
-    lines: Sequence[str],
-    plan: Plan,
-) -> None:
-    """JSON with every step of every run, the page, and the pictures."""
-    out: Path = flags.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    runs = [one.to_json() for one in figures.runs]
-    out.write_text(json.dumps({"setting": setting, **document, "runs": runs}) + "\n")
-    pictures = [] if flags.no_plots else plots.write_all(figures, rows, out.with_suffix(""))
-    machine, recipe = setting["machine"], setting["recipe"]
-    facts = [
-        f"- command: `{setting['command']}`",
-        f"- commit {setting['commit']}, {setting['date']}",
-        f"- {machine['cpu']}, {machine['cores']} cores for {flags.hosts} hosts, one thread each; "
-        f"Linux {machine['kernel']}, Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        f"- load average at the start: {', '.join(f'{x:.1f}' for x in machine['load_average'])}",
-        f"- {flags.model}, {setting['parameters']:,} parameters, {setting['tokens_per_step']} "
-        f"tokens per step of all hosts; AdamW, lr {recipe['lr']:g}, beta2 {recipe['beta2']:g}; "
-        f"{flags.steps} steps, {recipe['dense_steps']} of them dense where a compression begins "
-        f"late; {flags.repeats} rounds; "
-        f"{recipe['eval_sequences'] or VALIDATION_WINDOWS} validation sequences at most",
-        *schedules(plan),
-    ]
-    parts = [
-        f"# Ethernet: {flags.hosts} hosts, {flags.model}",
-        "\n".join(facts),
-        page.markdown_table(rows),
-        page.NOTE,
-        "\n".join(f"- {line}" for line in lines),
-        *(f"![{path.stem}]({path.name})" for path in pictures),
-    ]
-    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-
-
-def schedules(plan: Plan) -> list[str]:
-    """What 1-bit Adam and 0/1 Adam did when, as items of a list. Pure."""
-    lines = []
-    for method in plan.methods:
-        if method.interval is not None:
-            policy = plan.recipe.policy(method.interval)
-            lines.append(
-                f"- {method.name}: second moment frozen after step {policy.var_freeze_step}, until "
-                f"then the interval of its updates doubled after every {policy.var_update_scaler}; "
-                f"then the interval of exchanges doubled after every {policy.local_step_scaler} "
-                f"steps, to {policy.local_step_clipper} at most"
-            )
-        elif method.side == "simulated":
-            lines.append(f"- {method.name}: dense for {plan.recipe.freeze_step} steps")
-    return lines
 
 
 def main(arguments: Sequence[str] | None = None, description: str | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The ranks of one method: one process per host, commanded over pipes, their bytes counted.
+"""The ranks of one method: processes on hosts, commanded over pipes, their bytes counted.
 
 `BedPlace` puts them on hosts of a bed; `LoopbackPlace` side by side on this machine, unshaped and
 uncounted, for machines without root.
@@ -43,7 +43,7 @@ class Place(Protocol):
 
     num_hosts: int
 
-    def popen(self, rank: int, words: list[str], **options: Any) -> subprocess.Popen[str]:
+    def popen(self, host: int, words: list[str], **options: Any) -> subprocess.Popen[str]:
         """Start one rank's process."""
         ...
 
@@ -57,15 +57,15 @@ class Place(Protocol):
 
 
 class BedPlace:
-    """One rank on each host of a bed."""
+    """The hosts of a bed."""
 
     def __init__(self, bed: Bed) -> None:
         self.num_hosts = len(bed.hosts)
         self._bed = bed
 
-    def popen(self, rank: int, words: list[str], **options: Any) -> subprocess.Popen[str]:
+    def popen(self, host: int, words: list[str], **options: Any) -> subprocess.Popen[str]:
         """See `Place`."""
-        return self._bed.hosts[rank].popen(
+        return self._bed.hosts[host].popen(
             words, cwd=ROOT, env=self._bed.environ() | PINNED, **options
         )
 
@@ -84,7 +84,7 @@ class LoopbackPlace:
     def __init__(self, num_hosts: int) -> None:
         self.num_hosts = num_hosts
 
-    def popen(self, rank: int, words: list[str], **options: Any) -> subprocess.Popen[str]:
+    def popen(self, host: int, words: list[str], **options: Any) -> subprocess.Popen[str]:
         """See `Place`."""
         env = os.environ | PINNED | {"GLOO_SOCKET_IFNAME": "lo"}
         return subprocess.Popen(words, cwd=ROOT, env=env, **options)
@@ -225,13 +225,15 @@ def crew(place: Place, method: str, recipe: Recipe, data: Path, seed: int) -> It
         processes: list[subprocess.Popen[str]] = []
         logs: list[IO[str]] = []
         stack.callback(_end, processes)
-        for rank in range(place.num_hosts):
+        world_size = place.num_hosts * recipe.ranks_per_host
+        for rank in range(world_size):
             log = stack.enter_context((folder / f"rank{rank}.log").open("w+"))
             store = str(folder / "store")
-            job = Job(method, recipe, str(data), store, seed, rank, place.num_hosts)
+            job = Job(method, recipe, str(data), store, seed, rank, world_size)
             words = [sys.executable, "-m", "labs.race.worker", job.to_json()]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            processes.append(place.popen(rank, words, **pipes, stderr=log, text=True))
+            host = rank // recipe.ranks_per_host
+            processes.append(place.popen(host, words, **pipes, stderr=log, text=True))
             logs.append(log)
         ranks = Crew(place, processes, logs)
         ranks.num_parameters = ranks.hear()[0]["parameters"]

@@ -31,10 +31,13 @@ CONTRACT = (
     "hosts",
     "rate_mbit",
     "step_time_s",
+    "codec_s",
     "exposed_comm_s",
+    "hidden_fraction",
     "wire_bytes",
     "val_loss",
     "time_to_dense_loss_s",
+    "throughput_vs_unshaped",
 )
 """The keys of a row in the last line of standard output."""
 
@@ -52,6 +55,8 @@ class Row:
         step_time_s: wall clock of a step.
         step_time_iqr_s: interquartile range over all steps of all rounds.
         compute_s, codec_s, exposed_comm_s: its parts.
+        hidden_fraction: share of the time that the counted bytes need on this link, which no step
+            waited for; None: unshaped, or not counted.
         wire_bytes: sent per host and step at the interface, TCP included; None: not counted.
         payload_bytes: what the method itself says it sent; None: it does not say.
         val_loss: after the plan's steps.
@@ -59,6 +64,7 @@ class Row:
         time_to_dense_loss_s: seconds of training until the loss that dense has at its end; None:
             not reached.
         tokens_per_s: of all ranks.
+        throughput_vs_unshaped: tokens per second over those of the same method on an unshaped link.
         density: of the elements sent; None: nothing is pruned.
         is_combined: loss and times come from different runs, see the module.
         is_simulated: not the method's own code, but its update and its bytes.
@@ -72,12 +78,14 @@ class Row:
     compute_s: float
     codec_s: float
     exposed_comm_s: float
+    hidden_fraction: float | None
     wire_bytes: float | None
     payload_bytes: float | None
     val_loss: float | None
     val_loss_spread: float | None
     time_to_dense_loss_s: float | None
     tokens_per_s: float
+    throughput_vs_unshaped: float | None
     density: float | None
     is_combined: bool
     is_simulated: bool
@@ -164,6 +172,9 @@ class Figures:
         step_s = self._part(runs, "wall_s")
         walls = [step.wall_s for run in runs for step in run.rest.steps]
         low, _, high = statistics.quantiles(walls, n=4)
+        exposed_comm_s = self._part(runs, "comm_s")
+        wire_bytes = _over_rounds(runs, lambda run: self._counted(run).rest.wire_bytes)
+        unshaped = self.of(method, None)
         return Row(
             method=method,
             hosts=self.hosts,
@@ -172,13 +183,15 @@ class Figures:
             step_time_iqr_s=high - low,
             compute_s=self._part(runs, "compute_s"),
             codec_s=self._part(runs, "codec_s"),
-            exposed_comm_s=self._part(runs, "comm_s"),
-            wire_bytes=_over_rounds(runs, lambda run: self._counted(run).rest.wire_bytes),
+            exposed_comm_s=exposed_comm_s,
+            hidden_fraction=hidden_fraction(rate_mbit(rate), wire_bytes, exposed_comm_s),
+            wire_bytes=wire_bytes,
             payload_bytes=_over_rounds(runs, lambda run: _mean_payload(self._counted(run))),
             val_loss=statistics.median(losses) if losses else None,
             val_loss_spread=max(losses) - min(losses) if losses else None,
             time_to_dense_loss_s=self.time_to_dense_loss_s(method, rate),
             tokens_per_s=self.tokens_per_step / step_s,
+            throughput_vs_unshaped=self._part(unshaped, "wall_s") / step_s if unshaped else None,
             density=_over_rounds(runs, _median_density),
             is_combined=all(run.is_short for run in runs),
             is_simulated=parse_method(method).side == "simulated",
@@ -200,6 +213,22 @@ class Figures:
         whole = self._one(run.method, None, run.round) if run.is_short else run
         is_even = whole is None or all(step.kind == "usual" for step in whole.rest.steps)
         return run if whole is None or is_even else whole
+
+
+def hidden_fraction(
+    rate_mbit: float | None, wire_bytes: float | None, exposed_s: float
+) -> float | None:
+    """Share of the wire's time that no step waited for, 0 to 1; None where it is not known.
+
+    Args:
+        rate_mbit: of the link; None: unshaped.
+        wire_bytes: sent per host and step; None: not counted.
+        exposed_s: what a step waited for its exchange.
+    """
+    if rate_mbit is None or not wire_bytes:
+        return None
+    wire_s = 8.0 * wire_bytes / (rate_mbit * 1e6)
+    return min(1.0, max(0.0, 1.0 - exposed_s / wire_s))
 
 
 def median(steps: Iterable[Step], name: str) -> float:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 from labs.race.methods import Method
+from textgen.model import SIZES
 
 FREEZE_SHARE = 0.15
 """Of the run, 1-bit Adam is dense: "15-25 %" in DeepSpeed's tutorial; 23,000 of 152,000 steps for
@@ -16,6 +17,9 @@ VAR_FREEZE_SHARE = 12_500 / 152_000
 LOCAL_STEP_SHARE = 32_678 / 152_000
 """0/1 Adam's steps for BERT-Large (its paper, section 6; the second is DeepSpeed's default), as
 shares of that run."""
+
+SMOLLM2_SEQ_LEN = 128
+"""Of the real model, whose own 8,192 tokens a CPU does not train."""
 
 VAR_UPDATE_SCALER = 16
 """DeepSpeed's default, which counts updates and is no share of a run."""
@@ -43,7 +47,7 @@ class Recipe:
     """How to train; the same for all methods.
 
     Attributes:
-        model: size name of textgen.
+        model: size name of textgen, or smollm2.
         micro_batch: sequences per rank and step.
         lr: learning rate after its warm-up.
         beta2: of AdamW.
@@ -57,6 +61,8 @@ class Recipe:
         zero_stage: of DeepSpeed.
         budget_s: step time budget of ours; None: its default.
         eval_sequences: of a validation, over all ranks; None: textgen's own number.
+        ranks_per_host: so many ranks form an island.
+        block: more keys of gradient_pruning for ours and islands, as JSON; None: none.
     """
 
     model: str
@@ -71,6 +77,13 @@ class Recipe:
     zero_stage: int
     budget_s: float | None
     eval_sequences: int | None
+    ranks_per_host: int = 1
+    block: str | None = None
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence."""
+        return SIZES[self.model].context if self.model in SIZES else SMOLLM2_SEQ_LEN
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""

@@ -23,20 +23,24 @@ HEADER = (
     "compute",
     "codec",
     "exposed comm",
+    "hidden",
     "kB/step at the NIC",
     "kB/step, own count",
     "val. loss",
     "spread",
     "s to dense's loss",
     "tokens/s",
+    "of unshaped",
 )
 
 NOTE = (
-    "Medians over rounds. A link rate with *: step times measured at that rate, combined with the "
-    "losses of the unshaped run of the same round. Steps before a compression begins count in the "
-    "time to dense's loss only. Simulated: not the method's own code, which no CPU runs, but its "
-    "update and its bytes on the same links; 0/1 Adam's times and bytes are means over steps with "
-    "and without an exchange. Never: not within the steps trained."
+    "Medians over rounds. Hidden: share of the time that the counted bytes need on the link, which "
+    "no step waited for. Of unshaped: tokens/s over those of the same method on an unshaped link. "
+    "A link rate with *: step times measured at that rate, combined with the losses of the "
+    "unshaped run of the same round. Steps before a compression begins count in the time to "
+    "dense's loss only. Simulated: not the method's own code, which no CPU runs, but its update "
+    "and its bytes on the same links. Where not every step has an exchange, times and bytes are "
+    "means over those with and without. Never: not within the steps trained."
 )
 
 
@@ -51,12 +55,15 @@ def cells(row: Row) -> list[str]:
         f"{row.compute_s:.3f}",
         f"{row.codec_s:.3f}",
         f"{row.exposed_comm_s:.3f}",
+        _number(row.hidden_fraction, 0.01, ".0f")
+        + (" %" if row.hidden_fraction is not None else ""),
         _number(row.wire_bytes, 1e3, ".1f"),
         _number(row.payload_bytes, 1e3, ".1f"),
         _number(row.val_loss, 1.0, ".4f"),
         _number(row.val_loss_spread, 1.0, ".4f"),
         "never" if row.time_to_dense_loss_s is None else f"{row.time_to_dense_loss_s:.1f}",
         f"{row.tokens_per_s:.0f}",
+        _number(row.throughput_vs_unshaped, 1.0, ".2f"),
     ]
 
 

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from labs.race.engines import Engine, open_engine
 from labs.race.job import Job
 from labs.race.methods import parse_method
-from launch.support.peers import leave_group
+from labs.smollm2 import model_folder
+from launch.support.start import end_process
 from textgen.data import TokenData
-from textgen.model import open_model, quiet_transformers, sequence_length
+from textgen.model import SIZES, open_model, quiet_transformers
 from textgen.prepare import prepared_tokenizer
 
 
@@ -40,9 +41,10 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._job = job
         tokenizer = prepared_tokenizer(Path(job.data))
-        model = open_model(job.recipe.model, tokenizer, job.seed)
+        name = job.recipe.model if job.recipe.model in SIZES else str(model_folder(Path(job.data)))
+        model = open_model(name, tokenizer, job.seed)
         self.num_parameters = model.num_parameters()
-        self._data = TokenData(Path(job.data), sequence_length(model), job.seed)
+        self._data = TokenData(Path(job.data), job.recipe.seq_len, job.seed)
         self._engine: Engine = open_engine(parse_method(job.method), model, job.recipe)
         self._engine.module.train()
         self.done = 0
@@ -85,11 +87,10 @@ class Worker:
                 job.world_size,
                 **({} if most is None else {"most": most}),
             ):
-                if batch.num_sequences:
-                    tokens = batch.tokens
-                    loss = self._engine.module(input_ids=tokens, labels=tokens).loss
-                    total += float(loss) * batch.num_sequences
-                    count += batch.num_sequences
+                # Also where none of them counts: under ZeRO-3 a forward pass is collective.
+                loss = self._engine.module(input_ids=batch.tokens, labels=batch.tokens).loss
+                total += float(loss) * batch.num_sequences
+                count += batch.num_sequences
         self._engine.module.train()
         return total, count
 
@@ -100,8 +101,14 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_transformers()
     job = Job.from_json(sys.argv[1])
-    # DeepSpeed asks for what a launcher would have set; one rank per host.
-    os.environ |= {"RANK": str(job.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(job.world_size)}
+    # DeepSpeed asks for what a launcher would have set.
+    per_host = job.recipe.ranks_per_host
+    os.environ |= {
+        "RANK": str(job.rank),
+        "WORLD_SIZE": str(job.world_size),
+        "LOCAL_RANK": str(job.rank % per_host),
+        "LOCAL_SIZE": str(per_host),
+    }
     dist.init_process_group(
         "gloo", init_method=f"file://{job.store}", rank=job.rank, world_size=job.world_size
     )
@@ -114,7 +121,7 @@ def main() -> None:
         result = worker.train(command["steps"], command["eval_every"])
         dist.barrier()  # no rank's last bytes are still under way when all have answered
         _answer(answers, result)
-    leave_group()
+    end_process(0)
 
 
 def _take_stdout() -> TextIO:
