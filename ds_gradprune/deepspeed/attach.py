@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from ds_gradprune.config import GradientPruningConfig, load_block
 from ds_gradprune.deepspeed import checkpoint, compat
-from ds_gradprune.deepspeed.agree import check_ranks
+from ds_gradprune.deepspeed.agree import check_ranks, raise_together
 from ds_gradprune.deepspeed.facts import facts_of
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Clock, Handle, IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
-from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.errors import GradPruneError, UnsupportedError
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.wire.all_gather import AllGather
 from ds_gradprune.wire.channel import Channel
@@ -32,6 +33,7 @@ __all__ = ["AnyHandle", "Clock", "Handle", "IdleHandle", "attach"]
 logger = logging.getLogger(__name__)
 
 AnyHandle: TypeAlias = Handle | IdleHandle
+T = TypeVar("T")
 
 def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
     """Prune what a DeepSpeed engine exchanges, from its next step on.
@@ -65,7 +67,9 @@ def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
 def _handle(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
     if not config.enabled or not compat.has_optimizer(engine):
         return IdleHandle(engine, config)
-    compat.check(engine, config.prune)
+    if dist.get_world_size() == 1:
+        compat.check(engine, config.prune)
+        return _idle(engine, config, "there is only one rank")
     if config.prune == "gradient":
         return _gradients(engine, config, clock)
     return _islands(engine, config, clock)
@@ -73,9 +77,10 @@ def _handle(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHand
 
 def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
     group = on_cpu(engine.seq_data_parallel_group)
-    if dist.get_world_size(group) == 1:
-        return _idle(engine, config, "there is only one rank")
     ranks = TorchDistTransport(group, config.timeout_s)
+    _together(ranks, lambda: compat.check(engine, config.prune))
+    if ranks.world_size == 1:
+        return _idle(engine, config, "there is only one rank")
     check_ranks(ranks, facts_of(engine, config))
     seat = checkpoint.Seat(ranks, ranks.rank, ranks.world_size)
     return GradientHandle(engine, config, _channel(config, group, clock), clock, seat)
@@ -84,25 +89,40 @@ def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyH
 def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
     groups = engine.mpu
     if not isinstance(groups, Groups):
-        if dist.get_world_size() == 1:
-            return _idle(engine, config, "there is only one rank")
         raise UnsupportedError(
             'gradient_pruning.prune = "update", the default, needs an engine whose data-parallel '
             "group is its island, and this one was made without. Make it with "
             "ds_gradprune.initialize, or call ds_gradprune.register() before "
             'deepspeed.initialize, or set prune to "gradient".'
         )
+    ranks = TorchDistTransport(on_cpu(groups.everyone), config.timeout_s)
+    _together(ranks, lambda: compat.check(engine, config.prune))
     if groups.num_islands == 1:
         return _idle(engine, config, "there is only one island")
-    ranks = TorchDistTransport(on_cpu(groups.everyone), config.timeout_s)
     check_ranks(ranks, facts_of(engine, config))
-    shards = make_shards(engine, groups, config.min_numel)
+    shards = _together(ranks, lambda: make_shards(engine, groups, config.min_numel))
     equalize(engine, groups, shards)
     seat = checkpoint.Seat(
         ranks, groups.island, groups.num_islands, groups.shard, groups.num_shards
     )
     channel = _channel(config, groups.outer_cpu, clock)
     return IslandHandle(engine, config, channel, clock, seat, groups, shards)
+
+
+def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:
+    logger.warning("gradient pruning is idle: %s, nothing to exchange", why)
+    return IdleHandle(engine, config)
+
+
+def _together(ranks: Transport, work: Callable[[], T]) -> T:
+    """Do something local; an error on one rank is raised on all. Collective: all ranks."""
+    result, error = None, None
+    try:
+        result = work()
+    except GradPruneError as exc:
+        error = exc
+    raise_together(ranks, error)
+    return cast(T, result)
 
 
 def on_cpu(group: Any) -> Any:
@@ -113,11 +133,6 @@ def on_cpu(group: Any) -> Any:
     if dist.get_backend(group) == "gloo":
         return group
     return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
-
-
-def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:
-    logger.warning("gradient pruning is idle: %s, nothing to exchange", why)
-    return IdleHandle(engine, config)
 
 
 @torch.no_grad()
@@ -150,5 +165,6 @@ def _channel(config: GradientPruningConfig, group: Any, clock: Clock) -> Channel
             transport, schedule, config.timeout_s, sleep=clock.sleep, clock=clock.now_s
         )
     if config.exchange_of(transport.world_size) == "owner_reduce":
-        return OwnerReduce(transport)
+        keeps = config.prune == "update" or config.error_feedback
+        return OwnerReduce(transport, error_feedback=keeps)
     return AllGather(transport)

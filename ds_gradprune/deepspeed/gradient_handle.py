@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import google_crc32c
 import torch
 
 from ds_gradprune.config import GradientPruningConfig
@@ -55,6 +56,7 @@ class GradientHandle(Handle):
         )
         self._backend = backends.install()
         self._names: dict[int, str] = {}
+        self._names_crc = 0
         self._announcement: Announcement | None = None
         self._signals: RankSignals | None = None
         self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
@@ -81,6 +83,7 @@ class GradientHandle(Handle):
             if grads is None:
                 grads, _ = self.engine._get_gradients_for_reduction()
             self._names = gradient_names(self.engine.module)
+            self._note_names()
             self.channel.advance(self.loop.exchange_step)
             self.pruning.begin()
             self._signals = self.loop.signals(
@@ -125,6 +128,13 @@ class GradientHandle(Handle):
         with self.loop.stopwatch.phase("wire"):
             return [header.signals for header in self._announcement.headers()]
 
+    def _note_names(self) -> None:
+        """Ranks that train different parameters are found before their payloads travel."""
+        crc = int(google_crc32c.value(repr(list(self._names.values())).encode()))
+        if crc != self._names_crc:
+            self._names_crc = crc
+            self.loop.note_weights(crc)
+
     def _gradient(self, tensor: torch.Tensor) -> Gradient:
         name = self._names.get(tensor.data_ptr())
         if name is None:
@@ -155,18 +165,29 @@ class GradientHandle(Handle):
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"loop": self.loop.state_dict(), "residuals": self.pruning.residuals.state_dict()}
+        return {
+            "loop": self.loop.state_dict(),
+            "residuals": self.pruning.residuals.state_dict(),
+            "channel": self.channel.state_dict(),
+            "names_crc": self._names_crc,
+        }
 
     def _read(self, state: checkpoint.Loaded) -> Callable[[], None]:
         mine = state.state
         loop = self.loop.read(mine["loop"])
         residuals = self.pruning.residuals.read(mine["residuals"])
+        channel = {} if state.is_resized else mine["channel"]
+        self.channel.check_state(channel)
 
         def take() -> None:
             self._forget()
             self.loop.take(loop)
-            self.pruning.residuals.take(residuals)
-            checkpoint.set_random_state(state.random)
+            self._names_crc = int(mine["names_crc"])
+            self.channel.load_state_dict(channel)
+            # With another number of ranks there is no telling whose residual is whose.
+            self.pruning.residuals.take({} if state.is_resized else residuals)
+            if not state.is_resized:
+                checkpoint.set_random_state(state.random)
 
         return take
 
@@ -174,6 +195,7 @@ class GradientHandle(Handle):
         self._forget()
         self.loop.restart()
         self.pruning.residuals.take({})
+        self.channel.load_state_dict({})
 
     def _forget(self) -> None:
         self.pruning.abort()

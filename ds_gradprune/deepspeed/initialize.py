@@ -6,17 +6,22 @@ import inspect
 from typing import Any
 
 import deepspeed
+import hjson
+import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
-from ds_gradprune.config import BLOCK, load_block
-from ds_gradprune.deepspeed.attach import attach
+from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
+from ds_gradprune.config.load import read_config
+from ds_gradprune.deepspeed.agree import check_ranks
+from ds_gradprune.deepspeed.attach import attach, on_cpu
+from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
 from ds_gradprune.deepspeed.shards import refused_by
 from ds_gradprune.deepspeed.zero3_setup import repartition
 from ds_gradprune.errors import ConfigError, UnsupportedError
+from ds_gradprune.wire.torchdist import TorchDistTransport
 
 _original = deepspeed.initialize
 
@@ -62,20 +67,32 @@ def _make(
     if not _has_optimizer(given.arguments, ds_config):
         return _call(given), False
     config = load_block(ds_config)
-    if not (config.enabled and config.prune == "update"):
+    if not config.enabled:
         return _call(given), True
-    _refuse_other_groups(given.arguments, ds_config)
+    if config.prune == "update":
+        _refuse_other_groups(given.arguments, ds_config)
     names = ("distributed_port", "dist_init_required")
     comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         **{name: given.arguments[name] for name in names if name in given.arguments},
     )
     if comm.get_world_size() > 1:
+        _compare(given.arguments, config)
+    if comm.get_world_size() > 1 and config.prune == "update":
         groups = Groups(config.island.ranks)
         repartition(given.arguments["model"], groups)
         given.arguments["mpu"] = groups
     with kept():
         return _call(given), True
+
+
+def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:
+    """Ranks with different models would wait for each other inside DeepSpeed for half an hour.
+
+    Collective: all ranks.
+    """
+    ranks = TorchDistTransport(on_cpu(dist.group.WORLD), config.timeout_s)
+    check_ranks(ranks, facts_before(config, given.get("model"), given.get("optimizer")))
 
 
 def register() -> None:
@@ -125,10 +142,4 @@ def _ds_config(given: dict[str, Any]) -> dict[str, Any]:
     config = given.get("config") or given.get("config_params") or in_args
     if config is None:
         raise ConfigError("deepspeed.initialize must be given config (a path or a dict), got none.")
-    try:
-        parsed: dict[str, Any] = load_ds_config(config)
-    except (ValueError, OverflowError, RecursionError, IndexError) as exc:
-        raise ConfigError(f"the DeepSpeed configuration cannot be read: {exc}") from exc
-    except OSError as exc:
-        raise ConfigError(f"the DeepSpeed configuration cannot be read: {exc}") from exc
-    return parsed
+    return read_config(config, hjson.loads)

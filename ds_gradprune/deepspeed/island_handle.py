@@ -240,16 +240,20 @@ class IslandHandle(Handle):
             "loop": self.loop.state_dict(),
             "losses": self.losses.state_dict(),
             "pieces_crc": self._pieces_crc,
+            "channel": self.channel.state_dict(),
             "island": self._state_of.save(),
         }
 
     def _read(self, state: checkpoint.Loaded) -> Callable[[], None]:
         loop = self.loop.read(state.state["loop"])
+        channel = {} if state.is_resized else state.state["channel"]
+        self.channel.check_state(channel)
         restore = self._state_of.read(state.state["island"], is_resized=state.is_resized)
 
         def take() -> None:
             self.losses.load_state_dict([] if state.is_resized else state.state["losses"])
             self.loop.take(loop)
+            self.channel.load_state_dict(channel)
             self._pieces_crc = int(state.state["pieces_crc"])
             restore()
             if not state.is_resized:
@@ -259,6 +263,7 @@ class IslandHandle(Handle):
 
     def _restart(self) -> None:
         self.loop.restart()
+        self.channel.load_state_dict({})
         self._state_of.restart()
 
     @property

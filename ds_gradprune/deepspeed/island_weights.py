@@ -114,7 +114,7 @@ class IslandWeights:
     def note(self) -> None:
         """What the model holds now is our own doing. Local."""
         if self._watch is not None and not self._are_equal:
-            self._watch.note(self._shards.every_piece())
+            self._watch.note(self._islands.weights.known())
 
     @torch.no_grad()
     def notice_writes(self) -> None:
@@ -170,6 +170,6 @@ class IslandWeights:
         """Pieces that somebody else has written since `note`."""
         if self._watch is None or self._are_equal:
             return []
-        foreign = self._watch.written(self._shards.every_piece())
+        foreign = self._watch.written(self._islands.weights.known())
         self.written += [p.name for p in foreign if p.name not in self.written]
         return foreign

@@ -14,7 +14,6 @@ device until they are asked for. All functions are local.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ class StepLosses:
         self._summed: list[torch.Tensor] = []
         self._given: list[torch.Tensor] = []
         self._groups: list[torch.Tensor] = []
-        self._steps: list[float] = []
+        self._steps: list[float | None] = []
 
     def forward(self, output: Any) -> None:
         """The model returned this in a training forward."""
@@ -74,16 +73,14 @@ class StepLosses:
 
     def end_step(self) -> None:
         """The optimizer has stepped."""
-        loss = self.so_far()
-        self._steps.append(math.nan if loss is None else loss)
+        self._steps.append(self.so_far())
         self._forget_step()
 
     def take(self) -> float | None:
         """Mean over the steps that have ended since the last call; None if one is unknown."""
         steps, self._steps = self._steps, []
-        if not steps or any(math.isnan(loss) for loss in steps):
-            return None
-        return sum(steps) / len(steps)
+        known = [loss for loss in steps if loss is not None]
+        return sum(known) / len(known) if known and len(known) == len(steps) else None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -92,12 +89,12 @@ class StepLosses:
 
     def state_dict(self) -> list[float | None]:
         """Losses of the steps since the last exchange."""
-        return [None if math.isnan(loss) else loss for loss in self._steps]
+        return self._steps
 
     def load_state_dict(self, state: list[float | None]) -> None:
         """Take over what `state_dict` gave."""
         self.reset()
-        self._steps = [math.nan if loss is None else float(loss) for loss in state]
+        self._steps = [None if loss is None else float(loss) for loss in state]
 
     def _forget_step(self) -> None:
         self._forward, self._managed, self._summed = [], [], []

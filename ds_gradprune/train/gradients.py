@@ -17,7 +17,7 @@ import torch
 from ds_gradprune.bucket.apply import scatter_add
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
-from ds_gradprune.train.message import Memory, Message, Source, Stamp
+from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
 from ds_gradprune.train.residual import Residuals
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.channel import Channel
@@ -73,6 +73,7 @@ class GradientPruning:
         self._memory = Memory()
         self._number = 0
         self._dense_bytes = 0
+        self._open: list[Arrived] = []
 
     def begin(self) -> None:
         """A reduction of all gradients begins. Local."""
@@ -80,6 +81,10 @@ class GradientPruning:
 
     def commit(self, *, applied: bool) -> None:
         """The optimizer has stepped, or has skipped its step. Local."""
+        for arrived in self._open:
+            arrived.finish(applied=applied)
+        self._open = []
+        self.channel.settle(applied=applied)
         if applied:
             self.residuals.commit()
         else:
@@ -87,7 +92,7 @@ class GradientPruning:
 
     def abort(self) -> None:
         """The step failed: nothing of it counts. Local."""
-        self.residuals.drop()
+        self.commit(applied=False)
 
     def take_dense_bytes(self) -> int:
         """What this rank would have sent without pruning since the last call. Local."""
@@ -146,14 +151,16 @@ class GradientPruning:
         try:
             with self._stopwatch.phase("wire"):
                 pending.wait()
+            arrived = message.arrived(pending)
         except Exception:
             self._memory.abandon()
+            pending.finish(applied=False)
             raise
-        arrived = message.arrived(pending)
         if arrived.nonfinite:
             vector.fill_(float("nan"))
             arrived.finish(applied=False)
             return
+        self._open.append(arrived)
         staged = _unscaled(vector, owed, scale) if self._error_feedback else None
         vector.zero_()
         for number, bucket in enumerate(buckets):
@@ -165,7 +172,6 @@ class GradientPruning:
             apart = arrived.sent(number, vector.device)
             if staged is not None and apart is not None:
                 scatter_add(staged[here], apart, -1.0 / scale)
-        arrived.finish(applied=True)
         if self._error_feedback:
             self.residuals.stage(keys, numels, staged)
 
@@ -194,8 +200,13 @@ class GradientPruning:
         self._count(vector)
         keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
         owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
-        if owed is not None and not nonfinite:
-            vector.add_(owed, alpha=scale)
+        if not nonfinite:
+            if owed is not None:
+                vector.add_(owed, alpha=scale)
+            for number, bucket in enumerate(self._buckets(gradients), start=self._number):
+                here = vector[bucket.start : bucket.stop]
+                self.channel.pay(number, bucket.layout, here, scale)
+                self._number = number + 1
         with self._stopwatch.phase("wire"):
             self.channel.start_all_reduce(vector).wait()
         if owed is not None and not nonfinite:

@@ -172,10 +172,11 @@ class _Pruned:
         try:
             with self._islands.stopwatch.phase("wire"):
                 self._pending.wait()
+            self._arrived = self._message.arrived(self._pending)
         except Exception:
             self._islands.memory.abandon()
+            self._pending.finish(applied=False)
             raise
-        self._arrived = self._message.arrived(self._pending)
         return self._arrived.nonfinite
 
     @torch.no_grad()
@@ -270,20 +271,22 @@ class _Dense:
         """Nothing to do."""
 
     def abort(self) -> None:
-        """Nothing to give back."""
+        self._islands.channel.settle(applied=False)
 
     @torch.no_grad()
     def start(self) -> None:
         if self._nonfinite:
             return
-        for bound in self._bounds:
+        channel = self._islands.channel
+        for number, bound in enumerate(self._bounds):
             move = torch.cat(bound.own).sub_(bound.beside())
             if self._islands.kept is not None:
                 store = self._islands.weights.stores[bound.store]
                 kept = self._islands.kept
                 move.add_(kept.of(bound, store), alpha=kept.decay)
+            channel.pay(number, bound.layout, move)
             self._moves.append(move)
-            self._works.append(self._islands.channel.start_all_reduce(move))
+            self._works.append(channel.start_all_reduce(move))
 
     def done(self) -> bool:
         return all(work.done() for work in self._works)
@@ -312,6 +315,7 @@ class _Dense:
             for own, part in zip(bound.own, bound.split(shared), strict=True):
                 own.copy_(part)
             bound.give_back(shared)
+        islands.channel.settle(applied=True)
 
 
 def refuse(nonfinite: Sequence[int], step: int) -> None:

@@ -54,13 +54,10 @@ class Shards(Protocol):
     Attributes:
         has_masters: the model's weights are copies of what the optimizer steps. A user's write to
             them is lost at the next step, as in plain DeepSpeed.
-        averages_by_groups: the dense warm-up needs no `gradients`: DeepSpeed's own reduction
-            averages over all ranks while the island's groups are not in force.
         warmup_fault: one sentence, why a dense warm-up is impossible here; None: it is possible.
     """
 
     has_masters: bool
-    averages_by_groups: bool
     warmup_fault: str | None
 
     def pieces(self) -> list[Piece]:
@@ -82,11 +79,15 @@ class Shards(Protocol):
         """What the optimizer is about to step with: means over the island, this rank's part.
 
         1-D and contiguous, one per piece of `pieces`, in its order. They may be changed in place
-        before `gradients_changed` is called. Local.
+        before `gradients_changed` is called. At ZeRO stage 0 nobody asks: there DeepSpeed reduces
+        whole gradients. Local.
         """
 
     def gradients_changed(self) -> None:
-        """Take anew what the optimizer has derived from `gradients` already. Local."""
+        """Take anew what the optimizer has derived from `gradients` already.
+
+        Collective: all ranks of the island.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state without the weights: tensors, numbers, texts. Local."""

@@ -14,7 +14,7 @@ equal on all ranks is said.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import google_crc32c
@@ -115,11 +115,13 @@ class SharedWeights:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Pieces that are seen for the first time join: their own weights are the shared ones.
+        """Pieces that are trained for the first time join: their own weights are the shared ones.
 
         Their own weights must be equal on all islands.
         """
-        new = [p for p in self._shards.every_piece() if p.key not in self._places]
+        self._add([p for p in self._shards.pieces() if p.key not in self._places])
+
+    def _add(self, new: Sequence[Piece]) -> None:
         start = 0
         for piece in new:
             self._places[piece.key] = _Place(len(self.stores), start, piece.own.numel())
@@ -167,12 +169,16 @@ class SharedWeights:
         keys = repr([(p.key, p.own.numel(), p.pruned) for p in self._shards.pieces()])
         return int(google_crc32c.value(keys.encode()))
 
+    def known(self) -> list[Piece]:
+        """The pieces that were ever trained; the others are equal on all islands."""
+        return [p for p in self._shards.every_piece() if p.key in self._places]
+
     @torch.no_grad()
     def capture(self) -> None:
         """The own weights, equal on all islands, become the shared ones."""
         assert not self.are_swapped
         self.join()
-        for piece in self._shards.every_piece():
+        for piece in self.known():
             self.shared(piece).copy_(piece.own)
 
     @torch.no_grad()
@@ -180,7 +186,7 @@ class SharedWeights:
         """The shared weights become the own ones: all residuals end."""
         if self.are_swapped:
             self.swap()
-        for piece in self._shards.every_piece():
+        for piece in self.known():
             piece.own.copy_(self.shared(piece))
 
     def is_finite(self) -> bool:
@@ -199,7 +205,7 @@ class SharedWeights:
         Whoever calls it publishes the weights afterwards.
         """
         self.join()
-        for piece in self._shards.every_piece():
+        for piece in self.known():
             shared = self.shared(piece)
             for start in range(0, piece.own.numel(), self._bucket_numel):
                 here = slice(start, start + self._bucket_numel)
@@ -208,21 +214,22 @@ class SharedWeights:
                 shared[here].copy_(own)
         self.are_swapped = not self.are_swapped
 
-    def own_state(self) -> list[torch.Tensor]:
-        """The own weights of every piece, for a checkpoint; views, wherever they are now."""
-        pieces = self._shards.every_piece()
-        return [self.shared(p) if self.are_swapped else p.own for p in pieces]
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """The own weights of every piece that was ever trained, by key; views."""
+        return {repr(p.key): self.shared(p) if self.are_swapped else p.own for p in self.known()}
 
     @torch.no_grad()
-    def set_own(self, saved: Sequence[torch.Tensor]) -> None:
-        """Put back what `own_state` gave."""
-        for piece, own in zip(self._shards.every_piece(), saved, strict=True):
-            piece.own.copy_(own)
+    def set_own(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `own_state` gave; the shared weights are in place."""
+        pieces = [p for p in self._shards.every_piece() if repr(p.key) in saved]
+        self._add([p for p in pieces if p.key not in self._places])
+        for piece in pieces:
+            piece.own.copy_(saved[repr(piece.key)])
 
-    def fits(self, saved: Sequence[torch.Tensor]) -> bool:
+    def fits(self, saved: Mapping[str, torch.Tensor]) -> bool:
         """Whether `saved` is of these pieces."""
-        shapes = [piece.own.shape for piece in self._shards.every_piece()]
-        return shapes == [tensor.shape for tensor in saved]
+        shapes = {repr(p.key): p.own.shape for p in self._shards.every_piece()}
+        return all(shapes.get(key) == tensor.shape for key, tensor in saved.items())
 
     def crc(self) -> int:
         """crc32c over the bits of the shared weights, wherever they are now."""
@@ -233,7 +240,7 @@ class SharedWeights:
         return int(crc)
 
     def _shared_tensors(self) -> Iterator[torch.Tensor]:
-        for piece in self._shards.every_piece():
+        for piece in self.known():
             if piece.own.numel():
                 yield piece.own if self.are_swapped else self.shared(piece)
 

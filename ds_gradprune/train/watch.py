@@ -45,7 +45,7 @@ def bits_sum(tensor: torch.Tensor) -> int:
     """
     native = kernels()
     if native is not None and tensor.device.type == "cpu":
-        return int(native.checksum(tensor))
+        return int(native.checksum(tensor.detach().numpy()))
     if not tensor.numel():
         return 0
     bits = tensor.detach().view(torch.int32)
