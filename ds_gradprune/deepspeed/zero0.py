@@ -43,7 +43,6 @@ class Zero0:
         UnsupportedError: weights are not fp32, or do not lie contiguously.
     """
 
-    averages_by_groups = True
     warmup_fault: str | None = None
 
     def __init__(self, engine: Any, groups: Groups, names: Names) -> None:
@@ -98,11 +97,11 @@ class Zero0:
                 span.parameter.copy_(span.view(flats).view(span.parameter.shape))
 
     def gradients(self) -> list[torch.Tensor]:
-        """Never called: see `averages_by_groups`."""
-        raise NotImplementedError("at stage 0 DeepSpeed's own reduction averages over all ranks")
+        """See `Shards.gradients`: nobody asks."""
+        raise NotImplementedError("at stage 0 DeepSpeed reduces whole gradients")
 
     def gradients_changed(self) -> None:
-        """Never called: see `averages_by_groups`."""
+        """See `Shards.gradients_changed`: nobody calls it."""
 
     def state_dict(self) -> dict[str, Any]:
         """See `Shards.state_dict`."""

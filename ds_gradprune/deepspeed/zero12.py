@@ -8,7 +8,9 @@ partitions fall inside parameters. Padding lies behind the last parameter, and w
 Where the gradients are when the optimizer is about to step:
 
 - `averaged_gradients[i]`: a list of tensors that, one after the other, fill the partition;
-- offloaded: `single_partition_of_fp32_groups[i].grad`. Their norms were taken during backward.
+- offloaded: `single_partition_of_fp32_groups[i].grad`. Their norms were taken during backward;
+- `BF16_Optimizer` (stage 1, bf16, `grad_accum_dtype` fp32): every rank has whole gradients, and
+  takes the norm of all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed import comm
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import has_inf_or_nan
 from deepspeed.runtime.zero.utils import get_norm_dtype
@@ -35,9 +38,6 @@ _MUON_FAULT = (
 class Zero12:
     """The fp32 weights of an engine at stage 1 or 2; see `train.piece.Shards`.
 
-    `BF16_Optimizer` (stage 1, bf16, `grad_accum_dtype` fp32) reduces and clips whole gradients, so
-    its dense warm-up is DeepSpeed's own reduction over all ranks.
-
     Args:
         engine: a DeepSpeed engine.
         groups: the island.
@@ -52,7 +52,7 @@ class Zero12:
     def __init__(self, engine: Any, groups: Groups, names: Names) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
-        self.averages_by_groups = isinstance(self._optimizer, BF16_Optimizer)
+        self._groups = groups
         self._is_offloaded = bool(getattr(self._optimizer, "cpu_offload", False))
         self.warmup_fault = _MUON_FAULT if self._muon_comes_first() else None
         self._whole = list(self._lay_out(names))
@@ -90,20 +90,19 @@ class Zero12:
             self._optimizer._wait_for_offload_copies()
             grads: list[Any] = [tensor.grad for tensor in self._tensors()]
             return [span.view(grads) for span in self._spans]
+        if isinstance(self._optimizer, BF16_Optimizer):
+            partitions = self._optimizer.fp32_groups_gradient_flat_partition
+            return [span.view(partitions) for span in self._spans]
         parts = [dict(self._parts(flat)) for flat in range(len(self._tensors()))]
         return [parts[span.flat][span.start] for span in self._spans]
 
     @torch.no_grad()
     def gradients_changed(self) -> None:
-        """See `Shards.gradients_changed`. Offloaded: norms and overflow were noted in backward."""
-        if not self._is_offloaded:
-            return
-        for span, gradient in zip(self._spans, self.gradients(), strict=True):
-            number = self._optimizer.get_param_id(span.parameter)
-            norm = gradient.to(get_norm_dtype()).norm(2)
-            self._optimizer.norm_for_param_grads[number] = norm
-            if has_inf_or_nan(gradient):
-                self._optimizer.local_overflow = True
+        """See `Shards.gradients_changed`."""
+        if isinstance(self._optimizer, BF16_Optimizer):
+            self._complete_gradients()
+        elif self._is_offloaded:
+            self._take_norms()
 
     def state_dict(self) -> dict[str, Any]:
         """See `Shards.state_dict`."""
@@ -117,6 +116,26 @@ class Zero12:
 
     def close(self) -> None:
         """Nothing was changed."""
+
+    def _complete_gradients(self) -> None:
+        """Every rank of the island has whole gradients again, and all of them count."""
+        optimizer = self._optimizer
+        if self._groups.inner is not None:
+            wholes = optimizer.fp32_groups_gradients_flat
+            partitions = optimizer.fp32_groups_gradient_flat_partition
+            for whole, partition in zip(wholes, partitions, strict=True):
+                comm.all_gather_into_tensor(whole, partition, group=self._groups.inner)
+        for number, flags in enumerate(optimizer.fp32_groups_has_gradients):
+            optimizer.fp32_groups_has_gradients[number] = [True] * len(flags)
+
+    def _take_norms(self) -> None:
+        """Norms and overflow of offloaded gradients, which DeepSpeed notes in backward."""
+        for span, gradient in zip(self._spans, self.gradients(), strict=True):
+            number = self._optimizer.get_param_id(span.parameter)
+            norm = gradient.to(get_norm_dtype()).norm(2)
+            self._optimizer.norm_for_param_grads[number] = norm
+            if has_inf_or_nan(gradient):
+                self._optimizer.local_overflow = True
 
     def _tensors(self) -> list[torch.Tensor]:
         """This rank's partition of every parameter group."""

@@ -44,7 +44,6 @@ class Zero3:
         UnsupportedError: the weights are not fp32.
     """
 
-    averages_by_groups = False
     warmup_fault: str | None = None
 
     def __init__(self, engine: Any, groups: Groups, names: Names) -> None:

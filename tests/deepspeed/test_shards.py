@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
 
 CASES = "tests.helpers.shard_cases"
 INEXACT = {
-    "2-fp32-sums": "our mean over islands is fp32, DeepSpeed's sum over all ranks bf16",
+    "1-fp32-sums": "our mean over islands is fp32, DeepSpeed's sum over all ranks bf16",
+    "2-fp32-sums": "the same",
     "2-autocast": "the same",
     "2-offload": "offloaded gradients are fp32",
     "3-offload": "offloaded gradients are fp32",

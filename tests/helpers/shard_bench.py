@@ -142,7 +142,7 @@ class Bench:
     @contextmanager
     def averaging(self) -> Iterator[None]:
         """Steps inside are those of a dense warm-up."""
-        if self.shards.averages_by_groups:
+        if not self.engine.zero_optimization_stage():
             yield
             return
         original = self.engine._take_model_step
