@@ -95,17 +95,7 @@ def ranks_per_island(seats: Sequence[Seat], ranks: int | None) -> int:
                 "Set a divisor, or null for one island per host."
             )
         return ranks
-    hosts: list[list[Seat]] = []
-    for rank, seat in enumerate(seats):
-        if seat.local_rank == 0:
-            hosts.append([])
-        if not hosts or seat.local_rank != len(hosts[-1]):
-            raise UnsupportedError(
-                "islands need the ranks of a host to follow each other, but rank "
-                f"{rank} on {seat.host} has local rank {seat.local_rank}. Let the launcher fill "
-                f"one host after the other, or set {_FIELD}."
-            )
-        hosts[-1].append(seat)
+    hosts = _hosts(seats)
     counts = ", ".join(
         f"{host[0].host} ({len(host)} rank{'s' if len(host) > 1 else ''})" for host in hosts
     )
@@ -122,6 +112,22 @@ def ranks_per_island(seats: Sequence[Seat], ranks: int | None) -> int:
         )
     # On one host alone there is no slow link to spare, and islands are wanted for trying out.
     return len(hosts[0]) if len(hosts) > 1 else 1
+
+
+def _hosts(seats: Sequence[Seat]) -> list[list[Seat]]:
+    """The seats, host by host: a host begins where the local rank is 0."""
+    hosts: list[list[Seat]] = []
+    for rank, seat in enumerate(seats):
+        if seat.local_rank == 0:
+            hosts.append([])
+        if not hosts or seat.local_rank != len(hosts[-1]):
+            raise UnsupportedError(
+                "islands need the ranks of a host to follow each other, but rank "
+                f"{rank} on {seat.host} has local rank {seat.local_rank}. Let the launcher fill "
+                f"one host after the other, or set {_FIELD}."
+            )
+        hosts[-1].append(seat)
+    return hosts
 
 
 class Groups:
