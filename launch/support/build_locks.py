@@ -14,6 +14,9 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
+UNUSED_OP = "deepspeed_shm_comm"
+"""Never loaded here: see `start.skip_shm_op`."""
+
 LONGEST_BUILD_S = 900.0
 """Where processes cannot be looked at, and on a disk that hosts share: no compilation is longer."""
 
@@ -30,6 +33,7 @@ def stale_locks(folder: Path | None = None, processes: Path = Path("/proc")) -> 
     )
     # One folder per op; by default one per Python and accelerator around them.
     locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
+    locks = [lock for lock in locks if lock.parent.name != UNUSED_OP]
     return [lock for lock in locks if _is_stale(lock, processes)]
 
 

@@ -11,8 +11,8 @@ import pytest
 from launch.support.build_locks import LONGEST_BUILD_S, stale_locks, warning
 
 
-def lock_in(folder: Path, age_s: float = 0.0) -> Path:
-    path = folder / "fused_adam" / "lock"
+def lock_in(folder: Path, age_s: float = 0.0, op: str = "fused_adam") -> Path:
+    path = folder / op / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     made_s = time.time() - age_s
@@ -25,6 +25,11 @@ def test_a_lock_that_no_process_has_open_is_stale_however_young(tmp_path: Path) 
     path = lock_in(tmp_path)
     assert stale_locks(tmp_path) == [path]
     assert warning([path]).endswith(f"waits for it for ever: rm {path}")
+
+
+def test_the_op_that_training_never_loads_blocks_nobody(tmp_path: Path) -> None:
+    lock_in(tmp_path, op="deepspeed_shm_comm")
+    assert stale_locks(tmp_path) == []
 
 
 def test_a_lock_that_is_held_is_not(tmp_path: Path) -> None:

