@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from labs.race.job import Policy
+from labs.race.onebit import GlooWire
 from labs.race.onebit_adam import OneBitAdam, Rules, ZeroOneAdam
 
 SHAPES = ((5, 7), (3,), (48,), (1,))
@@ -209,4 +212,13 @@ def reference_zeroone(size: int):
             if waited == POLICY.local_step_scaler:
                 gap, waited = min(POLICY.local_step_clipper, 2 * gap), 0
         history.append(x)
+    return history
+
+
+def train_on_gloo(name: str) -> list[list[torch.Tensor]]:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = f"file://{os.environ['DS_TEST_STORE']}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    history, _, _ = train(name, rank, GlooWire())
+    dist.destroy_process_group()
     return history

@@ -8,16 +8,14 @@ it, and the next step takes that back. So values of order 1 agree to 1e-6; a wro
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from labs.race.job import Recipe
 from labs.race.methods import parse_method
-from labs.race.onebit import GlooWire, OneBitMean
+from labs.race.onebit import OneBitMean
 from tests.helpers.onebit import (
     FREEZE_STEP,
     SHAPES,
@@ -151,19 +149,10 @@ def test_a_large_tensor_costs_a_thirty_second_of_fp32() -> None:
     assert run_ranks(2, work) == pytest.approx([32.0] * 2, rel=0.01)
 
 
-def train_on_gloo(name: str) -> list[list[torch.Tensor]]:
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = f"file://{os.environ['DS_TEST_STORE']}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    history, _, _ = train(name, rank, GlooWire())
-    dist.destroy_process_group()
-    return history
-
-
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_gloo_carries_the_same_bits() -> None:
-    on_gloo = run_processes(3, __name__, "train_on_gloo", {"name": "zeroone_adam"})
+    on_gloo = run_processes(3, "tests.helpers.onebit", "train_on_gloo", {"name": "zeroone_adam"})
     on_threads = run_ranks(
         3, lambda transport: train("zeroone_adam", transport.rank, ThreadWire(transport))
     )
