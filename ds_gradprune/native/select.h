@@ -58,7 +58,7 @@ class Search {
   int64_t settle(const int32_t* t, int64_t n, int64_t k, int32_t& threshold) {
     int64_t low = 0, count_low = n;                           // more than k reach low
     int64_t high = int64_t{kMagnitude} + 1, count_high = 0;  // fewer than k reach high
-    int64_t guess = last_;
+    int64_t guess = std::max<int64_t>(last_, 1);  // 1 settles a row of zeros
     float slope = slope_;
     for (int tries = 0; high - low > 1; ++tries) {
       if (tries >= kAims && count_low - count_high <= kFew) break;
@@ -74,8 +74,12 @@ class Search {
       const bool framed = low > 0 && high <= kMagnitude;
       if (framed) slope = (high - low) / (octaves(count_low) - octaves(count_high));
       if (framed && count_low - count_high >= kClose / 2) slope_ = slope;
-      if (tries >= kAims || idle) {
+      if (tries == kAims) {
+        guess = low + 1;  // settles rows with many equals
+      } else if (tries > kAims || idle) {
         guess = low + (high - low) / 2;
+      } else if (count == 0 && low == 0) {
+        guess = 1;
       } else {  // a little beyond k until it is framed closely
         const bool close = framed && count_low - count_high <= kClose;
         const int64_t aim = close ? k : k - miss / 8 - (miss > 0 ? kBeyond : -kBeyond);
@@ -139,8 +143,11 @@ void keep(const int32_t* t, int64_t n, int64_t k, int32_t threshold, int64_t exc
     uint64_t word = at_least_64(t + i, threshold);
     if (excess) {
       uint64_t equal = word & ~at_least_64(t + i, threshold + 1);
-      for (; equal; equal &= equal - 1)
-        if (--equals < 0) word &= ~(equal & -equal);
+      const int64_t here = __builtin_popcountll(equal);
+      for (int64_t drop = std::max<int64_t>(equals, 0); drop > 0 && equal && drop < here; --drop)
+        equal &= equal - 1;  // the first ones stay
+      if (here > equals) word &= ~equal;
+      equals -= here;
     }
     kept += list_bits(word, i, places + kept);
   }
