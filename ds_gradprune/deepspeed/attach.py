@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
+import google_crc32c
 import torch
 import torch.distributed as dist
 
@@ -101,7 +102,9 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
         return _idle(engine, config, "there is only one island")
     check_ranks(ranks, facts_of(engine, config))
     shards = _together(ranks, lambda: make_shards(engine, groups, config.min_numel))
-    equalize(engine, groups, shards)
+    if config.warmup == "dense" and config.warmup_steps and shards.warmup_fault is not None:
+        raise UnsupportedError(shards.warmup_fault)
+    equalize(engine.module, groups, shards)
     seat = checkpoint.Seat(
         ranks, groups.island, groups.num_islands, groups.shard, groups.num_shards
     )
@@ -136,20 +139,37 @@ def on_cpu(group: Any) -> Any:
 
 
 @torch.no_grad()
-def equalize(engine: Any, groups: Groups, shards: Shards) -> None:
+def equalize(module: torch.nn.Module, groups: Groups, shards: Shards) -> None:
     """Weights and buffers of island 0 for all: DeepSpeed did so within the island only.
+
+    Only what differs travels: hashes are compared first.
 
     Collective: all ranks.
     """
-    module = engine.module
-    tensors = [*module.parameters(), *module.buffers()]
-    tensors += [piece.own for piece in shards.every_piece()]
+    rest = shards.rest()
+    frozen = [p for p in module.parameters() if not p.requires_grad and not hasattr(p, "ds_tensor")]
+    tensors = [piece.own for piece in shards.pieces()] + rest.sharded + rest.whole + frozen
+    distinct = list({id(tensor): tensor for tensor in tensors if tensor.numel()}.values())
     source = dist.get_global_rank(groups.outer, 0)
-    for tensor in {id(tensor): tensor for tensor in tensors if tensor.numel()}.values():
+    for tensor in _differing(distinct, groups):
         whole = tensor.detach().contiguous()
         dist.broadcast(whole.view(-1).view(torch.uint8), src=source, group=groups.outer)
         tensor.copy_(whole)
     shards.publish()
+
+
+def _differing(tensors: list[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
+    """Those that are not equal on the same-index ranks of all islands, in order. Collective."""
+    crcs = torch.tensor([_crc(tensor) for tensor in tensors], dtype=torch.int64)
+    rows = [torch.empty_like(crcs) for _ in range(groups.num_islands)]
+    dist.all_gather(rows, crcs, group=groups.outer_cpu)
+    equal = torch.stack(rows).eq(rows[0]).all(dim=0).tolist()
+    return [tensor for tensor, same in zip(tensors, equal, strict=True) if not same]
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return int(google_crc32c.value(flat))
 
 
 def _channel(config: GradientPruningConfig, group: Any, clock: Clock) -> Channel:

@@ -19,7 +19,7 @@ from ds_gradprune.deepspeed.attach import attach, on_cpu
 from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
 from ds_gradprune.deepspeed.shards import refused_by
-from ds_gradprune.deepspeed.zero3_setup import repartition
+from ds_gradprune.deepspeed.zero3_setup import confine, repartition
 from ds_gradprune.errors import ConfigError, UnsupportedError
 from ds_gradprune.wire.torchdist import TorchDistTransport
 
@@ -65,17 +65,13 @@ def _make(
     given = inspect.signature(_original).bind(*args, **kwargs)
     ds_config = _ds_config(given.arguments)
     if not _has_optimizer(given.arguments, ds_config):
-        return _call(given), False
+        return _reference(given, ds_config), False
     config = load_block(ds_config)
     if not config.enabled:
         return _call(given), True
     if config.prune == "update":
         _refuse_other_groups(given.arguments, ds_config)
-    names = ("distributed_port", "dist_init_required")
-    comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        **{name: given.arguments[name] for name in names if name in given.arguments},
-    )
+    _open_comm(given.arguments)
     if comm.get_world_size() > 1:
         _compare(given.arguments, config)
     if comm.get_world_size() > 1 and config.prune == "update":
@@ -84,6 +80,42 @@ def _make(
         given.arguments["mpu"] = groups
     with kept():
         return _call(given), True
+
+
+def _reference(
+    given: inspect.BoundArguments, ds_config: dict[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    """An engine without an optimizer. At ZeRO stage 3 it gathers inside the island, too."""
+    zero = ds_config.get("zero_optimization")
+    is_divided = isinstance(zero, dict) and zero.get("stage") == 3
+    if not is_divided or not _has_islands(ds_config):
+        return _call(given)
+    _open_comm(given.arguments)
+    if comm.get_world_size() == 1:
+        return _call(given)
+    groups = Groups(load_block(ds_config).island.ranks)
+    repartition(given.arguments["model"], groups)
+    given.arguments["mpu"] = groups
+    with kept():
+        result = _call(given)
+    confine(result[0], groups)
+    return result
+
+
+def _has_islands(ds_config: dict[str, Any]) -> bool:
+    if BLOCK not in ds_config:
+        return False
+    config = load_block(ds_config)
+    return config.enabled and config.prune == "update"
+
+
+def _open_comm(given: dict[str, Any]) -> None:
+    """Open DeepSpeed's communication as `deepspeed.initialize` would."""
+    names = ("distributed_port", "dist_init_required")
+    comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        **{name: given[name] for name in names if name in given},
+    )
 
 
 def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:

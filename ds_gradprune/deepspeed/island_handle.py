@@ -120,6 +120,7 @@ class IslandHandle(Handle):
     def _before_detach(self) -> None:
         self.weights.leave_shared()
         self._warmup.close()
+        self.shards.close()
 
     # ---- the step ------------------------------------------------------------------------------
 

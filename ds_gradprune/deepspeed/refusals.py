@@ -49,11 +49,6 @@ REFUSALS = (
         lambda engine: engine.__dict__.get("gradprune") is not None,
     ),
     Refusal(
-        'fp16 with prune = "update" yet (fp32 and bf16 only; "gradient" takes it)',
-        lambda engine: engine.fp16_enabled(),
-        (UPDATE,),
-    ),
-    Refusal(
         'gradients that are summed, not averaged (gradient_allreduce_op), with prune = "update"',
         lambda engine: not engine.gradient_average,
         (UPDATE,),

@@ -412,13 +412,10 @@ def island_refusals() -> dict[str, str]:
         )
 
     plain = deepspeed.initialize(model=TinyLM(), config=ds_config(BLOCK))[0]
-    half = create(model=TinyLM(), config=ds_config(BLOCK))[0]
-    half.fp16_enabled = lambda: True
     return {
         "attach": _message(lambda: ds_gradprune.attach(plain)),
         "mpu": start(mpu=Groups(1)),
         "sequence": start(extra={"sequence_parallel_size": 2}),
-        "fp16": _message(lambda: ds_gradprune.attach(half)),
         "bf16 weights": start(model=TinyLM().bfloat16()),
     }
 
