@@ -176,7 +176,8 @@ def show(result: dict[str, Any], world_size: int) -> None:
     for row in result["sizes"]:
         print(
             f"{row['k']:5} {row['codec']:>6} {row['payload_bytes']:14} "
-            f"{row['bits_per_index']:10.3f} {row['bits_per_kept']:10.3f} {row['bits_per_param']:10.4f}"
+            f"{row['bits_per_index']:10.3f} {row['bits_per_kept']:10.3f} "
+            f"{row['bits_per_param']:10.4f}"
         )
 
 
