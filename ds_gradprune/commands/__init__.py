@@ -1,0 +1,1 @@
+"""The subcommands of `ds-gradprune`. Each is imported when it is called."""

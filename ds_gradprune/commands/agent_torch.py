@@ -1,0 +1,179 @@
+"""Orders of the agent that need torch: collectives between hosts, and what a step costs here."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_gradprune.bucket.layout import kept_per_chunk
+from ds_gradprune.commands import local_cost, shapes
+from ds_gradprune.law.stats import median
+from ds_gradprune.native.library import kernels
+from ds_gradprune.wire.throttle import RatePoint
+from ds_gradprune.wire.torchdist import TorchDistTransport
+from ds_gradprune.wire.traffic import all_gather_bytes, ring_all_reduce_bytes
+
+CALLS = 15
+"""Small collectives behind a median."""
+
+TIMEOUT_S = 60.0
+
+
+def collective(
+    *, rank: int, world_size: int, host: str, port: int, num_bytes: int
+) -> dict[str, float]:
+    """Time the product's own collectives between all hosts, over gloo.
+
+    Args:
+        rank: this host.
+        world_size: hosts.
+        host: of rank 0.
+        port: free there.
+        num_bytes: of a large message.
+
+    Returns:
+        Seconds of a small all-gather and a small all-reduce, megabit per second of large ones.
+
+    Collective: all hosts.
+    """
+    limit = datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{host}:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=limit,
+    )
+    try:
+        return _collectives(TorchDistTransport(timeout_s=TIMEOUT_S), num_bytes)
+    finally:
+        dist.destroy_process_group()
+
+
+def _collectives(transport: TorchDistTransport, num_bytes: int) -> dict[str, float]:
+    world_size = transport.world_size
+    small = torch.zeros(80, dtype=torch.uint8)
+    large = torch.zeros(num_bytes, dtype=torch.uint8)
+    vector = torch.zeros(num_bytes // 4)
+
+    def gather(payload: torch.Tensor) -> float:
+        out = torch.empty((world_size, payload.numel()), dtype=torch.uint8)
+        return _timed(lambda: transport.all_gather(payload, out))
+
+    def reduce(tensor: torch.Tensor) -> float:
+        return _timed(lambda: transport.all_reduce(tensor))
+
+    gather(small)
+    reduce(vector[:16])
+    gather_call_s = median([gather(small) for _ in range(CALLS)])
+    reduce_call_s = median([reduce(vector[:16]) for _ in range(CALLS)])
+    gather_s = median([gather(large) for _ in range(3)]) - gather_call_s
+    reduce_s = median([reduce(vector) for _ in range(3)]) - reduce_call_s
+    sent = all_gather_bytes(num_bytes, world_size)
+    summed = ring_all_reduce_bytes(4 * vector.numel(), world_size)
+    return {
+        "gather_call_s": gather_call_s,
+        "reduce_call_s": reduce_call_s,
+        "gather_mbit": 8e-6 * sent / max(gather_s, 1e-6),
+        "reduce_mbit": 8e-6 * summed / max(reduce_s, 1e-6),
+    }
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def local(
+    *,
+    model: str,
+    batch: int,
+    tokens: int | None,
+    is_bf16: bool,
+    min_numel: int,
+    densities: Sequence[float],
+    decays: Sequence[float | None],
+    islands: int,
+    shards: int,
+    value_bits: int,
+    step_s: float | None,
+    links: Sequence[tuple[float, float]],
+) -> dict[str, Any]:
+    """What a step of this model costs on this host.
+
+    Args:
+        model: see `shapes.config_of`.
+        batch: sequences of a micro-step.
+        tokens: of a sequence; None: what the model can see.
+        is_bf16: precision of forward and backward.
+        min_numel: smaller parameters are sent whole.
+        densities: to measure the codec at.
+        decays: of the residuals to measure it with; None: no buffer.
+        islands: hosts.
+        shards: ranks of a host, which divide the weights among them.
+        value_bits: of a value on the wire.
+        step_s: seconds of a step, where the user knows them; then no step is made.
+        links: payload rate in Mbit/s and latency in seconds of links to emulate.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // shards))
+    device = local_cost.device_here()
+    config = shapes.config_of(model)
+    numels, pruned = shapes.sizes(shapes.build(config, "meta"), min_numel)
+    tokens = tokens or shapes.context_of(config)
+    times = None
+    if step_s is None:
+        local_cost.check_fits(sum(numels), device)
+        times = local_cost.measure_step(
+            shapes.build(config, device),
+            batch=batch,
+            tokens=tokens,
+            vocabulary=config.vocab_size,
+            is_bf16=is_bf16,
+        )
+    sample, are_pruned = shapes.share_of(
+        numels, pruned, min(local_cost.SAMPLE_NUMEL, -(-sum(numels) // shards))
+    )
+    factor = sum(numels) / shards / sum(sample)
+    points = [RatePoint(i + 1, rate * 125e3, late_s) for i, (rate, late_s) in enumerate(links)]
+    exchanges = []
+    for density in densities:
+        k = kept_per_chunk(density)
+        for decay in decays:
+            found = local_cost.measure_exchange(
+                sample,
+                are_pruned,
+                k=k,
+                islands=islands,
+                value_bits=value_bits,
+                decay=decay,
+                points=points,
+                device=device,
+            )
+            exchanges.append(
+                {
+                    "density": density,
+                    "decay": decay,
+                    "codec_s": factor * found.codec_s,
+                    "payload_bytes": local_cost.payload_bytes(numels, pruned, k, value_bits),
+                    "sample_bytes": local_cost.payload_bytes(sample, are_pruned, k, value_bits),
+                    "emulated_s": list(found.emulated_s),
+                }
+            )
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "has_kernels": kernels() is not None,
+        "numel": sum(numels),
+        "tokens": tokens,
+        "micro_s": None if times is None else times.micro_s,
+        "optimizer_s": None if times is None else times.optimizer_s,
+        "exchanges": exchanges,
+    }

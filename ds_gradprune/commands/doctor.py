@@ -1,0 +1,323 @@
+"""`ds-gradprune doctor`: does pruning pay on these hosts, this link and this model?
+
+This process measures nothing itself and loads no torch: agents on the hosts do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_gradprune.commands import doctor_page, pairs
+from ds_gradprune.commands.diagnosis import (
+    DENSITIES,
+    INTERVALS,
+    Column,
+    Exchange,
+    assumed,
+    diagnose,
+    emulated,
+)
+from ds_gradprune.commands.flags import Parser, above_zero, count, not_negative, numbers
+from ds_gradprune.commands.forecast import Job, Link, Setting, exchange_bytes, settings
+from ds_gradprune.commands.hosts import HostLine, Hosts, read_hostfile
+from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block, read_config
+from ds_gradprune.errors import ConfigError, TransportError
+
+PAYS, DOES_NOT_PAY = 0, 3
+"""Exit codes; a fault is 2."""
+
+RATES = (10.0, 100.0, 1000.0)
+"""Mbit/s of links that are emulated where there is one host."""
+
+LOCAL_S = 1800.0
+"""A host that has not measured a step within so long hangs."""
+
+MICRO_BATCH = 4
+"""Sequences of a micro-step where no configuration says."""
+
+
+def parser() -> Parser:
+    """The flags."""
+    flags = Parser(
+        "doctor",
+        "Measure hosts, links and a step of a model, and say whether pruning pays.",
+        epilog="Exit codes: 0 pruning pays, 3 it does not, 2 a fault.",
+    )
+    add = flags.add_argument
+    add("--hostfile", type=Path, help="DeepSpeed's; without it this host alone, links emulated")
+    add(
+        "--model",
+        default="nano",
+        help="nano (1M parameters), micro (10M), small (124M), a number such as 350M, or a model "
+        "folder (default: nano)",
+    )
+    add("--config", help="DeepSpeed's JSON file: batch, precision, ZeRO stage, our block")
+    add("--rates", type=numbers, help="links to compare with, Mbit/s, as on their labels: 10,100")
+    add("--latency-ms", type=not_negative, default=0.5, help="of emulated links (default: 0.5)")
+    add("--islands", type=count, default=2, help="hosts to emulate on one host (default: 2)")
+    add(
+        "--batch", type=count, help="sequences of a micro-step (default: the configuration's, or 4)"
+    )
+    add("--tokens", type=count, help="of a sequence (default: what the model sees, at most 1024)")
+    add("--step-s", type=above_zero, help="seconds of a step without exchange, if you know them")
+    add("--json", action="store_true", help="one JSON document instead of a page")
+    return flags
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the user wants to train, as far as it matters here.
+
+    Attributes:
+        block: ours.
+        batch: sequences of a micro-step.
+        accumulation: micro-steps.
+        stage: of ZeRO.
+        is_bf16: bf16 or fp16 is on.
+    """
+
+    block: GradientPruningConfig
+    batch: int = MICRO_BATCH
+    accumulation: int = 1
+    stage: int = 0
+    is_bf16: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Raises:
+        GradPruneError: the flags, the configuration, a host or a link is faulty.
+    """
+    flags = parser().parse_args(arguments)
+    plan = read_plan(flags.config, flags.batch)
+    lines = read_hostfile(flags.hostfile) if flags.hostfile else [HostLine("localhost")]
+    if len(lines) > 1 and not flags.rates:
+        flags.rates = ()
+    tell = _teller(flags.json)
+    tell(f"starting on {', '.join(line.name for line in lines)}")
+    with Hosts(lines, os.environ) as hosts:
+        found = examine(hosts, lines, plan, flags, tell)
+    if flags.json:
+        print(json.dumps(found.diagnosis.as_json() | {"hosts": found.facts}))
+    else:
+        print(doctor_page.page(found))
+    return PAYS if found.diagnosis.pays else DOES_NOT_PAY
+
+
+def read_plan(path: str | None, batch: int | None = None) -> Plan:
+    """The configuration, as far as it matters here.
+
+    Args:
+        path: of DeepSpeed's configuration; None: all defaults. It may lack our block.
+        batch: overrides its micro-batch.
+
+    Raises:
+        ConfigError: it cannot be read, or a value of it cannot be used.
+    """
+    if path is None:
+        return Plan(GradientPruningConfig(), batch or MICRO_BATCH)
+    if not Path(path).is_file():
+        raise ConfigError(f"--config must be a file, got {path}.")
+    config = read_config(path)
+    given = config.get(BLOCK)
+    block = load_block({**config, BLOCK: given if given is not None else {}})
+    if not block.enabled:
+        block = GradientPruningConfig()
+    return Plan(
+        block=block,
+        batch=batch or _whole(config, "train_micro_batch_size_per_gpu", MICRO_BATCH),
+        accumulation=_whole(config, "gradient_accumulation_steps", 1),
+        stage=_whole(config.get("zero_optimization") or {}, "stage", 0),
+        is_bf16=any(_is_on(config, name) for name in ("bf16", "bfloat16", "fp16")),
+    )
+
+
+def _whole(config: dict[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if value == "auto":
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{key} must be a whole number, got {value!r}.")
+    return value
+
+
+def _is_on(config: dict[str, Any], name: str) -> bool:
+    block = config.get(name)
+    return isinstance(block, dict) and block.get("enabled") is True
+
+
+def examine(
+    hosts: Hosts,
+    lines: Sequence[HostLine],
+    plan: Plan,
+    flags: Any,
+    tell: Callable[[str], object],
+) -> doctor_page.Findings:
+    """Measure everything."""
+    islands = len(lines) if len(lines) > 1 else flags.islands
+    notes: list[str] = []
+    links: list[pairs.Pair] = []
+    latency_s, columns = 1e-3 * flags.latency_ms, list[Column]()
+    if len(lines) > 1:
+        links = pairs.measure(hosts, tell)
+        rate_mbit = min(pair.both_mbit for pair in links)
+        latency_s = max(pair.latency_s for pair in links)
+        try:
+            tell("collectives over gloo")
+            link = pairs.collectives(hosts, rate_mbit)
+        except TransportError as exc:
+            notes.append(
+                f"gloo cannot connect these hosts, so training would fail, too: {exc} Set "
+                "GLOO_SOCKET_IFNAME on all hosts; see launch/README.md."
+            )
+            link = Link.ideal(latency_s, islands)
+        columns.append(Column("measured", rate_mbit, link, is_measured=True))
+        columns += assumed(flags.rates, link, rate_mbit)
+    else:
+        columns = emulated(flags.rates or RATES, latency_s, islands)
+    local = measure_local(hosts, lines, plan, flags, islands, columns, tell)
+    job = job_of(local, lines, plan, islands, flags.step_s)
+    found = diagnose(job, columns, exchanges_of(local, plan, islands), latency_s)
+    return doctor_page.Findings(
+        diagnosis=found,
+        facts=hosts.facts,
+        pairs=links,
+        local=local[0],
+        plan_text=_plan_text(flags, plan, local[0]),
+        warmup_steps=plan.block.warmup_steps if plan.block.warmup == "dense" else 0,
+        block_warmup_steps=plan.block.warmup_steps,
+        notes=[*notes, *notes_of(hosts, plan)],
+    )
+
+
+def measure_local(
+    hosts: Hosts,
+    lines: Sequence[HostLine],
+    plan: Plan,
+    flags: Any,
+    islands: int,
+    columns: Sequence[Column],
+    tell: Callable[[str], object],
+) -> list[dict[str, Any]]:
+    """A step and the codec on every host, at once, as in training."""
+    tell(f"a step of {flags.model}, and the codec")
+    model = flags.model
+    if Path(model).is_dir():
+        model = str(Path(model).resolve())
+    is_emulated = len(lines) == 1
+    # The first host's line on a link is emulated as well: the forecast can be compared with it.
+    rates = [(c.rate_mbit, c.link.gather_call_s) for c in columns] if is_emulated else []
+    block = plan.block
+    return hosts.together(
+        "local",
+        LOCAL_S,
+        model=model,
+        batch=plan.batch,
+        tokens=flags.tokens,
+        is_bf16=plan.is_bf16,
+        min_numel=block.min_numel,
+        densities=DENSITIES,
+        decays=sorted({decay_of(s.interval, block) for s in _settings(block)}, key=str),
+        islands=min(islands, 8),
+        shards=lines[0].slots,
+        value_bits=block.value_bits,
+        step_s=flags.step_s,
+        links=rates,
+    )
+
+
+def decay_of(interval: int, block: GradientPruningConfig) -> float | None:
+    """How the residual is kept with an interval, as in `residual_form`; None: without a buffer."""
+    form = block.residual or ("used" if interval == 1 else "reset")
+    return block.residual_decay if form == "reset" else None
+
+
+def _settings(block: GradientPruningConfig) -> list[Setting]:
+    return settings(DENSITIES, INTERVALS if block.prune == "update" else (1,))
+
+
+def job_of(
+    local: Sequence[dict[str, Any]],
+    lines: Sequence[HostLine],
+    plan: Plan,
+    islands: int,
+    step_s: float | None,
+) -> Job:
+    """What is trained, with the slowest host's time."""
+    compute_s = step_s
+    if compute_s is None:
+        compute_s = max(plan.accumulation * f["micro_s"] + f["optimizer_s"] for f in local)
+    return Job(
+        numel=local[0]["numel"],
+        islands=islands,
+        ranks=islands * lines[0].slots,
+        compute_s=compute_s,
+        stage=plan.stage,
+        accumulation=plan.accumulation,
+        element_bytes=2 if plan.is_bf16 else 4,
+    )
+
+
+def exchanges_of(
+    local: Sequence[dict[str, Any]], plan: Plan, islands: int
+) -> dict[Setting, Exchange]:
+    """The cost of an exchange by setting, on the slowest host."""
+    block, found = plan.block, {}
+    owners = block.exchange_of(islands) == "owner_reduce"
+    for setting in _settings(block):
+        decay = decay_of(setting.interval, block)
+        rows = [
+            row
+            for facts in local
+            for row in facts["exchanges"]
+            if row["density"] == setting.density and row["decay"] == decay
+        ]
+        wire_bytes = exchange_bytes(rows[0]["payload_bytes"], islands, owners=owners)
+        found[setting] = Exchange(max(row["codec_s"] for row in rows), wire_bytes)
+    return found
+
+
+def notes_of(hosts: Hosts, plan: Plan) -> list[str]:
+    """What the user should know besides."""
+    notes = []
+    if len(hosts.agents) > 1:
+        names = [set(f["environment"]) for f in hosts.facts]
+        if not all("GLOO_SOCKET_IFNAME" in name for name in names):
+            notes.append(
+                "GLOO_SOCKET_IFNAME is not set on every host: gloo then takes the address that the "
+                "host's own name stands for."
+            )
+        for package in ("torch", "deepspeed", "ds_gradprune", "numpy"):
+            found = {f["versions"][package] for f in hosts.facts}
+            if len(found) > 1:
+                notes.append(f"{package} differs between the hosts, so a run would be refused.")
+    if plan.stage > 1:
+        notes.append(
+            f"DeepSpeed alone hides part of ZeRO stage {plan.stage}'s traffic behind the "
+            "computation. Its dense step is an upper bound here."
+        )
+    if plan.block.prune == "gradient":
+        notes.append("The codec was measured on updates; that of gradients takes about as long.")
+    return notes
+
+
+def _plan_text(flags: Any, plan: Plan, local: dict[str, Any]) -> str:
+    tokens = plan.batch * plan.accumulation * local["tokens"]
+    precision = "bf16" if plan.is_bf16 else "fp32"
+    return (
+        f"{flags.model}, {local['numel']:,} parameters, {precision}, {tokens:,} tokens a step and "
+        f"rank, ZeRO stage {plan.stage}"
+    )
+
+
+def _teller(is_quiet: bool) -> Callable[[str], object]:
+    if is_quiet:
+        return lambda text: None
+    return lambda text: print(f"[doctor] {text}", file=sys.stderr, flush=True)

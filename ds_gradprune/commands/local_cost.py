@@ -1,0 +1,353 @@
+"""What a step costs on this host: computation, and the codec through the product's own classes.
+
+One process plays island 0. A transport that answers at once with the own payloads, under other
+ranks' names, plays its peers. So the exchange is the product's from selection to commit, and only
+the wire is missing; an emulated link puts it back on a clock that it moves on itself, without
+waiting. All functions are local.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ds_gradprune import codec
+from ds_gradprune.codec.header import parse, seal
+from ds_gradprune.errors import DataError
+from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.law.stats import median
+from ds_gradprune.train.buckets import cut
+from ds_gradprune.train.islands import Islands
+from ds_gradprune.train.kept import KeptResidual
+from ds_gradprune.train.outer import make_rule, update_scale
+from ds_gradprune.train.piece import Piece
+from ds_gradprune.train.shared_weights import SharedWeights
+from ds_gradprune.train.stopwatch import Stopwatch
+from ds_gradprune.wire.all_gather import AllGather
+from ds_gradprune.wire.announcement import ROW_BYTES
+from ds_gradprune.wire.throttle import RatePoint, ThrottledTransport
+from ds_gradprune.wire.transport import Finished, Transport, Work
+
+SAMPLE_NUMEL = 32 * 2**20
+"""The codec is measured on so many parameters at most, and its time grows with their number."""
+
+REPEATS, WARMUPS = 3, 1
+MOST_REPEATS, EXCHANGE_SECONDS = 15, 0.5
+"""Exchanges are repeated until they have taken so long, or so often."""
+
+STEP_SECONDS = 4.0
+"""Steps of the model are repeated until they have taken so long, or `REPEATS` are done."""
+
+STATE_BYTES = 16
+"""Per parameter: fp32 weight, gradient and two moments."""
+
+# ---- payloads ------------------------------------------------------------------------------------
+
+
+def payload_bytes(numels: Sequence[int], pruned: Sequence[bool], k: int, value_bits: int) -> int:
+    """Bytes of one rank's payloads of one exchange, by the codec's own sizes."""
+    offsets = [0, *itertools.accumulate(numels)][:-1]
+    writer = codec.codec_for(k, value_bits)
+    buckets = cut(numels, pruned, offsets)
+    return sum(writer.payload_bytes(bucket.layout, k) for bucket in buckets)
+
+
+# ---- the codec -----------------------------------------------------------------------------------
+
+
+class VirtualClock:
+    """Real time, plus what emulated links have slept."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self.slept_s = 0.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self._now() + self.slept_s
+
+    def sleep(self, seconds: float) -> None:
+        """Let emulated time pass."""
+        self.slept_s += seconds
+
+
+class Echo(Transport):
+    """Peers that answer at once with what they are sent, under their own names.
+
+    Args:
+        world_size: ranks, this one included.
+
+    Attributes:
+        spent_s: what answering took, which is none of the island's own work.
+    """
+
+    rank = 0
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.spent_s = 0.0
+
+    def start_all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
+        """See `Transport.start_all_gather`."""
+        began = time.perf_counter()
+        for rank, row in enumerate(out):
+            row.copy_(payload)
+            if rank:
+                _rename(row, rank)
+        self.spent_s += time.perf_counter() - began
+        return Finished()
+
+    def start_all_to_all(self, send: torch.Tensor, out: torch.Tensor) -> Work:
+        """Not needed."""
+        raise NotImplementedError
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Work:
+        """Not needed."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def _rename(row: torch.Tensor, rank: int) -> None:
+    """Put another sender into the headers of all payloads of a message."""
+    if row.numel() == ROW_BYTES:
+        row = row[: codec.HEADER_BYTES]  # the announcement has a tail
+    data, start = row.numpy(), 0
+    while start < row.numel():
+        body_bytes = int.from_bytes(data[start + 32 : start + 36].tobytes(), "little")
+        stop = start + codec.HEADER_BYTES + body_bytes
+        header = parse(row[start:stop])
+        seal(dataclasses.replace(header, rank=rank), data[start:stop])
+        start = stop
+
+
+class _Pieces:
+    """Random weights, as the shards of an island."""
+
+    has_masters = False
+    warmup_fault = None
+
+    def __init__(
+        self, numels: Sequence[int], pruned: Sequence[bool], device: str | torch.device
+    ) -> None:
+        generator = torch.Generator(device=device).manual_seed(0)
+        self._pieces = [
+            Piece(i, str(i), torch.randn(n, generator=generator, device=device), is_pruned)
+            for i, (n, is_pruned) in enumerate(zip(numels, pruned, strict=True))
+        ]
+
+    def pieces(self) -> list[Piece]:
+        return self._pieces
+
+    every_piece = pieces
+
+    def publish(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What one density costs.
+
+    Attributes:
+        codec_s: select, encode, decode, apply; of the whole model.
+        emulated_s: wire of the sample on every emulated link, announcement included.
+    """
+
+    codec_s: float
+    emulated_s: tuple[float, ...]
+
+
+def measure_exchange(
+    numels: Sequence[int],
+    pruned: Sequence[bool],
+    *,
+    k: int,
+    islands: int,
+    value_bits: int,
+    decay: float | None,
+    points: Sequence[RatePoint] = (),
+    device: str = "cpu",
+) -> Exchanged:
+    """Exchange random progress a few times.
+
+    Args:
+        numels: elements of every parameter.
+        pruned: whether they are selected.
+        k: kept elements per chunk.
+        islands: how many exchange.
+        value_bits: of a value on the wire.
+        decay: of a residual that is kept aside; None: it stays in the own weights.
+        points: emulated links, their steps 1, 2, ...; as many exchanges are made at least.
+        device: where the weights lie.
+    """
+    clock, echo = VirtualClock(), Echo(islands)
+    transport: Transport = echo
+    if points:
+        first = [dataclasses.replace(points[0], step=0)]
+        transport = ThrottledTransport(
+            echo, [*first, *points], timeout_s=1e9, sleep=clock.sleep, clock=clock
+        )
+    shards: Any = _Pieces(numels, pruned, device)
+    exchanger = Islands(
+        SharedWeights(shards),
+        AllGather(transport),
+        Stopwatch(clock),
+        value_bits=value_bits,
+        scale=update_scale(islands, None),
+        rule=make_rule(0.0, 1),
+        kept=None if decay is None else KeptResidual(decay),
+    )
+    _exchange(exchanger, shards, k, WARMUPS - 1)
+    times_s, wires_s = list[float](), list[float]()
+    for step in range(1, MOST_REPEATS + 1):
+        if step > max(REPEATS, len(points)) and sum(times_s) > EXCHANGE_SECONDS:
+            break
+        transport.advance(step)
+        slept_s, echo.spent_s = clock.slept_s, 0.0
+        took_s = _exchange(exchanger, shards, k, step) - echo.spent_s
+        wires_s.append(clock.slept_s - slept_s)
+        times_s.append(took_s)
+    return Exchanged(median(times_s), tuple(wires_s[: len(points)]))
+
+
+def _exchange(exchanger: Islands, shards: _Pieces, k: int, step: int) -> float:
+    """One exchange; returns its real seconds, answers of the peers included."""
+    generator = torch.Generator(device=shards.pieces()[0].own.device).manual_seed(step)
+    for piece in shards.pieces():
+        noise = torch.randn(piece.own.shape, generator=generator, device=piece.own.device)
+        piece.own.add_(noise, alpha=1e-3)
+    _synchronize(shards.pieces()[0].own.device)
+    signals = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
+    header = codec.encode_signals(step=step, rank=0, k=k, signals=signals)
+    began = time.perf_counter()
+    prepared = exchanger.prepare(k, step=step, signals=signals)
+    announcement = exchanger.channel.announce(header, prepared.sizes)
+    prepared.write()
+    announcement.headers()
+    prepared.start()
+    prepared.deliver()
+    prepared.commit()
+    _synchronize(shards.pieces()[0].own.device)
+    return time.perf_counter() - began
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a training step.
+
+    Attributes:
+        micro_s: forward and backward of a micro-step.
+        optimizer_s: clipping and AdamW.
+    """
+
+    micro_s: float
+    optimizer_s: float
+
+
+def device_here() -> str:
+    """Where training would run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is left."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def check_fits(numel: int, device: str) -> None:
+    """Refuse to train a model here that has no room.
+
+    Raises:
+        DataError: it needs more memory than is left.
+    """
+    needed, free = STATE_BYTES * numel, free_bytes(device)
+    if needed > 0.8 * free:
+        raise DataError(
+            f"a step of {numel / 1e6:.0f}M parameters needs {needed / 1e9:.1f} GB and more, but "
+            f"{free / 1e9:.1f} GB are free on {device}. Give the seconds of a step with --step-s."
+        )
+
+
+def measure_step(
+    model: torch.nn.Module, *, batch: int, tokens: int, vocabulary: int, is_bf16: bool
+) -> StepTime:
+    """Train on random tokens, with AdamW and clipping.
+
+    Args:
+        model: a causal language model of transformers, with its memory.
+        batch: sequences of a micro-step.
+        tokens: of a sequence.
+        vocabulary: number of different tokens.
+        is_bf16: forward and backward in bfloat16, the optimizer in fp32 beside them.
+    """
+    device = next(model.parameters()).device
+    weights = [p for p in model.parameters() if p.requires_grad]
+    masters: list[torch.Tensor] = [*weights]
+    if is_bf16:
+        masters = [w.detach().clone().requires_grad_() for w in weights]
+    if is_bf16:
+        model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(masters, lr=1e-4)
+    model.train()
+    micros, updates = [], []
+    began = time.perf_counter()
+    for number in range(WARMUPS + REPEATS):
+        data = torch.randint(0, vocabulary, (batch, tokens), device=device)
+        start = time.perf_counter()
+        model(input_ids=data, labels=data).loss.backward()
+        _synchronize(device)
+        middle = time.perf_counter()
+        _update(optimizer, masters, weights, is_bf16=is_bf16)
+        _synchronize(device)
+        stop = time.perf_counter()
+        if number >= WARMUPS:
+            micros.append(middle - start)
+            updates.append(stop - middle)
+        if micros and stop - began > STEP_SECONDS:
+            break
+    while time.perf_counter() - began < 1.0:  # a small model: more of the same
+        data = torch.randint(0, vocabulary, (batch, tokens), device=device)
+        start = time.perf_counter()
+        model(input_ids=data, labels=data).loss.backward()
+        _synchronize(device)
+        micros.append(time.perf_counter() - start)
+    return StepTime(median(micros), median(updates))
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    masters: list[torch.Tensor],
+    weights: list[torch.nn.Parameter],
+    *,
+    is_bf16: bool,
+) -> None:
+    if is_bf16:
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for master, weight in zip(masters, weights, strict=True):
+            if is_bf16:
+                weight.copy_(master)
+            weight.grad = None
+            master.grad = None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,195 @@
+"""Does pruning pay in this run? Said once, from the first exchanges that were measured.
+
+The dense steps of the warm-up are compared with the first pruned ones. A step costs computation and
+codec, which no link changes, and its bytes. So the two are equally fast on a link of
+
+    rate = 8 * (dense bytes - pruned bytes) / (local time pruned - local time dense)
+
+which is the break-even rate: below it pruning is faster. Waiting for other hosts counts as time of
+the exchange, in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ds_gradprune.law.stats import median
+
+PAYS = 0.8
+"""Pruning pays where a step takes at most this share of a dense one: a pruned step teaches less."""
+
+SKIPPED = 2
+"""So many dense steps are not counted: the first ones allocate and compile."""
+
+WANTED = 5
+"""So many exchanges are behind each median."""
+
+_RAMP = "ramp"
+
+
+class Measured(Protocol):
+    """What is read of a `train.report.StepReport`."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the interval."""
+
+    @property
+    def density(self) -> float:
+        """Kept / all; 1.0: dense."""
+
+    @property
+    def cause(self) -> str:
+        """Which rule had set the density."""
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Of the interval; None: not seen from its start."""
+
+    @property
+    def comm_time_s(self) -> float:
+        """Waiting for the exchange."""
+
+    @property
+    def wire_bytes(self) -> int:
+        """Sent by this rank."""
+
+    @property
+    def nonfinite(self) -> bool:
+        """Nothing was applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One interval, per optimizer step."""
+
+    step_s: float
+    local_s: float
+    wire_bytes: float
+    density: float
+    interval: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the first exchanges of a run have shown.
+
+    Attributes:
+        dense_step_s: a dense step.
+        pruned_step_s: a pruned step, one exchange spread over its interval.
+        density: of the last pruned exchange behind it.
+        interval: optimizer steps per exchange.
+        break_even_mbit: below this link rate pruning is faster, counted in payload; None: the codec
+            took no measurable time, so there is none.
+    """
+
+    dense_step_s: float
+    pruned_step_s: float
+    density: float
+    interval: int
+    break_even_mbit: float | None
+
+    @property
+    def pays(self) -> bool:
+        """A pruned step takes at most `PAYS` of a dense one."""
+        return self.pruned_step_s <= PAYS * self.dense_step_s
+
+    @property
+    def text(self) -> str:
+        """One line for a user."""
+        every = "" if self.interval == 1 else f", one exchange in {self.interval} steps"
+        edge = "none" if self.break_even_mbit is None else f"{self.break_even_mbit:.3g} Mbit/s"
+        return (
+            f"dense {self.dense_step_s:.2g} s a step, pruned {self.pruned_step_s:.2g} s (density "
+            f"{100 * self.density:.3g} %{every}), break-even {edge}: {self._advice}"
+        )
+
+    @property
+    def _advice(self) -> str:
+        if self.pays:
+            return f"pruning pays here, {self.dense_step_s / self.pruned_step_s:.2g} times as fast"
+        if self.pruned_step_s < self.dense_step_s:
+            return (
+                "pruning hardly pays here, because the same loss takes more pruned steps than "
+                "dense ones"
+            )
+        return (
+            "pruning does not pay here. Set gradient_pruning.enabled to false, or raise sync_every"
+        )
+
+
+class FirstVerdict:
+    """Collects the first exchanges of a run, and says its verdict once.
+
+    A lower density costs less. So during the ramp the verdict is said only if pruning pays already;
+    else it waits for the first exchanges after the ramp. A run without dense steps has none.
+    """
+
+    def __init__(self) -> None:
+        self._dense: list[_Sample] = []
+        self._pruned: list[_Sample] = []
+        self._skipped = 0
+        self._is_said = False
+
+    def see(self, report: Measured) -> Verdict | None:
+        """Take in one exchange.
+
+        Returns:
+            The verdict, with the exchange that completes it; None before and afterwards.
+        """
+        if self._is_said or report.nonfinite or report.step_time_s is None:
+            return None
+        sample = _Sample(
+            report.step_time_s / report.steps,
+            max(0.0, report.step_time_s - report.comm_time_s) / report.steps,
+            report.wire_bytes / report.steps,
+            report.density,
+            report.steps,
+        )
+        if report.density == 1.0:
+            self._skipped += 1
+            if self._skipped > SKIPPED and not self._pruned:
+                self._dense = [*self._dense, sample][-WANTED:]
+            return None
+        self._pruned = [*self._pruned, sample][-WANTED:]
+        if len(self._pruned) < WANTED or not self._dense:
+            return None
+        verdict = judge(self._dense, self._pruned)
+        if report.cause == _RAMP and not verdict.pays:
+            return None
+        self._is_said = True
+        return verdict
+
+
+def judge(dense: Sequence[_Sample], pruned: Sequence[_Sample]) -> Verdict:
+    """Compare medians of dense and pruned intervals; both hold at least one."""
+    local_s = _median(pruned, "local_s") - _median(dense, "local_s")
+    saved_bytes = _median(dense, "wire_bytes") - _median(pruned, "wire_bytes")
+    return Verdict(
+        dense_step_s=_median(dense, "step_s"),
+        pruned_step_s=_median(pruned, "step_s"),
+        density=pruned[-1].density,
+        interval=pruned[-1].interval,
+        break_even_mbit=break_even_mbit(local_s, saved_bytes),
+    )
+
+
+def break_even_mbit(extra_s: float, saved_bytes: float) -> float | None:
+    """The link rate at which saved bytes and extra seconds weigh the same.
+
+    Args:
+        extra_s: what pruning costs besides the link, per step.
+        saved_bytes: what it spares the link, per step.
+
+    Returns:
+        Mbit/s, 0.0 where nothing is spared; None: pruning costs nothing, so it wins at any rate.
+    """
+    if saved_bytes <= 0.0:
+        return 0.0
+    return None if extra_s <= 0.0 else 8e-6 * saved_bytes / extra_s
+
+
+def _median(samples: Sequence[_Sample], field: str) -> float:
+    return median([float(getattr(sample, field)) for sample in samples])

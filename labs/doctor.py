@@ -1,0 +1,182 @@
+"""Does doctor's forecast hold? Its step times beside those of real runs, on hosts behind links.
+
+    python -m labs.doctor --rates 100 --hosts 2 --model nano --text FILE --out results/doctor_202611
+
+For every rate a bed of its own: doctor, then real runs of launch/train.py over DeepSpeed's pdsh
+launcher, dense and at pinned densities, in rounds, with doctor between the rounds. Times are
+medians over steps and rounds. Needs root and what the bed needs. Writes a page and its JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.netbed import Bed
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "5 % every step": (0.05, 1),
+    "1 % every step": (0.01, 1),
+    "5 % every 5 steps": (0.05, 5),
+}
+WARMUP = 6
+"""Dense steps before the first pruned one."""
+
+SKIPPED = 4
+"""Steps at the beginning of each part of a run that are not counted."""
+
+TOTALS_TEXT = "| link | step | forecast s | real s | error |\n| --- | --- | ---: | ---: | ---: |\n"
+
+
+def configuration(setting: tuple[float, int] | None) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run; None: DeepSpeed alone."""
+    config: dict[str, Any] = json.loads((ROOT / "ds_configs" / "dense.json").read_text())
+    if setting is not None:
+        density, every = setting
+        config["gradient_pruning"] = {
+            "warmup_steps": WARMUP,
+            "ramp_steps": 0,
+            "window_size": 4,
+            "sync_every": every,
+            "density": {"initial": density, "min": density, "max": density},
+            "verify_every_steps": None,
+        }
+    return config
+
+
+def doctor(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
+    """What doctor forecasts on this bed."""
+    words = [sys.executable, "-m", "ds_gradprune", "doctor", "--json"]
+    words += ["--hostfile", str(bed.hostfile), "--model", options.model]
+    done = bed.hosts[0].run(words, cwd=ROOT, env=bed.environ(), capture_output=True, text=True)
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"doctor failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def step_times(bed: Bed, name: str, options: argparse.Namespace, folder: Path) -> list[float]:
+    """Seconds a step of one real run."""
+    setting = SETTINGS.get(name)
+    path, out = folder / "config.json", folder / "run"
+    path.write_text(json.dumps(configuration(setting)))
+    steps = options.steps + (WARMUP if setting else 0)
+    if setting:
+        steps += options.steps * (setting[1] - 1) // 2
+    words = [str(ROOT / ".venv" / "bin" / "deepspeed"), "--hostfile", str(bed.hostfile)]
+    words += ["--launcher", "pdsh", "--master_addr", bed.hosts[0].address]
+    words += ["launch/train.py", "--config", str(path), "--model", options.model]
+    words += ["--text", options.text, "--steps", str(steps), "--out", str(out)]
+    words += ["--eval-every", "100000", "--save-every", "100000"]
+    env = bed.environ(DS_ACCELERATOR="cpu") | {"DS_ACCELERATOR": "cpu"}
+    env["PATH"] = f"{ROOT / '.venv' / 'bin'}:{env['PATH']}"
+    done = bed.hosts[0].run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    subprocess.run(["rm", "-rf", str(out)], check=True)
+    if setting is None:
+        return [line["step_time_s"] for line in lines[SKIPPED:]]
+    pruned = [line for line in lines if line["density"] < 1.0 and line["step_time_s"] is not None]
+    return [line["step_time_s"] / line["steps"] for line in pruned[2:]]
+
+
+def measure(rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One link: rows of forecast and real step times."""
+    names = ["dense", *SETTINGS]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    said: list[dict[str, Any]] = []
+    with (
+        Bed(options.hosts, None if rate == "none" else f"{rate}mbit") as bed,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        for _ in range(options.rounds):
+            said.append(doctor(bed, options))
+            for name in names:
+                found[name] += step_times(bed, name, options, Path(folder))
+                print(f"{rate} {name} {statistics.median(found[name]):.3f}", flush=True)
+        said.append(doctor(bed, options))
+    rows = []
+    for name in names:
+        forecasts = [
+            d["dense_step_s"] if name == "dense" else d["pruned_step_s"][name] for d in said
+        ]
+        real_s, forecast_s = statistics.median(found[name]), statistics.median(forecasts)
+        rows.append(
+            {
+                "rate": rate,
+                "name": name,
+                "forecast_s": forecast_s,
+                "forecasts_s": [min(forecasts), max(forecasts)],
+                "real_s": real_s,
+                "quartiles_s": statistics.quantiles(found[name], n=4)[::2],
+                "error": forecast_s / real_s - 1.0,
+                "link_mbit": statistics.median(d["link_mbit"] for d in said),
+                "compute_s": [d["compute_s"] for d in said],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The page of the results."""
+    lines = []
+    for row in rows:
+        (low, high), (lower, upper) = row["forecasts_s"], row["quartiles_s"]
+        lines.append(
+            f"| {row['rate']} Mbit/s | {row['name']} | {row['forecast_s']:.3f} ({low:.3f} to "
+            f"{high:.3f}) | {row['real_s']:.3f} ({lower:.3f} to {upper:.3f}) | "
+            f"{100 * row['error']:+.0f} % |"
+        )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    rates = ",".join(options.rates)
+    return (
+        "# Does doctor's forecast hold?\n\n"
+        f"`python -m labs.doctor --rates {rates} --hosts {options.hosts} --model {options.model} "
+        f"--steps {options.steps} --rounds {options.rounds} --text FILE`, commit {commit}, "
+        f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at "
+        "the end. Forecast: median of doctor's runs before, between and after the rounds, with the "
+        "least and the most. Real: median over steps, with quartiles.\n\n"
+        + TOTALS_TEXT
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def main() -> None:
+    """Measure, and write page and JSON."""
+    parser = argparse.ArgumentParser(description="Compare doctor's forecast with real runs.")
+    parser.add_argument("--rates", type=lambda text: text.split(","), default=["100"])
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = [row for rate in options.rates for row in measure(rate, options)]
+    text = page(rows, options)
+    print(text)
+    if options.out:
+        options.out.with_suffix(".md").write_text(text)
+        options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
