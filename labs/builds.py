@@ -88,10 +88,26 @@ class Parts:
         self.seconds[name] = self.seconds.get(name, 0.0) + clock() - start_s
 
 
-class Present:
-    """The build this file belongs to."""
+@dataclass
+class Bucket:
+    """What `Present` exchanges at once."""
 
-    def __init__(self, weights: Weights, value_bits: int) -> None:
+    own: list[torch.Tensor]
+    shared: torch.Tensor
+    layout: Any
+    payloads: list[torch.Tensor] = field(default_factory=list)
+
+
+class Present:
+    """The build this file belongs to.
+
+    Args:
+        weights: of the island.
+        value_bits: bits of a value.
+        bucket_numel: a bucket ends with the tensor that makes it so large.
+    """
+
+    def __init__(self, weights: Weights, value_bits: int, bucket_numel: int) -> None:
         self._apply = importlib.import_module("ds_gradprune.bucket.apply")
         block = importlib.import_module("ds_gradprune.bucket.block")
         self._select = importlib.import_module("ds_gradprune.bucket.select")
@@ -99,72 +115,87 @@ class Present:
         layout = importlib.import_module("ds_gradprune.bucket.layout")
         signals = importlib.import_module("ds_gradprune.law.signals")
         self._signals = signals.RankSignals(3.0, False, 0.1, 0.01, 0.02, 100_000, 0)
-        self._weights = weights
-        self._own = [tensor.view(-1) for tensor in weights.tensors]
-        self._layout = layout.lay_out(
-            [tensor.numel() for tensor in self._own], [len(s) > 1 for s in weights.shapes]
-        )
-        self._value_bits = value_bits
+        self._weights, self._value_bits = weights, value_bits
         self._scratches = [block.Scratch() for _ in range(NUM_ISLANDS)]
-        self._payloads: list[torch.Tensor] = []
+        self._buckets: list[Bucket] = []
+        start = stop = first = 0
+        for index, tensor in enumerate(weights.tensors):
+            stop += tensor.numel()
+            if stop - start >= bucket_numel or index == len(weights.tensors) - 1:
+                own = [part.view(-1) for part in weights.tensors[first : index + 1]]
+                pruned = [len(shape) > 1 for shape in weights.shapes[first : index + 1]]
+                cut = layout.lay_out([part.numel() for part in own], pruned)
+                self._buckets.append(Bucket(own, weights.shared[start:stop], cut))
+                start, first = stop, index + 1
 
     def prepare(self, k: int) -> None:
         """Encode what the other island sends."""
         writer = self._codec.codec_for(k, self._value_bits)
-        size = writer.payload_bytes(self._layout, k)
-        self._payloads = [torch.empty(size, dtype=torch.uint8) for _ in range(NUM_ISLANDS)]
+        for bucket in self._buckets:
+            size = writer.payload_bytes(bucket.layout, k)
+            bucket.payloads = [torch.empty(size, dtype=torch.uint8) for _ in range(NUM_ISLANDS)]
         for rank in range(NUM_ISLANDS):
             self._weights.reset(rank)
             self._send(k, rank, Parts())
 
     def exchange(self, k: int) -> dict[str, float]:
         """Do the work once; seconds of every part."""
-        parts = Parts()
+        parts, codec = Parts(), self._codec
         self._send(k, RANK, parts)
-        codec, layout, shared = self._codec, self._layout, self._weights.shared
+        headers = []
         with parts.part("check"):
-            headers = [codec.read_header(payload) for payload in self._payloads]
-            for header, payload in zip(headers, self._payloads, strict=True):
-                codec.CODECS[header.codec_id].check(header, payload, layout)
-        with parts.part("decode"):
-            blocks = [
-                codec.CODECS[header.codec_id].read_body(
-                    header, payload, layout, scratch.block(layout, k), checked=True
+            for bucket in self._buckets:
+                headers.append([codec.read_header(payload) for payload in bucket.payloads])
+                for header, payload in zip(headers[-1], bucket.payloads, strict=True):
+                    codec.CODECS[header.codec_id].check(header, payload, bucket.layout)
+        for bucket, heads in zip(self._buckets, headers, strict=True):
+            with parts.part("decode"):
+                blocks = [
+                    codec.CODECS[header.codec_id].read_body(
+                        header,
+                        payload,
+                        bucket.layout,
+                        scratch.block(bucket.layout, k),
+                        checked=True,
+                    )
+                    for header, payload, scratch in zip(
+                        heads, bucket.payloads, self._scratches, strict=True
+                    )
+                ]
+            with parts.part("apply"):
+                self._apply.move_at_once(
+                    bucket.own, bucket.shared, blocks, rank=RANK, factor=FACTOR
                 )
-                for header, payload, scratch in zip(
-                    headers, self._payloads, self._scratches, strict=True
-                )
-            ]
-        with parts.part("apply"):
-            self._apply.move_at_once(self._own, shared, blocks, rank=RANK, factor=FACTOR)
         return parts.seconds
 
     def _send(self, k: int, rank: int, parts: Parts) -> None:
-        with parts.part("select"):
-            block = self._select.select(
-                self._own,
-                self._layout,
-                k,
-                plus=self._weights.shared,
-                plus_scale=-1.0,
-                out=self._scratches[rank].block(self._layout, k),
-            )
-            block.is_finite()
-        with parts.part("encode"):
-            self._codec.codec_for(k, self._value_bits).encode(
-                block,
-                step=1,
-                bucket=0,
-                rank=rank,
-                signals=self._signals,
-                out=self._payloads[rank],
-            )
+        writer = self._codec.codec_for(k, self._value_bits)
+        for number, bucket in enumerate(self._buckets):
+            with parts.part("select"):
+                block = self._select.select(
+                    bucket.own,
+                    bucket.layout,
+                    k,
+                    plus=bucket.shared,
+                    plus_scale=-1.0,
+                    out=self._scratches[0].block(bucket.layout, k),
+                )
+                block.is_finite()
+            with parts.part("encode"):
+                writer.encode(
+                    block,
+                    step=1,
+                    bucket=number,
+                    rank=rank,
+                    signals=self._signals,
+                    out=bucket.payloads[rank],
+                )
 
 
 class Former:
-    """The build of October 2026, with one module for each of `bucket/` and `native/`."""
+    """The build of October 2026; as `Present`."""
 
-    def __init__(self, weights: Weights, value_bits: int) -> None:
+    def __init__(self, weights: Weights, value_bits: int, bucket_numel: int) -> None:
         self._codec = importlib.import_module("ds_gradprune.codec")
         self._select = importlib.import_module("ds_gradprune.sparsify")
         self._flat = importlib.import_module("ds_gradprune.reducer")._flat
@@ -174,7 +205,7 @@ class Former:
         self._weights, self._value_bits = weights, value_bits
         weights.reset()
         weights.own.copy_(weights.shared)
-        self._shared = shared.SharedWeights(lambda: weights.tensors)
+        self._shared = shared.SharedWeights(lambda: weights.tensors, bucket_numel)
         self._layouts = [self._select.layout_of(shapes, 1) for shapes in self._shared.shapes]
         self._peers: list[torch.Tensor] = []
 

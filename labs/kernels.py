@@ -11,7 +11,7 @@ weights must come out with equal bits.
 Own progress is the product of two normal numbers, so its tail is heavier than a normal one's.
 
     python -m labs.kernels [--numel 10000000 124000000] [--density 0.01 0.05 0.25]
-        [--threads 1 2] [--value-bits 2] [--rounds 5] [--before PATH]
+        [--threads 1 2] [--value-bits 2] [--bucket-numel 67108864] [--rounds 5] [--before PATH]
 
 The last line of stdout is one JSON document. Its `cpu_passes` and `cpu_vs_before` are the worst of
 the cells with one thread and at most 5 %.
@@ -47,12 +47,20 @@ class Process:
     Args:
         folder: holds the former `ds_gradprune`.
         numel: see `Weights`.
-        value_bits: bits of a value.
+        value_bits: see `Present`.
+        bucket_numel: see `Present`.
     """
 
-    def __init__(self, folder: Path, numel: int, value_bits: int) -> None:
+    def __init__(self, folder: Path, numel: int, value_bits: int, bucket_numel: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "labs.kernels", "--serve", str(numel), str(value_bits)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "labs.kernels",
+                "--serve",
+                *map(str, (numel, value_bits, bucket_numel)),
+            ],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder.resolve(), ROOT)))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -74,10 +82,10 @@ class Process:
         self._process.wait()
 
 
-def serve(numel: int, value_bits: int) -> None:
+def serve(numel: int, value_bits: int, bucket_numel: int) -> None:
     """Do as `Process` says, until it says no more."""
     weights = Weights(numel)
-    contender = Former(weights, value_bits)
+    contender = Former(weights, value_bits, bucket_numel)
     for line in sys.stdin:
         command, k, threads = line.split()
         torch.set_num_threads(int(threads))
@@ -102,10 +110,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All cells of one size."""
     weights = Weights(numel)
-    present = Present(weights, options.value_bits)
+    present = Present(weights, options.value_bits, options.bucket_numel)
     former = None
     if options.before is not None:
-        former = Process(options.before, numel, options.value_bits)
+        former = Process(options.before, numel, options.value_bits, options.bucket_numel)
     source = np.ones(2 * weights.numel, np.float32)  # written: untouched zeros lie in no memory
     memory = source.copy(), source
     cells = []
@@ -189,9 +197,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.05, 0.25])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--value-bits", type=int, default=2, choices=(2, 4, 16, 32))
+    parser.add_argument("--bucket-numel", type=int, default=2**26)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", type=Path, help="folder of the former build")
-    parser.add_argument("--serve", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

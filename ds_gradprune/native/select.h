@@ -26,6 +26,18 @@ struct Source {
     return plus(t, z, b, bucket, n, out);
   }
 
+  // Asks memory for x and y of a row while the one before is worked on. Inline: a compiler may drop
+  // the call of a function without effects.
+  __attribute__((always_inline)) void ask(int64_t line, int64_t first, int64_t bucket,
+                                          int64_t n) const {
+    const int64_t size = kind == kFloat32 ? 4 : 2;
+    const char* from = at<const char>(x[line]) + first * size;
+    for (int64_t i = 0; i < n; i += 16) {
+      __builtin_prefetch(from + i * size, 0, 2);
+      if (y) __builtin_prefetch(y + bucket + i, 0, 2);
+    }
+  }
+
  private:
   static const float* plus(const float* t, const float* addend, float scale, int64_t bucket,
                            int64_t n, float* out) {
@@ -177,6 +189,7 @@ bool select(const Run* runs, int64_t num_runs, const Source& source, int16_t* in
     for (int64_t row = first; row < stop; ++row) {
       const int64_t start = row * n;
       const float* t = source.load(line, start, run.bucket_start + start, n, scratch);
+      if (row + 1 < stop) source.ask(line, start + n, run.bucket_start + start + n, n);
       int16_t* places = indices + run.kept_start + row * k;
       float* kept = values + run.kept_start + row * k;
       const int32_t* bits = reinterpret_cast<const int32_t*>(t);
