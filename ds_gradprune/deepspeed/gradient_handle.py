@@ -159,7 +159,9 @@ class GradientHandle(Handle):
         self.pruning.commit(applied=bool(self.engine._step_applied))
         ranks, self._announcement = self._agreed(), None
         self.losses.reset()
+        self.loop.begin_exchange()
         self.finish(ranks, self.pruning.take_dense_bytes())
+        self.loop.end_step()
         return result
 
     # ---- checkpoints ---------------------------------------------------------------------------

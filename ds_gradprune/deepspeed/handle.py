@@ -117,6 +117,7 @@ class Handle:
         engine: see there.
         config: see there.
         channel: see there.
+        clock: see there.
         loop: counts, measures, decides.
         losses: of the step under way.
         idle: false.
@@ -135,6 +136,7 @@ class Handle:
         self.engine = engine
         self.config = config
         self.channel = channel
+        self.clock = clock
         self.loop = Loop(config, clock.now_s)
         self.losses = StepLosses()
         self._seat = seat
@@ -276,8 +278,8 @@ class Handle:
         return self.channel.announce(header, sizes)
 
     def finish(self, ranks: Sequence[RankSignals], dense_bytes: int) -> None:
-        """The step with an exchange is over: decide, compare and write down."""
-        before = self.loop.last_exchange
+        """The exchange that was begun is over: decide, compare and write down."""
+        before = self.loop.totals.steps
         report = self.loop.finish_exchange(
             ranks, wire_bytes=self.channel.take_wire_bytes(), dense_bytes=dense_bytes
         )

@@ -13,7 +13,6 @@ them), its own weights, its optimizer's state, its schedule and its buffers.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,9 +26,9 @@ from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Clock, Handle
 from ds_gradprune.deepspeed.island_state import IslandState
 from ds_gradprune.deepspeed.island_weights import IslandWeights
+from ds_gradprune.deepspeed.rounds import Rounds, delay_steps
 from ds_gradprune.deepspeed.warmup import Warmup
-from ds_gradprune.law.signals import RankSignals
-from ds_gradprune.train.islands import Islands, refuse
+from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.outer import make_rule, update_scale
 from ds_gradprune.train.piece import Shards
@@ -50,8 +49,12 @@ class IslandHandle(Handle):
         shards: the fp32 weights of this rank; equal on all islands.
 
     Attributes:
+        groups: see there.
+        shards: see there.
         islands: the algorithm, with own and shared weights.
-        weights: which of them the model holds.
+        inside: how the ranks of the island agree.
+        rounds: begins and lands exchanges.
+        weights: which weights the model holds.
     """
 
     def __init__(
@@ -77,9 +80,9 @@ class IslandHandle(Handle):
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )
-        self._inside = InsideIsland(groups.inner, groups.device_of(engine))
-        self.weights = IslandWeights(engine, self.islands, shards)
-        self._pieces_crc = 0
+        self.inside = InsideIsland(groups.inner, groups.device_of(engine))
+        self.rounds = Rounds(self, delay_steps(config.sync_every, config.overlap))
+        self.weights = IslandWeights(engine, self.islands, shards, self.rounds.land)
         self._warmup = Warmup(self)
         self._state_of = IslandState(engine, self.islands, shards)
 
@@ -156,81 +159,22 @@ class IslandHandle(Handle):
         with self.groups.in_force():
             result = original(*args, **kwargs)
         if self.engine.global_steps != before:
-            self._end_step()
+            self.losses.end_step()
+            self.channel.advance(self.loop.exchange_step)
+            self.rounds.end_step()
         self.weights.note()
         return result
-
-    def _end_step(self) -> None:
-        self.losses.end_step()
-        self.channel.advance(self.loop.exchange_step)
-        if not self.loop.is_due(self.islands.have_parted):
-            self.loop.skip_exchange()
-            return
-        with self.loop.stopwatch.phase("codec"):
-            ranks, dense_bytes = self._exchange()
-        self.finish(ranks, dense_bytes)
-
-    def _exchange(self) -> tuple[list[RankSignals], int]:
-        """Prepare, start, deliver and commit; all or nothing."""
-        islands, step, k = self.islands, self.loop.exchange_step, self.k
-        self._note_pieces()
-        is_dense = self.loop.decision.density == 1.0
-        signals, dense_bytes = self._inside.agree(
-            self.loop.signals(
-                self.losses.take(),
-                nonfinite=is_dense and not islands.weights.is_finite(),
-                written=bool(self.weights.written),
-            ),
-            islands.dense_bytes(),
-        )
-        prepared = None if is_dense else islands.prepare(k, step=step, signals=signals)
-        sizes = () if prepared is None else prepared.sizes
-        announcement = self.announce(signals, sizes)
-        if prepared is not None:
-            prepared.write()
-        with self.loop.stopwatch.phase("wire"):
-            ranks = [header.signals for header in announcement.headers()]
-        if any(rank.written for rank in ranks):
-            self._compare_written(signals)
-        if prepared is None:
-            bad = [island for island, rank in enumerate(ranks) if rank.nonfinite]
-            prepared = islands.prepare_dense(bad)
-        prepared.start()
-        bad = self._inside.union(prepared.deliver(), self.groups.num_islands)
-        if bad:
-            prepared.abort()
-            refuse(bad, step)
-        prepared.commit()
-        self.shards.publish()
-        return ranks, dense_bytes
-
-    def _note_pieces(self) -> None:
-        """Islands that train different parameters are found before their payloads travel."""
-        crc = self.islands.weights.pieces_crc()
-        if crc != self._pieces_crc:
-            self._pieces_crc = crc
-            self.loop.note_weights(crc)
-
-    def _compare_written(self, signals: RankSignals) -> None:
-        """Somebody has written weights: all islands must have written the same.
-
-        Raises:
-            RankMismatchError: they have not.
-        """
-        crc = self.islands.weights.crc()
-        header = dataclasses.replace(signals, agreement=crc, written=False)
-        announcement = self.announce(header)
-        with self.loop.stopwatch.phase("wire"):
-            self.weights.check_written(announcement)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.rounds.land()
         with self.weights.shared(), self.groups.writing(self.engine):
             return super()._save_checkpoint(original, *args, **kwargs)
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.weights.hold_own()
+        self.rounds.land()
         with self.groups.reading(self.engine):
             result = super()._load_checkpoint(original, *args, **kwargs)
         self.weights.note()
@@ -240,7 +184,7 @@ class IslandHandle(Handle):
         return {
             "loop": self.loop.state_dict(),
             "losses": self.losses.state_dict(),
-            "pieces_crc": self._pieces_crc,
+            "rounds": self.rounds.state_dict(),
             "channel": self.channel.state_dict(),
             "island": self._state_of.save(),
         }
@@ -255,7 +199,7 @@ class IslandHandle(Handle):
             self.losses.load_state_dict([] if state.is_resized else state.state["losses"])
             self.loop.take(loop)
             self.channel.load_state_dict(channel)
-            self._pieces_crc = int(state.state["pieces_crc"])
+            self.rounds.load_state_dict(state.state["rounds"])
             restore()
             if not state.is_resized:
                 checkpoint.set_random_state(state.random)
@@ -266,8 +210,3 @@ class IslandHandle(Handle):
         self.loop.restart()
         self.channel.load_state_dict({})
         self._state_of.restart()
-
-    @property
-    def signals_of(self) -> Callable[[RankSignals, int], tuple[RankSignals, int]]:
-        """How the ranks of the island agree on their signals."""
-        return self._inside.agree

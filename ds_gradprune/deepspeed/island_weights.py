@@ -10,7 +10,7 @@ weights. Whether it was alike is compared in the next exchange.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,16 +36,20 @@ class IslandWeights:
         engine: the DeepSpeed engine.
         islands: the algorithm.
         shards: the fp32 weights of this rank.
+        land: applies the exchange under way, if there is one.
 
     Attributes:
         written: names of parameters that somebody else has written since the last exchange.
     """
 
-    def __init__(self, engine: Any, islands: Islands, shards: Shards) -> None:
+    def __init__(
+        self, engine: Any, islands: Islands, shards: Shards, land: Callable[[], None]
+    ) -> None:
         self.written: list[str] = []
         self._engine = engine
         self._islands = islands
         self._shards = shards
+        self._land = land
         self._watch = None if shards.has_masters else Watch()
         self._held = 0
         ours = engine.module
@@ -119,9 +123,7 @@ class IslandWeights:
     @torch.no_grad()
     def notice_writes(self) -> None:
         """What somebody has written into the own weights holds in the shared ones too. Local."""
-        weights = self._islands.weights
-        for piece in self._foreign():
-            weights.shared(piece).copy_(piece.own)
+        self._adopt()
 
     def check_written(self, announcement: Announcement) -> None:
         """All islands have written the same. Collective: all islands.
@@ -159,12 +161,23 @@ class IslandWeights:
         weights = self._islands.weights
         if self._are_equal or shared == weights.are_swapped:
             return
-        for piece in self._foreign():
-            # Whichever set is in the model: the other one takes what was written.
-            weights.shared(piece).copy_(piece.own)
+        self._adopt()
+        if shared:
+            self._land()
         weights.swap()
         self._shards.publish()
         self.note()
+
+    @torch.no_grad()
+    def _adopt(self) -> None:
+        """Whichever set is in the model: the other one takes what was written into it."""
+        foreign = [(piece, piece.own.clone()) for piece in self._foreign()]
+        if not foreign:
+            return
+        self._land()  # what is under way was learned before
+        for piece, written in foreign:
+            piece.own.copy_(written)
+            self._islands.weights.shared(piece).copy_(written)
 
     def _foreign(self) -> list[Piece]:
         """Pieces that somebody else has written since `note`."""

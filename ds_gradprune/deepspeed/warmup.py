@@ -65,7 +65,9 @@ class Warmup:
         ranks = [header.signals for header in self._announcement.headers()]
         dense_bytes, self._dense_bytes, self._announcement = self._dense_bytes, 0, None
         handle.losses.reset()
+        handle.loop.begin_exchange()
         handle.finish(ranks, dense_bytes)
+        handle.loop.end_step()
         return result
 
     # ---- stage 0 -------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class Warmup:
         mine = ring_all_reduce_bytes(gradient_bytes, self._groups.num_islands)
         if not self._is_partitioned and self._groups.inner is not None:
             mine //= self._groups.num_shards  # its share of every bucket
-        signals, dense_bytes = handle.signals_of(signals, mine)
+        signals, dense_bytes = handle.inside.agree(signals, mine)
         self._dense_bytes += dense_bytes
         self._announcement = handle.announce(signals)
         with handle.loop.stopwatch.phase("wire"):

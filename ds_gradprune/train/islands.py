@@ -47,8 +47,8 @@ class Prepared(Protocol):
     def start(self) -> None:
         """Let the payloads travel. Collective: all islands."""
 
-    def done(self) -> bool:
-        """Everything has arrived, so `deliver` does not wait. Local."""
+    def wait(self) -> None:
+        """Return when everything has arrived; may be called in another thread. Collective."""
 
     def deliver(self) -> list[int]:
         """Wait and check everything; raises, or returns the islands with inf or nan. Collective."""
@@ -115,15 +115,19 @@ class Islands:
         """What this rank would send in an exchange without pruning."""
         return ring_all_reduce_bytes(4 * self.weights.numel, self.channel.world_size)
 
-    def prepare(self, k: int, *, step: int, signals: RankSignals) -> Prepared:
-        """Select and encode the progress of this island; changes nothing. Local.
+    def prepare(
+        self, k: int, *, step: int, signals: RankSignals, hides: bool = False
+    ) -> Prepared:
+        """Prepare to send the progress of this island; changes nothing. Local.
 
         Args:
             k: kept elements per chunk.
             step: optimizer step that the exchange follows.
             signals: this rank's measurements, for the headers.
+            hides: the island trains on between `write` and `commit`. With a residual that is kept
+                aside its weights are copied meanwhile, 4 bytes per parameter.
         """
-        return _Pruned(self, Stamp(step, self.channel.rank, k, signals))
+        return _Pruned(self, Stamp(step, self.channel.rank, k, signals), hides=hides)
 
     def source(self, bound: Bound) -> Source:
         """What is selected from in a bucket: own - shared, and what is kept of it."""
@@ -144,8 +148,10 @@ class Islands:
 class _Pruned:
     """A pruned exchange."""
 
-    def __init__(self, islands: Islands, stamp: Stamp) -> None:
+    def __init__(self, islands: Islands, stamp: Stamp, *, hides: bool) -> None:
         self._islands = islands
+        self._copies = hides and islands.kept is not None
+        self._before: list[tuple[torch.Tensor, ...]] = []
         sources = [islands.source(bound) for bound in islands.weights.bound()]
         self._message = Message(
             sources, stamp, islands.value_bits, islands.channel, islands.memory
@@ -157,6 +163,9 @@ class _Pruned:
 
     def write(self) -> None:
         self._payloads = self._message.write()
+        if self._copies:
+            bounds = self._islands.weights.bound()
+            self._before = [tuple(own.clone() for own in bound.own) for bound in bounds]
 
     def start(self) -> None:
         assert self._payloads is not None
@@ -164,8 +173,9 @@ class _Pruned:
             self._payloads, self.sizes, self._message.layouts
         )
 
-    def done(self) -> bool:
-        return self._pending is not None and self._pending.done()
+    def wait(self) -> None:
+        assert self._pending is not None
+        self._pending.wait()
 
     def deliver(self) -> list[int]:
         assert self._pending is not None
@@ -236,7 +246,8 @@ class _Pruned:
         """Own weights become the shared ones; what was not sent is kept aside."""
         rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
         kept = residual.of(bound, self._islands.weights.stores[bound.store])
-        residual.gather(kept, bound, shared)
+        before = self._before[number] if self._copies else bound.own
+        residual.gather(kept, bound, before, shared)
         for block, is_own in arrived.deliveries(number, device):
             if is_own:
                 residual.sent(kept, block)
@@ -248,8 +259,9 @@ class _Pruned:
         drift = rule.drift()
         if drift is not None:
             shared.add_(drift.to(shared.device))
-        for own, part in zip(bound.own, bound.split(shared), strict=True):
-            own.copy_(part)
+        for own, old, part in zip(bound.own, before, bound.split(shared), strict=True):
+            # What was learned since the payloads were written stays.
+            own.copy_(torch.sub(own, old).add_(part) if self._copies else part)
 
 
 class _Dense:
@@ -288,13 +300,13 @@ class _Dense:
             self._moves.append(move)
             self._works.append(channel.start_all_reduce(move))
 
-    def done(self) -> bool:
-        return all(work.done() for work in self._works)
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
     def deliver(self) -> list[int]:
         with self._islands.stopwatch.phase("wire"):
-            for work in self._works:
-                work.wait()
+            self.wait()
         return self._nonfinite
 
     @torch.no_grad()

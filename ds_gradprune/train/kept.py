@@ -60,13 +60,25 @@ class KeptResidual:
         return kept[bound.start : bound.stop]
 
     @torch.no_grad()
-    def gather(self, kept: torch.Tensor, bound: Bound, shared: torch.Tensor) -> None:
-        """kept = (own - shared) + decay * kept, as it was selected from."""
+    def gather(
+        self,
+        kept: torch.Tensor,
+        bound: Bound,
+        own: Sequence[torch.Tensor],
+        shared: torch.Tensor,
+    ) -> None:
+        """kept = (own - shared) + decay * kept, as it was selected from.
+
+        Args:
+            kept: what `of` gave for the bucket.
+            bound: the bucket.
+            own: its own weights as they were selected from, one per segment.
+            shared: (numel,) its shared weights as they were then.
+        """
         kept.mul_(self.decay)
-        for own, before, part in zip(
-            bound.own, bound.split(shared), bound.split(kept), strict=True
-        ):
-            part.copy_(torch.sub(own, before).add_(part))
+        parts = zip(own, bound.split(shared), bound.split(kept), strict=True)
+        for weights, before, part in parts:
+            part.copy_(torch.sub(weights, before).add_(part))
 
     def sent(self, kept: torch.Tensor, block: SparseBlock) -> None:
         """What was sent is not owed any more."""

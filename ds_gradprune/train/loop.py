@@ -57,6 +57,7 @@ class LoopState:
     Attributes:
         step: finished optimizer steps.
         last_exchange: the step that the last exchange followed; 0: none yet.
+        reported: the step that the last finished exchange followed.
         agreement: running crc of decisions and of hashes of the weights.
         law: state of the law.
         decision: what holds for the next exchange.
@@ -67,6 +68,7 @@ class LoopState:
 
     step: int
     last_exchange: int
+    reported: int
     agreement: int
     law: law.State
     decision: Decision
@@ -86,7 +88,7 @@ class Loop:
         stopwatch: where the time goes.
         decision: what holds for the exchange that is next or under way.
         step: finished optimizer steps.
-        last_exchange: the step that the last exchange followed.
+        last_exchange: the step that the last exchange, finished or not, followed.
         totals: sums over the run.
         report: the last exchange; None before the first.
     """
@@ -107,27 +109,28 @@ class Loop:
         """As before the first step: nothing is known."""
         state, decision = law.start(self._law_config)
         empty = Stopwatch(lambda: 0.0).state_dict()
-        self.take(LoopState(0, 0, 0, state, decision, None, Totals(), empty))
+        self.take(LoopState(0, 0, 0, 0, state, decision, None, Totals(), empty))
 
     @property
     def exchange_step(self) -> int:
         """The step under way, which an exchange in it follows; counted from 1."""
         return self.step + 1
 
-    def is_due(self, has_parted: bool) -> bool:
-        """The step under way ends with an exchange.
-
-        Args:
-            has_parted: the islands step alone; else every step exchanges gradients.
-        """
-        return not has_parted or self.exchange_step - self.last_exchange >= self._every
+    @property
+    def is_due(self) -> bool:
+        """An exchange of updates begins after the step under way."""
+        return self.exchange_step - self.last_exchange >= self._every
 
     def begin_step(self) -> None:
         """The step's first forward begins; further calls in the same step change nothing."""
         self.stopwatch.start()
 
-    def skip_exchange(self) -> None:
-        """The optimizer has stepped and no exchange is due."""
+    def begin_exchange(self) -> None:
+        """An exchange follows the step under way."""
+        self.last_exchange = self.exchange_step
+
+    def end_step(self) -> None:
+        """The optimizer has stepped, and whatever exchange there was has begun or is over."""
         self.stopwatch.pause()
         self.step += 1
 
@@ -159,7 +162,7 @@ class Loop:
     def finish_exchange(
         self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int
     ) -> StepReport:
-        """The step with an exchange is over: decide for the next one.
+        """The exchange that was begun is over: decide for the next one.
 
         Args:
             ranks: what all ranks said, in rank order; equal everywhere.
@@ -169,35 +172,34 @@ class Loop:
         Returns:
             What the exchange was, and what holds next.
         """
-        used, before = self.decision, self._timed
-        times, is_whole = self.stopwatch.lap()
+        used, before, step = self.decision, self._timed, self.last_exchange
+        times, is_seen = self.stopwatch.lap()
         timed = Timed(
             used.density,
-            times.compute_s if is_whole else None,
+            times.compute_s if is_seen else None,
             times.codec_s,
-            times.wire_s,
+            times.wire_s + times.hidden_s,
             wire_bytes,
             dense_bytes,
         )
         signals = aggregate(
-            self.exchange_step,
+            step,
             ranks,
             None if before is None else before.density,
             0 if before is None else before.dense_bytes,
         )
         self._law, self.decision = law.update(self._law_config, self._law, self._ahead(signals))
-        self.step += 1
-        steps, self.last_exchange = self.step - self.last_exchange, self.step
+        steps, self._reported = step - self._reported, step
         self._timed = timed
         self._agree(struct.pack("<Id", self.decision.step, self.decision.density))
         self.report = StepReport(
-            step=signals.step,
+            step=step,
             steps=steps,
             loss=signals.loss,
             performance=self.decision.performance,
             density=used.density,
             cause=used.cause,
-            step_time_s=times.wall_s if is_whole else None,
+            step_time_s=times.wall_s if is_seen else None,
             compute_time_s=timed.compute_time_s,
             codec_time_s=times.codec_s,
             comm_time_s=times.wire_s,
@@ -227,6 +229,7 @@ class Loop:
             "prune": self._config.prune,
             "step": self.step,
             "last_exchange": self.last_exchange,
+            "reported": self._reported,
             "agreement": self._agreement,
             "law": law.to_plain(self._law),
             "decision": to_plain(self.decision),
@@ -251,6 +254,7 @@ class Loop:
         return LoopState(
             int(state["step"]),
             int(state["last_exchange"]),
+            int(state["reported"]),
             int(state["agreement"]),
             law.restore(self._law_config, state["law"]),
             from_plain(Decision, state["decision"]),
@@ -262,6 +266,7 @@ class Loop:
     def take(self, state: LoopState) -> None:
         """Continue from a state; its report is not kept."""
         self.step, self.last_exchange = state.step, state.last_exchange
+        self._reported = state.reported
         self._agreement = state.agreement
         self._law, self.decision = state.law, state.decision
         self._timed, self.totals = state.timed, state.totals

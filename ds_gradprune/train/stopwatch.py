@@ -49,20 +49,19 @@ class Stopwatch:
         self._times = Times()
         self._phase: Phase = "compute"
         self._since_s: float | None = None
-        self._is_whole = True
+        self._is_seen = False
 
     def start(self) -> None:
         """The clock runs; nothing changes if it does already."""
+        self._is_seen = True
         if self._since_s is None:
             self._since_s = self._clock()
 
     def pause(self) -> None:
-        """The clock stands. If it did not run, the interval's computation is unknown."""
-        if self._since_s is None:
-            self._is_whole = False
-            return
-        self._count()
-        self._since_s = None
+        """The clock stands."""
+        if self._since_s is not None:
+            self._count()
+            self._since_s = None
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
@@ -79,33 +78,33 @@ class Stopwatch:
         self._times = replace(self._times, hidden_s=self._times.hidden_s + seconds)
 
     def lap(self) -> tuple[Times, bool]:
-        """End the interval and begin the next one, with the clock standing.
+        """End the interval and begin the next one; the clock goes on, or stands, as before.
 
         Returns:
-            The times, and whether the computation was seen from its start.
+            The times, and whether the computation was seen: `start` was called in the interval.
         """
-        self.pause()
-        times, is_whole = self._times, self._is_whole
-        self._times, self._is_whole, self._phase = Times(), True, "compute"
-        return times, is_whole
+        if self._since_s is not None:
+            self._count()
+        times, is_seen = self._times, self._is_seen
+        self._times, self._is_seen = Times(), self._since_s is not None
+        return times, is_seen
 
     def state_dict(self) -> dict[str, Any]:
         """What has been measured of the interval under way."""
-        return asdict(self._times) | {"is_whole": self._is_whole}
+        return asdict(self._times) | {"is_seen": self._is_seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave; the clock stands."""
-        self.lap()
-        self._is_whole = bool(state["is_whole"])
-        self._times = Times(**{k: float(v) for k, v in state.items() if k != "is_whole"})
+        self._since_s, self._phase = None, "compute"
+        self._is_seen = bool(state["is_seen"])
+        self._times = Times(**{k: float(v) for k, v in state.items() if k != "is_seen"})
 
     def _enter(self, phase: Phase) -> None:
         if self._since_s is not None:
             self._count()
         elif phase != "compute":
-            # Work outside a step that was seen from its start still has its own time.
+            # Work outside a step that was seen still has its own time.
             self._since_s = self._clock()
-            self._is_whole = False
         self._phase = phase
 
     def _count(self) -> None:
