@@ -58,14 +58,18 @@ def page(found: Findings) -> str:
     return "\n".join(parts)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns: the first to the left, all others to the right."""
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_text: bool = False
+) -> list[str]:
+    """Aligned columns: the first to the left, all others to the right, the last one as said."""
     everything = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in everything) for i in range(len(head))]
     lines = []
     for row in everything:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        if last_is_text:
+            cells[-1] = row[-1]
         lines.append("  ".join(cells).rstrip())
     return lines
 

@@ -1,0 +1,318 @@
+"""A run as its log tells it: series for pictures, rows for reports, words for decisions.
+
+A run is a folder with log.jsonl, and perhaps config.json and result.json beside it, or a log alone.
+Nothing here draws.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ds_gradprune.config import BLOCK
+from ds_gradprune.deepspeed.monitor import read_log
+from ds_gradprune.errors import DataError
+
+Mode = Literal["update", "gradient", "dense"]
+
+BUSY = 1.25
+"""Computation that takes so many times as long tells of busy hosts, not of the network."""
+
+BEFORE, NOW = 20, 3
+"""Exchanges that are compared for that: so many before the newest so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One exchange. Times are seconds per optimizer step.
+
+    Attributes:
+        step: the optimizer step that it followed.
+        interval: steps since the exchange before.
+        seconds: of training since the log began, to its end.
+        loss: None: unknown.
+        density: as used; 1.0: dense; None: a run without pruning.
+        performance: P(t); None: unknown.
+        compute_s: None: unknown.
+        codec_s: select, encode, decode, apply.
+        wire_s: waiting for the exchange.
+        hidden_s: of the exchange, while the computation went on.
+        wire_bytes: sent by the rank that wrote the log; of the whole interval.
+        dense_bytes: without pruning; of the whole interval.
+        link_mbit: as the law saw it; None: unknown.
+        cause: which rule had set the density.
+        next_density: decided for the next exchange.
+        next_cause: which rule decided.
+        budget_s: of a step, as applied to the decision; None: none.
+    """
+
+    step: int
+    interval: int
+    seconds: float
+    loss: float | None
+    density: float | None
+    performance: float | None
+    compute_s: float | None
+    codec_s: float
+    wire_s: float
+    hidden_s: float
+    wire_bytes: int
+    dense_bytes: int
+    link_mbit: float | None
+    cause: str
+    next_density: float | None
+    next_cause: str
+    budget_s: float | None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, as far as they are known."""
+        return (self.compute_s or 0.0) + self.codec_s + self.wire_s
+
+    @property
+    def is_move(self) -> bool:
+        """The decision after it changes the density."""
+        return self.next_density is not None and self.next_density != self.density
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run.
+
+    Attributes:
+        name: for a legend.
+        mode: what was pruned; None: no configuration lies beside the log.
+        budget_s: that the user gave for a step; None: none.
+        entries: exchanges, in order; at least one.
+        validation: (step, loss), of the weights that all ranks share.
+        config: DeepSpeed's configuration; empty: unknown.
+    """
+
+    name: str
+    mode: Mode | None
+    budget_s: float | None
+    entries: tuple[Entry, ...]
+    validation: tuple[tuple[int, float], ...]
+    config: dict[str, Any]
+
+    @property
+    def loss_name(self) -> str:
+        """What its training loss is called: islands train on weights of their own."""
+        return "own training loss" if self.mode == "update" else "training loss"
+
+    def seconds_at(self, step: int) -> float:
+        """Seconds of training when a step had ended."""
+        done = [entry.seconds for entry in self.entries if entry.step <= step]
+        return done[-1] if done else 0.0
+
+
+def read_run(path: Path) -> Run:
+    """Read a run.
+
+    Args:
+        path: its folder, or its log.
+
+    Raises:
+        DataError: there is no log, or no step in it.
+    """
+    folder, log = (path, path / "log.jsonl") if path.is_dir() else (path.parent, path)
+    try:
+        lines = list(read_log(str(log)))
+    except OSError as exc:
+        raise DataError(
+            f"{path} must be a run folder with log.jsonl, or a log, but {log} cannot be read: "
+            f'{exc.strerror}. "log_path" in the gradient_pruning block writes one.'
+        ) from exc
+    if not lines:
+        raise DataError(f"{log} must hold at least one step, but holds none.")
+    config = _document(folder / "config.json") if path.is_dir() else {}
+    block = config.get(BLOCK) or {}
+    result = _document(folder / "result.json") if path.is_dir() else {}
+    return Run(
+        name=path.name if path.is_dir() else path.stem,
+        mode=_mode(block, lines),
+        budget_s=block.get("step_time_budget_s"),
+        entries=_entries(lines),
+        validation=tuple((int(s), float(v)) for s, v in result.get("val_losses", ())),
+        config=config,
+    )
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _mode(block: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Mode | None:
+    if "density" not in lines[0]:
+        return "dense"
+    mode: Mode | None = block.get("prune")
+    return mode
+
+
+def _entries(lines: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
+    entries, seconds = [], 0.0
+    for line in lines:
+        steps = max(1, int(line.get("steps") or 1))
+        codec_s, wire_s = line.get("codec_time_s") or 0.0, line.get("comm_time_s") or 0.0
+        compute_s = line.get("compute_time_s")
+        total_s = line.get("step_time_s")
+        if compute_s is None and total_s is not None:
+            compute_s = max(0.0, total_s - codec_s - wire_s)
+        seconds += (compute_s or 0.0) + codec_s + wire_s
+        decision = line.get("decision") or {}
+        rate, budget_s = decision.get("rate_bytes_per_s"), decision.get("budget_s")
+        entries.append(
+            Entry(
+                step=line["step"],
+                interval=steps,
+                seconds=seconds,
+                loss=line.get("loss"),
+                density=line.get("density"),
+                performance=line.get("performance"),
+                compute_s=None if compute_s is None else compute_s / steps,
+                codec_s=codec_s / steps,
+                wire_s=wire_s / steps,
+                hidden_s=(line.get("hidden_time_s") or 0.0) / steps,
+                wire_bytes=line.get("wire_bytes") or 0,
+                dense_bytes=line.get("dense_bytes") or 0,
+                link_mbit=None if rate is None else 8e-6 * rate,
+                cause=line.get("cause") or "",
+                next_density=decision.get("density"),
+                next_cause=decision.get("cause") or "",
+                budget_s=None if budget_s is None else budget_s / steps,
+            )
+        )
+    return tuple(entries)
+
+
+# ---- decisions -----------------------------------------------------------------------------------
+
+
+def decisions(run: Run) -> list[int]:
+    """Indices of the exchanges after which something was decided, in order.
+
+    The first and the last exchange, the ends of warm-up and ramp, and every move of the density or
+    the interval in between. Steps of the ramp itself are none.
+    """
+    found = {0, len(run.entries) - 1}
+    for number, entry in enumerate(run.entries):
+        after = run.entries[number + 1 : number + 2]
+        if entry.is_move and entry.next_cause != "ramp":
+            found.add(number)
+        if entry.next_cause != entry.cause and "warmup" in (entry.cause, entry.next_cause):
+            found.add(number)
+        if entry.cause == "ramp" and entry.next_cause != "ramp":
+            found.add(number)
+        if after and after[0].interval != entry.interval and after[0].cause != "warmup":
+            found.add(number + 1)
+    return sorted(found)
+
+
+def why(run: Run, number: int) -> str:
+    """What the decision after an exchange was for, in words that blame nothing without a reason."""
+    entry = run.entries[number]
+    cause = entry.next_cause
+    if entry.cause == "ramp" and cause == "hold":
+        return "ramp ends"
+    if cause == "over_budget":
+        return _over_budget(run, entry)
+    if cause == "budget_room":
+        return "room in the budget" if run.budget_s is not None else "more can be sent"
+    if cause == "network_changed":
+        return _exchange_changed(run, number)
+    return {
+        "warmup": "dense warm-up",
+        "ramp": "ramp begins" if entry.cause != "ramp" else "ramp",
+        "performance_missed": "P misses its target: sends more",
+        "dense_cheaper": "dense is faster",
+        "hold": "hold",
+    }.get(cause, cause.replace("_", " "))
+
+
+def _over_budget(run: Run, entry: Entry) -> str:
+    if run.budget_s is not None:
+        return f"over the budget of {run.budget_s:g} s a step"
+    return "a step takes longer than it pays: sends less"
+
+
+def _exchange_changed(run: Run, number: int) -> str:
+    entry = run.entries[number]
+    slower = entry.density is None or (entry.next_density or 0.0) < entry.density
+    text = f"exchanges became {'slower' if slower else 'faster'}"
+    factor = busier(run, number)
+    if slower and factor is not None and factor >= BUSY:
+        return f"{text}, and computation takes {factor:.1f} times as long: the hosts are busy"
+    return text if entry.link_mbit is None else f"{text}: {entry.link_mbit:.3g} Mbit/s"
+
+
+def busier(run: Run, number: int) -> float | None:
+    """How much longer computation takes around an exchange than before; None: unknown."""
+    first = max(0, number + 1 - NOW)
+    now = [e.compute_s for e in run.entries[first : number + 1] if e.compute_s]
+    before = [e.compute_s for e in run.entries[max(0, first - BEFORE) : first] if e.compute_s]
+    if not now or not before:
+        return None
+    return statistics.median(now) / statistics.median(before)
+
+
+# ---- sums ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Of a whole run.
+
+    Attributes:
+        steps: the last one.
+        seconds: of training.
+        compute_s: of them.
+        codec_s: of them.
+        wire_s: of them, waiting for exchanges.
+        hidden_s: of exchanges, beside the computation.
+        wire_bytes: sent by the rank that wrote the log.
+        dense_bytes: without pruning.
+        last_loss: mean training loss of the last tenth of the exchanges; None: unknown.
+    """
+
+    steps: int
+    seconds: float
+    compute_s: float
+    codec_s: float
+    wire_s: float
+    hidden_s: float
+    wire_bytes: int
+    dense_bytes: int
+    last_loss: float | None
+
+
+def sums(run: Run) -> Sums:
+    """Add a run up."""
+    entries = run.entries
+    losses = [e.loss for e in entries[-max(1, len(entries) // 10) :] if e.loss is not None]
+    return Sums(
+        steps=entries[-1].step,
+        seconds=entries[-1].seconds,
+        compute_s=sum((e.compute_s or 0.0) * e.interval for e in entries),
+        codec_s=sum(e.codec_s * e.interval for e in entries),
+        wire_s=sum(e.wire_s * e.interval for e in entries),
+        hidden_s=sum(e.hidden_s * e.interval for e in entries),
+        wire_bytes=sum(e.wire_bytes for e in entries),
+        dense_bytes=sum(e.dense_bytes for e in entries),
+        last_loss=statistics.mean(losses) if losses else None,
+    )
+
+
+def means(values: Sequence[float], most: int) -> list[float]:
+    """The values in at most so many groups of neighbours, each one's mean."""
+    size = -(-len(values) // most)
+    groups = [values[i : i + size] for i in range(0, len(values), size)]
+    return [statistics.fmean(group) for group in groups]
