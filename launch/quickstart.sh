@@ -23,6 +23,12 @@ export HF_HUB_OFFLINE=1                   # everything needed is here
 
 run=runs/quickstart
 if [ -e "$run" ]; then
+  # A run writes by path: moved aside under its feet, it would go on in the new one's folder.
+  python -c 'import sys
+from pathlib import Path
+from launch.support.run_folder import is_in_use
+sys.exit(is_in_use(Path(sys.argv[1])))' "$run" \
+    || { say "another quickstart trains in $run right now; wait for it, or end it" >&2; exit 2; }
   aside="$run-$(date -r "$run" +%Y%m%d-%H%M%S)"
   while [ -e "$aside" ]; do aside="$aside-again"; done
   mv "$run" "$aside"
@@ -34,7 +40,6 @@ with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     print(probe.getsockname()[1])')"
 say "training on two ranks behind an emulated link (ds_configs/laptop.json), into $run"
-say "the first start of all compiles an op of DeepSpeed, which takes about a minute"
 deepspeed --log_level error --num_accelerators 2 --master_port "$port" launch/train.py \
   --config ds_configs/laptop.json --model nano --steps 360 --eval-every 120 --out "$run" "$@"
 

@@ -10,14 +10,13 @@ library.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-AFTER_CHANGE = (-1, 0, 1, 2, 3, 5, 8, 13, 21, 34)
-"""Steps shown around each change, counted from it."""
 
 RESULT_KEYS = (
     "steps",
@@ -37,43 +36,50 @@ def schedule_of(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def shown_steps(log: Sequence[dict[str, Any]], schedule: Sequence[dict[str, Any]]) -> set[int]:
-    """First and last step, and those around the end of the warm-up and each change of the link."""
-    dense = [entry["step"] for entry in log if entry["cause"] == "warmup"]
-    changes = {*(step + 1 for step in dense[-1:]), *(point["step"] for point in schedule[1:])}
-    return {log[0]["step"], log[-1]["step"]} | {
-        c + offset for c in changes for offset in AFTER_CHANGE
-    }
+    """First and last step, and those around each change of the density and of the link.
+
+    The ramp changes the density in every step: its first and last count.
+    """
+    shown = {log[0]["step"], log[-1]["step"]}
+    for before, entry in itertools.pairwise(log):
+        in_ramp = before["cause"] == entry["cause"] == "ramp"
+        if entry["density"] != before["density"] and not in_ramp:
+            shown |= {before["step"], entry["step"]}
+        if any(before["step"] < point["step"] <= entry["step"] for point in schedule):
+            shown |= {before["step"], entry["step"]}
+    return shown
 
 
 def rows_of(log: Sequence[dict[str, Any]], schedule: Sequence[dict[str, Any]]) -> list[list[str]]:
     """One row per shown step, as text."""
     shown = shown_steps(log, schedule)
-    rows = []
-    for entry in log:
-        if entry["step"] not in shown:
-            continue
-        points = [point for point in schedule if point["step"] <= entry["step"]]
-        density = entry["density"]
-        rows.append(
-            [
-                str(entry["step"]),
-                f"{points[-1]['rate_mbit']:g}" if points else "-",
-                "dense" if density == 1.0 else f"{100 * density:.2f} %",
-                f"{entry['wire_bytes'] / 1e3:.0f}",
-                f"{entry['comm_time_s']:.3f}",
-                "-" if entry["step_time_s"] is None else f"{entry['step_time_s']:.3f}",
-                "-" if entry["performance"] is None else f"{entry['performance']:+.2f}",
-                entry["cause"].replace("_", " "),
-            ]
-        )
-    return rows
+    return [row_of(entry, schedule) for entry in log if entry["step"] in shown]
+
+
+def row_of(entry: dict[str, Any], schedule: Sequence[dict[str, Any]]) -> list[str]:
+    """One step as text."""
+    points = [point for point in schedule if point["step"] <= entry["step"]]
+    density, rate = entry["density"], entry["decision"].get("rate_bytes_per_s")
+    return [
+        str(entry["step"]),
+        f"{points[-1]['rate_mbit']:g}" if points else "-",
+        "-" if rate is None else f"{8e-6 * rate:.3g}",
+        "dense" if density == 1.0 else f"{100 * density:.2f} %",
+        f"{entry['wire_bytes'] / 1e3:.0f}",
+        f"{entry['comm_time_s']:.3f}",
+        "-" if entry["step_time_s"] is None else f"{entry['step_time_s']:.3f}",
+        "-" if entry["performance"] is None else f"{entry['performance']:+.2f}",
+        entry["cause"].replace("_", " "),
+    ]
 
 
 def table(log: Sequence[dict[str, Any]], schedule: Sequence[dict[str, Any]]) -> str:
-    """The rows under their heads, aligned."""
-    heads = ["step", "link Mbit/s", "density", "sent kB", "comm s", "step s", "P(t)", "because"]
-    rows = [heads, *rows_of(log, schedule)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    """The rows under their heads, aligned; the emulated link only where one is emulated."""
+    heads = ["step", "emulated Mbit/s", "link Mbit/s", "density", "sent kB", "comm s", "step s"]
+    rows = [[*heads, "P(t)", "because"], *rows_of(log, schedule)]
+    if not schedule:
+        rows = [[row[0], *row[2:]] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
@@ -109,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not log or "density" not in log[0]:
         print("Gradient pruning was idle: there is no density to show.")
         return 0
-    print(table(log, schedule_of(config)))
+    try:
+        print(table(log, schedule_of(config)), flush=True)
+    except BrokenPipeError:  # the reader of our stdout has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

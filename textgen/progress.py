@@ -6,7 +6,8 @@ Knows nothing of what the fields mean.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -23,12 +24,22 @@ class Progress:
         done: steps finished before, by the run that is resumed.
         enabled: False on all ranks but one: then nothing is ever written.
         stream: where to, None: stderr; a terminal gets a bar, anything else a line now and then.
+        clock: seconds.
     """
 
     def __init__(
-        self, total: int, done: int = 0, *, enabled: bool = True, stream: TextIO | None = None
+        self,
+        total: int,
+        done: int = 0,
+        *,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total
+        self._done = done
+        self._clock = clock
+        self._began_s = clock()
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
         self._every = max(1, total // PLAIN_LINES)
@@ -48,7 +59,10 @@ class Progress:
             self._bar.update(1)
         elif self._enabled and (step % self._every == 0 or step == self._total):
             shown = "  ".join(f"{name} {value}" for name, value in fields.items())
-            print(f"step {step}/{self._total}  {shown}", file=self._stream, flush=True)
+            spent_s = self._clock() - self._began_s
+            left_s = spent_s / max(1, step - self._done) * (self._total - step)
+            left = tqdm.format_interval(left_s)
+            print(f"step {step}/{self._total}  {shown}  left {left}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """Show one line between the steps."""

@@ -22,6 +22,7 @@ def entry(step: int, **fields: Any) -> dict[str, Any]:
         "comm_time_s": 1.72,
         "step_time_s": 1.9,
         "performance": None,
+        "decision": {"rate_bytes_per_s": None if step <= 10 else 2.5e6},
     } | fields
 
 
@@ -38,28 +39,40 @@ def run_folder(folder: Path, log: list[dict[str, Any]]) -> Path:
 
 
 def test_table_shows_the_steps_around_each_change() -> None:
-    rows = report.rows_of(LOG, SCHEDULE)
-    shown = [int(row[0]) for row in rows]
-    assert {1, 10, 11, 12, 59, 60, 61, 100} <= set(shown)
-    assert not {5, 50, 99} & set(shown)
+    log = [*LOG[:80], *(entry(step, density=0.02) for step in range(81, 101))]
+    shown = [int(row[0]) for row in report.rows_of(log, SCHEDULE)]
+    assert shown == [1, 10, 11, 59, 60, 80, 81, 100]
 
 
-def test_row_says_which_link_it_had() -> None:
-    links = {int(row[0]): row[1] for row in report.rows_of(LOG, SCHEDULE)}
-    assert (links[59], links[60]) == ("20", "5")
+def test_a_ramp_is_shown_by_its_ends() -> None:
+    ramp = [entry(step, density=0.5 - 0.01 * step, cause="ramp") for step in range(11, 31)]
+    rows = report.rows_of([*LOG[:10], *ramp, *LOG[30:]], [])
+    assert [int(row[0]) for row in rows] == [1, 10, 11, 30, 31, 100]
+
+
+def test_row_says_which_link_it_had_and_which_was_measured() -> None:
+    links = {int(row[0]): row[1:3] for row in report.rows_of(LOG, SCHEDULE)}
+    assert (links[1], links[59], links[60]) == (["20", "-"], ["20", "20"], ["5", "20"])
+
+
+def test_on_a_real_link_nothing_is_emulated() -> None:
+    """The only link that was told was the emulated one: a real one had a dash."""
+    heads, first, *_ = report.table(LOG[10:], []).splitlines()
+    assert heads.split()[:3] == ["step", "link", "Mbit/s"]
+    assert first.split()[:2] == ["11", "20"]
 
 
 def test_warmup_is_shown_as_dense() -> None:
     rows = {int(row[0]): row for row in report.rows_of(LOG, SCHEDULE)}
-    assert rows[10][2:] == ["dense", "4300", "1.720", "1.900", "-", "warmup"]
-    assert rows[11][2] == "5.00 %"
+    assert rows[10][3:] == ["dense", "4300", "1.720", "1.900", "-", "warmup"]
+    assert rows[11][3] == "5.00 %"
     assert rows[11][-1] == "over budget"
 
 
 def test_unknown_times_are_a_dash() -> None:
     (row,) = report.rows_of([entry(1, step_time_s=None)], [])
     assert row[1] == "-"
-    assert row[5] == "-"
+    assert row[6] == "-"
 
 
 def test_columns_are_aligned() -> None:

@@ -25,7 +25,14 @@ def test_plain_lines_are_few_and_the_last_step_is_shown(total: int) -> None:
     walk(Progress(total, stream=stream), 1, total)
     lines = stream.getvalue().splitlines()
     assert min(total, PLAIN_LINES) <= len(lines) <= 2 * PLAIN_LINES
-    assert lines[-1] == f"step {total}/{total}  loss {1 / total:.2f}  density 5.00 %"
+    assert lines[-1] == f"step {total}/{total}  loss {1 / total:.2f}  density 5.00 %  left 00:00"
+
+
+def test_time_left_follows_the_steps_of_this_run() -> None:
+    stream, seconds = io.StringIO(), iter([100.0, 104.0])
+    progress = Progress(50, 10, stream=stream, clock=seconds.__next__)
+    progress.step(12, {"loss": "1.00"})  # two steps took four seconds; 38 are left
+    assert stream.getvalue() == "step 12/50  loss 1.00  left 01:16\n"
 
 
 def test_terminal_gets_a_bar_with_the_fields() -> None:
