@@ -44,7 +44,7 @@ deepspeed --log_level error --num_accelerators 2 --master_port "$port" launch/tr
   --config ds_configs/laptop.json --model nano --steps 360 --eval-every 120 --out "$run" "$@"
 
 echo
-python launch/report.py "$run"
+python -m ds_gradprune report "$run"
 
 prompts=("The for statement" "To open a file")
 replies=()
@@ -57,4 +57,4 @@ done
 
 echo
 say "done in $((SECONDS - started)) s; ask more: .venv/bin/python launch/reply.py --model $run/model"
-python launch/report.py "$run" --replies "${replies[@]}"
+python -m launch.support.summary "$run" "${replies[@]}"
