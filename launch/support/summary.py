@@ -1,6 +1,6 @@
 """A finished run and its replies as one JSON document, on one line: the end of the quickstart.
 
-    python -m launch.support.summary RUN FILE ...      (files that hold a reply each)
+python -m launch.support.summary RUN FILE ...      (files that hold a reply each)
 """
 
 from __future__ import annotations
