@@ -19,11 +19,13 @@ The last line of stdout is one JSON document: under `laws`, for each law, `settl
 
 import sys
 
-if sys.argv[1:2] == ["bed"]:
-    from labs.control import bed_command
+if __name__ == "__main__":
+    sys.argv[0] = "python -m labs.control"  # as results pages say it
+    if sys.argv[1:2] == ["bed"]:
+        from labs.control import bed_command
 
-    sys.exit(bed_command.main(sys.argv[2:]))
+        sys.exit(bed_command.main(sys.argv[2:]))
 
-from labs.control.command import main
+    from labs.control.command import main
 
-sys.exit(main(description=__doc__))
+    sys.exit(main(description=__doc__))
