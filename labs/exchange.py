@@ -121,9 +121,7 @@ class Now:
             has_masters = True
 
             def every_piece(self) -> list[Piece]:
-                return [
-                    Piece(n, n, t.view(-1), t.dim() > 1) for n, t in lab.tensors.items()
-                ]
+                return [Piece(n, n, t.view(-1), t.dim() > 1) for n, t in lab.tensors.items()]
 
             pieces = every_piece
 
@@ -142,6 +140,7 @@ class Now:
         self.resident_bytes = _status("VmRSS") - before
 
     def exchange(self, step: int, k: int) -> None:
+        """One exchange, from announcement to commit."""
         from ds_gradprune import codec
         from ds_gradprune.law.signals import RankSignals
 
@@ -195,6 +194,7 @@ class Before:
         self.resident_bytes = _status("VmRSS") - before
 
     def exchange(self, step: int, k: int) -> None:
+        """One exchange."""
         import dataclasses
 
         session = self.session

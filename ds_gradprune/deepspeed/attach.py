@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 AnyHandle: TypeAlias = Handle | IdleHandle
 T = TypeVar("T")
 
+
 def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
     """Prune what a DeepSpeed engine exchanges, from its next step on.
 
@@ -84,7 +85,9 @@ def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyH
         return _idle(engine, config, "there is only one rank")
     check_ranks(ranks, facts_of(engine, config))
     seat = checkpoint.Seat(ranks, ranks.rank, ranks.world_size)
-    return GradientHandle(engine, config, _channel(config, group, clock), clock, seat)
+    # A group of its own: a rank that saves while another one exchanges must not meet it there.
+    own = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return GradientHandle(engine, config, _channel(config, own, clock), clock, seat)
 
 
 def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:

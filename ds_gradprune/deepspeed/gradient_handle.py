@@ -86,9 +86,7 @@ class GradientHandle(Handle):
             self._note_names()
             self.channel.advance(self.loop.exchange_step)
             self.pruning.begin()
-            self._signals = self.loop.signals(
-                self.losses.so_far(), nonfinite=not all_finite(grads)
-            )
+            self._signals = self.loop.signals(self.losses.so_far(), nonfinite=not all_finite(grads))
             self._announcement = self.announce(self._signals)
         return original(grads=grads, elements_per_buffer=elements_per_buffer)
 

@@ -58,9 +58,7 @@ def create(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     return _make(args, kwargs)[0]
 
 
-def _make(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, Any, Any, Any], bool]:
+def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any, Any, Any], bool]:
     """The engine and its companions, and whether it has anything to exchange."""
     given = inspect.signature(_original).bind(*args, **kwargs)
     ds_config = _ds_config(given.arguments)
@@ -124,7 +122,7 @@ def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:
     Collective: all ranks.
     """
     ranks = TorchDistTransport(on_cpu(dist.group.WORLD), config.timeout_s)
-    check_ranks(ranks, facts_before(config, given.get("model"), given.get("optimizer")))
+    check_ranks(ranks, facts_before(config, given["model"], given.get("optimizer")))
 
 
 def register() -> None:

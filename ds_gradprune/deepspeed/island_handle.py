@@ -70,7 +70,7 @@ class IslandHandle(Handle):
         super().__init__(engine, config, channel, clock, seat)
         self.groups = groups
         self.shards = shards
-        shared = SharedWeights(shards, on_cpu=config.shared_device == "cpu")
+        shared = SharedWeights(shards, on_cpu=_lies_on_cpu(config.shared_device, shards))
         self.islands = Islands(
             shared,
             channel,
@@ -210,3 +210,15 @@ class IslandHandle(Handle):
         self.loop.restart()
         self.channel.load_state_dict({})
         self._state_of.restart()
+
+
+def _lies_on_cpu(setting: str, shards: Shards) -> bool:
+    """Whether the shared weights lie in the host's memory, whatever the weights' device."""
+    if setting != "auto":
+        return setting == "cpu"
+    pieces = [piece.own for piece in shards.every_piece() if piece.own.is_cuda]
+    if not pieces:
+        return False
+    free_bytes, _ = torch.cuda.mem_get_info(pieces[0].device)
+    # Activations want room, too: the copy may take a quarter of what is free.
+    return 4 * sum(own.numel() for own in pieces) > free_bytes // 4

@@ -15,6 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ds_gradprune.law.decision import Cause
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.flight import Flight
 from ds_gradprune.train.islands import Prepared, refuse
@@ -113,7 +114,7 @@ class Rounds:
         self._note_pieces()
         loop.begin_exchange()
         step = loop.last_exchange
-        is_dense = loop.decision.density == 1.0
+        is_dense = loop.decision.density == 1.0 and not self._sends_all_in_levels()
         signals, dense_bytes = handle.inside.agree(
             loop.signals(
                 handle.losses.take(),
@@ -142,6 +143,11 @@ class Rounds:
             ranks = _signals(announcement)
         prepared.start()
         return _Begun(step, step, prepared, signals, dense_bytes, None, ranks)
+
+    def _sends_all_in_levels(self) -> bool:
+        """The warm-up exchanges whole updates, rounded as pruned ones are."""
+        is_warmup = self._handle.loop.decision.cause is Cause.WARMUP
+        return is_warmup and self._handle.config.warmup == "unpruned"
 
     def _wait(self, begun: _Begun) -> Ranks:
         if begun.flight is None:

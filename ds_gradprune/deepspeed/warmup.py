@@ -122,9 +122,7 @@ class Warmup:
 
     # ---- stages 1 to 3 -------------------------------------------------------------------------
 
-    def _before_model_step(
-        self, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _before_model_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         handle = self._handle
         if handle.is_warmup:
             with handle.loop.stopwatch.phase("codec"):

@@ -115,9 +115,7 @@ class Islands:
         """What this rank would send in an exchange without pruning."""
         return ring_all_reduce_bytes(4 * self.weights.numel, self.channel.world_size)
 
-    def prepare(
-        self, k: int, *, step: int, signals: RankSignals, hides: bool = False
-    ) -> Prepared:
+    def prepare(self, k: int, *, step: int, signals: RankSignals, hides: bool = False) -> Prepared:
         """Prepare to send the progress of this island; changes nothing. Local.
 
         Args:
@@ -153,9 +151,7 @@ class _Pruned:
         self._copies = hides and islands.kept is not None
         self._before: list[tuple[torch.Tensor, ...]] = []
         sources = [islands.source(bound) for bound in islands.weights.bound()]
-        self._message = Message(
-            sources, stamp, islands.value_bits, islands.channel, islands.memory
-        )
+        self._message = Message(sources, stamp, islands.value_bits, islands.channel, islands.memory)
         self.sizes: Sequence[int] = self._message.sizes
         self._payloads: torch.Tensor | None = None
         self._pending: Pending | None = None
@@ -204,16 +200,16 @@ class _Pruned:
     def _apply(self, arrived: Arrived, number: int, bound: Bound) -> None:
         islands = self._islands
         shared = bound.beside()
-        islands.rule.begin(bound.store, islands.weights.stores[bound.store], bound.start, bound.stop)
+        islands.rule.begin(
+            bound.store, islands.weights.stores[bound.store], bound.start, bound.stop
+        )
         if islands.kept is None:
             self._move(arrived, number, bound, shared)
         else:
             self._reset(islands.kept, arrived, number, bound, shared)
         bound.give_back(shared)
 
-    def _move(
-        self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor
-    ) -> None:
+    def _move(self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor) -> None:
         """Own weights keep what they have beyond the shared ones, less what was sent."""
         rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
         blocks = arrived.all_at_once(number, device)
@@ -342,4 +338,3 @@ def refuse(nonfinite: Sequence[int], step: int) -> None:
             f"{step}; the shared weights are still those of the exchange before. Resume from the "
             "last checkpoint with a lower learning rate or with gradient_clipping."
         )
-

@@ -67,7 +67,7 @@ class KeptResidual:
         own: Sequence[torch.Tensor],
         shared: torch.Tensor,
     ) -> None:
-        """kept = (own - shared) + decay * kept, as it was selected from.
+        """Take in the round: kept = (own - shared) + decay * kept, as it was selected from.
 
         Args:
             kept: what `of` gave for the bucket.
@@ -102,7 +102,7 @@ class KeptResidual:
         if not isinstance(state, list) or not all(isinstance(t, torch.Tensor) for t in state):
             raise CheckpointError(
                 "the pruning state's kept residual must be a list of tensors, got "
-                f"{type(state).__name__}. Resume with the `residual` and `sync_every` that saved it."
+                f"{type(state).__name__}. Resume with the residual and sync_every that saved it."
             )
         return state
 

@@ -102,8 +102,11 @@ class Loop:
             budget_s = config.step_time_budget_s * self._every
             self._law_config = config.model_copy(update={"step_time_budget_s": budget_s})
         self.stopwatch = Stopwatch(clock)
+        self.step = self.last_exchange = self._reported = self._agreement = 0
+        self.totals = Totals()
         self.report: StepReport | None = None
-        self.restart()
+        self._timed: Timed | None = None
+        self._law, self.decision = law.start(self._law_config)
 
     def restart(self) -> None:
         """As before the first step: nothing is known."""
@@ -290,4 +293,3 @@ class Loop:
         if position < ramp_end:
             ahead = min(ahead, ramp_end)
         return dataclasses.replace(signals, step=self._config.warmup_steps + ahead - 1)
-

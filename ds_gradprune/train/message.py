@@ -143,7 +143,7 @@ class Message:
             (sum of sizes,) uint8, CPU.
         """
         message = self._memory.message(sum(self.sizes))
-        payloads = iter(message.split(self.sizes))
+        payloads = iter(torch.split(message, self.sizes))
         for number, (source, shares) in enumerate(zip(self._sources, self._shares, strict=True)):
             self._write_bucket(number, source, shares, payloads)
         return message
@@ -227,9 +227,7 @@ class Arrived:
                 self._headers[-1].append(header)
         self.nonfinite = sorted(bad)
 
-    def deliveries(
-        self, number: int, device: torch.device
-    ) -> Iterator[tuple[SparseBlock, bool]]:
+    def deliveries(self, number: int, device: torch.device) -> Iterator[tuple[SparseBlock, bool]]:
         """What the vector of a bucket takes, in an order that is the same on all ranks.
 
         Yields:

@@ -113,7 +113,7 @@ class Residuals:
         self._numels = {key: flat.numel() for key, flat in state.items()}
 
     def _split(self, keys: Keys, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return flat.split([self._numels[key] for key in keys])
+        return torch.split(flat, [self._numels[key] for key in keys])
 
     def _assemble(
         self, keys: Keys, numels: Sequence[int], device: torch.device

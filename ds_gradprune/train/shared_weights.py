@@ -59,7 +59,7 @@ class Bound:
 
     def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A (numel,) vector as one view per segment."""
-        return flat.split([own.numel() for own in self.own])
+        return torch.split(flat, [own.numel() for own in self.own])
 
     def shift(self, shared: torch.Tensor, drift: torch.Tensor) -> None:
         """Add a (numel,) drift to own weights and to `shared`."""
@@ -256,9 +256,7 @@ class SharedWeights:
                 self._bucket_numel,
             )
             for bucket in buckets:
-                parts = tuple(
-                    type(p)(here[p.piece], p.start, p.stop) for p in bucket.parts
-                )
+                parts = tuple(type(p)(here[p.piece], p.start, p.stop) for p in bucket.parts)
                 yield number, Bucket(bucket.start, parts, bucket.layout)
 
     def _pins(self, device: torch.device) -> bool:

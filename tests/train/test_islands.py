@@ -70,7 +70,9 @@ def on_islands(count: int, work: Callable[[Islands, PlainShards, int], Any], **o
 
 
 @pytest.mark.parametrize("value_bits", [2, 4, 16, 32])
-@pytest.mark.parametrize("options", [{}, {"slow": 1.0}, {"decay": 0.95}, {"decay": 1.0, "slow": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"slow": 1.0}, {"decay": 0.95}, {"decay": 1.0, "slow": 1.0}]
+)
 def test_shared_weights_are_equal_after_every_exchange(
     options: dict[str, float], value_bits: int
 ) -> None:
