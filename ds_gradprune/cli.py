@@ -7,6 +7,7 @@ matplotlib.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +28,7 @@ COMMANDS = {
 OWN = ("doctor", "plot", "report")
 """Commands of this package; the others belong to the example beside it."""
 
-ERROR, INTERRUPTED = 2, 130
+ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 """Exit codes beside those of a command."""
 
 
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # its reader has seen enough; nothing may be written at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return PIPE_CLOSED
     return code
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ds_gradprune.bucket.layout import kept_per_chunk
-from ds_gradprune.commands import local_cost, shapes
+from ds_gradprune.commands import exchange_cost, shapes, step_cost
 from ds_gradprune.law.stats import median
 from ds_gradprune.native.library import kernels
 from ds_gradprune.wire.throttle import RatePoint
@@ -124,14 +124,14 @@ def local(
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // shards))
-    device = local_cost.device_here()
+    device = step_cost.device_here()
     config = shapes.config_of(model)
     numels, pruned = shapes.sizes(shapes.build(config, "meta"), min_numel)
     tokens = tokens or shapes.context_of(config)
     times = None
     if step_s is None:
-        local_cost.check_fits(sum(numels), device)
-        times = local_cost.measure_step(
+        step_cost.check_fits(sum(numels), device)
+        times = step_cost.measure_step(
             shapes.build(config, device),
             batch=batch,
             tokens=tokens,
@@ -139,7 +139,7 @@ def local(
             is_bf16=is_bf16,
         )
     sample, are_pruned = shapes.share_of(
-        numels, pruned, min(local_cost.SAMPLE_NUMEL, -(-sum(numels) // shards))
+        numels, pruned, min(exchange_cost.SAMPLE_NUMEL, -(-sum(numels) // shards))
     )
     factor = sum(numels) / shards / sum(sample)
     points = [RatePoint(i + 1, rate * 125e3, late_s) for i, (rate, late_s) in enumerate(links)]
@@ -147,7 +147,7 @@ def local(
     for density in densities:
         k = kept_per_chunk(density)
         for decay in decays:
-            found = local_cost.measure_exchange(
+            found = exchange_cost.measure_exchange(
                 sample,
                 are_pruned,
                 k=k,
@@ -162,8 +162,8 @@ def local(
                     "density": density,
                     "decay": decay,
                     "codec_s": factor * found.codec_s,
-                    "payload_bytes": local_cost.payload_bytes(numels, pruned, k, value_bits),
-                    "sample_bytes": local_cost.payload_bytes(sample, are_pruned, k, value_bits),
+                    "payload_bytes": exchange_cost.payload_bytes(numels, pruned, k, value_bits),
+                    "sample_bytes": exchange_cost.payload_bytes(sample, are_pruned, k, value_bits),
                     "emulated_s": list(found.emulated_s),
                 }
             )

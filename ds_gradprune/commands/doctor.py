@@ -9,25 +9,24 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_gradprune.commands import doctor_page, pairs
 from ds_gradprune.commands.diagnosis import (
     DENSITIES,
-    INTERVALS,
     Column,
     Exchange,
     assumed,
     diagnose,
     emulated,
 )
+from ds_gradprune.commands.doctor_plan import Plan, decay_of, read_plan, settings_of
 from ds_gradprune.commands.flags import Parser, above_zero, count, not_negative, numbers
-from ds_gradprune.commands.forecast import Job, Link, Setting, exchange_bytes, settings
-from ds_gradprune.commands.hosts import HostLine, Hosts, read_hostfile
-from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block, read_config
-from ds_gradprune.errors import ConfigError, TransportError
+from ds_gradprune.commands.forecast import Job, Link, Setting, exchange_bytes
+from ds_gradprune.commands.hostfile import HostLine, read_hostfile
+from ds_gradprune.commands.hosts import Hosts
+from ds_gradprune.errors import TransportError
 
 PAYS, DOES_NOT_PAY = 0, 3
 """Exit codes; a fault is 2."""
@@ -37,9 +36,6 @@ RATES = (10.0, 100.0, 1000.0)
 
 LOCAL_S = 1800.0
 """A host that has not measured a step within so long hangs."""
-
-MICRO_BATCH = 4
-"""Sequences of a micro-step where no configuration says."""
 
 
 def parser() -> Parser:
@@ -70,25 +66,6 @@ def parser() -> Parser:
     return flags
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the user wants to train, as far as it matters here.
-
-    Attributes:
-        block: ours.
-        batch: sequences of a micro-step.
-        accumulation: micro-steps.
-        stage: of ZeRO.
-        is_bf16: bf16 or fp16 is on.
-    """
-
-    block: GradientPruningConfig
-    batch: int = MICRO_BATCH
-    accumulation: int = 1
-    stage: int = 0
-    is_bf16: bool = False
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
@@ -109,48 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(doctor_page.page(found))
     return PAYS if found.diagnosis.pays else DOES_NOT_PAY
-
-
-def read_plan(path: str | None, batch: int | None = None) -> Plan:
-    """The configuration, as far as it matters here.
-
-    Args:
-        path: of DeepSpeed's configuration; None: all defaults. It may lack our block.
-        batch: overrides its micro-batch.
-
-    Raises:
-        ConfigError: it cannot be read, or a value of it cannot be used.
-    """
-    if path is None:
-        return Plan(GradientPruningConfig(), batch or MICRO_BATCH)
-    if not Path(path).is_file():
-        raise ConfigError(f"--config must be a file, got {path}.")
-    config = read_config(path)
-    given = config.get(BLOCK)
-    block = load_block({**config, BLOCK: given if given is not None else {}})
-    if not block.enabled:
-        block = GradientPruningConfig()
-    return Plan(
-        block=block,
-        batch=batch or _whole(config, "train_micro_batch_size_per_gpu", MICRO_BATCH),
-        accumulation=_whole(config, "gradient_accumulation_steps", 1),
-        stage=_whole(config.get("zero_optimization") or {}, "stage", 0),
-        is_bf16=any(_is_on(config, name) for name in ("bf16", "bfloat16", "fp16")),
-    )
-
-
-def _whole(config: dict[str, Any], key: str, default: int) -> int:
-    value = config.get(key, default)
-    if value == "auto":
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ConfigError(f"{key} must be a whole number, got {value!r}.")
-    return value
-
-
-def _is_on(config: dict[str, Any], name: str) -> bool:
-    block = config.get(name)
-    return isinstance(block, dict) and block.get("enabled") is True
 
 
 def examine(
@@ -224,23 +159,13 @@ def measure_local(
         is_bf16=plan.is_bf16,
         min_numel=block.min_numel,
         densities=DENSITIES,
-        decays=sorted({decay_of(s.interval, block) for s in _settings(block)}, key=str),
+        decays=sorted({decay_of(s.interval, block) for s in settings_of(block)}, key=str),
         islands=min(islands, 8),
         shards=lines[0].slots,
         value_bits=block.value_bits,
         step_s=flags.step_s,
         links=rates,
     )
-
-
-def decay_of(interval: int, block: GradientPruningConfig) -> float | None:
-    """How the residual is kept with an interval, as in `residual_form`; None: without a buffer."""
-    form = block.residual or ("used" if interval == 1 else "reset")
-    return block.residual_decay if form == "reset" else None
-
-
-def _settings(block: GradientPruningConfig) -> list[Setting]:
-    return settings(DENSITIES, INTERVALS if block.prune == "update" else (1,))
 
 
 def job_of(
@@ -271,7 +196,7 @@ def exchanges_of(
     """The cost of an exchange by setting, on the slowest host."""
     block, found = plan.block, {}
     owners = block.exchange_of(islands) == "owner_reduce"
-    for setting in _settings(block):
+    for setting in settings_of(block):
         decay = decay_of(setting.interval, block)
         rows = [
             row

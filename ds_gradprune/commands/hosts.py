@@ -1,4 +1,4 @@
-"""The hosts of a hostfile, and an agent on each of them, started over ssh.
+"""An agent on every host, started over ssh.
 
 The first host, or whichever this one is, needs no ssh. An agent runs in the same folder, with the
 same interpreter and the same variables as DeepSpeed's launcher would start a rank.
@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import queue
-import re
 import shlex
 import socket
 import subprocess
@@ -18,12 +17,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ds_gradprune.errors import ConfigError, TransportError, TransportTimeout
+from ds_gradprune.commands.hostfile import HostLine
+from ds_gradprune.errors import TransportError, TransportTimeout
 
 EXPORTED = ("PYTHON", "NCCL_", "GLOO_", "OMP_", "UCX_", "DS_ACCELERATOR", "CUDA_VISIBLE", "HF_HUB_")
 """Variables that begin so go to every host. So do those of DeepSpeed's environment file."""
@@ -32,51 +31,6 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 ORDER_S = 60.0
 """An order is given up after so long, where it says nothing else."""
-
-_LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class HostLine:
-    """A line of the hostfile.
-
-    Attributes:
-        name: for ssh.
-        slots: ranks.
-    """
-
-    name: str
-    slots: int = 1
-
-
-def read_hostfile(path: Path) -> list[HostLine]:
-    """The hosts, in order.
-
-    Raises:
-        ConfigError: the file cannot be read, or a line is none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"--hostfile must be readable, got {path}: {exc.strerror}.") from exc
-    hosts: list[HostLine] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.split("#")[0].strip()
-        if not line:
-            continue
-        found = _LINE.fullmatch(line)
-        if not found or not int(found[2]):
-            raise ConfigError(
-                f'{path}, line {number} must read "NAME slots=N" with N >= 1, got {line!r}.'
-            )
-        if found[1] in [host.name for host in hosts]:
-            raise ConfigError(f"{path}, line {number} must name a new host, got {found[1]} again.")
-        hosts.append(HostLine(found[1], int(found[2])))
-    if not hosts:
-        raise ConfigError(f"--hostfile must name at least one host, got {path} without any.")
-    if len({host.slots for host in hosts}) > 1:
-        raise ConfigError(f"{path} must give all hosts equally many slots: islands are equal.")
-    return hosts
 
 
 def is_here(name: str) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_gradprune.commands.runlog import Run, decisions, means, sums
+from ds_gradprune.commands.decided import decisions
+from ds_gradprune.commands.runlog import Run, means, sums
 from ds_gradprune.errors import DataError, MissingDependencyError
 
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#555555")
@@ -18,9 +19,10 @@ PARTS = (
     ("compute_s", "computation", "#9ecae1"),
     ("codec_s", "codec", "#fdae6b"),
     ("wire_s", "wire, exposed", "#e6550d"),
-    ("hidden_s", "wire, hidden beside it", "#fdd0a2"),
+    ("whole_s", "undivided: DeepSpeed alone", "#bdbdbd"),
+    ("hidden_s", "wire, hidden", "#fdd0a2"),
 )
-"""Where the time goes: field, name, color."""
+"""Where the time goes: field, name, color. What is hidden is no part of the whole."""
 
 CAUSES = {
     "over_budget": ("v", "#d62728", "sends less: time"),
@@ -230,6 +232,8 @@ def _dress_link(axis: Any, runs: Sequence[Run]) -> None:
 
 def _say_nothing(axis: Any, text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes, color="#777777")
+    axis.set_xticks([])
+    axis.set_yticks([])
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -237,14 +241,13 @@ def _say_nothing(axis: Any, text: str) -> None:
 
 def _stack(axis: Any, run: Run) -> None:
     xs = means([float(e.step) for e in run.entries], GROUPS)
+    parts = _parts([run])
     layers = [
-        means([getattr(e, field) or 0.0 for e in run.entries], GROUPS) for field, _, _ in PARTS
+        means([getattr(e, field) or 0.0 for e in run.entries], GROUPS) for field, _, _ in parts
     ]
-    has_hidden = any(layers[-1])
-    parts = PARTS if has_hidden else PARTS[:-1]
     axis.stackplot(
         xs,
-        layers[: len(parts)],
+        layers,
         labels=[name for _, name, _ in parts],
         colors=[color for _, _, color in parts],
     )
@@ -277,10 +280,14 @@ def _totals(axis: Any, runs: Sequence[Run]) -> None:
     axis.set_xlim(0, 1.05 * longest or 1.0)
     axis.set_xlabel("seconds of training")
     axis.set_title("totals")
-    has_hidden = any(sums(run).hidden_s for run in runs)
-    parts = PARTS if has_hidden else PARTS[:-1]
-    handles = [axis.barh(0, 0, color=color, label=name) for _, name, color in parts]
-    axis.legend(handles=handles, fontsize=8, loc="upper center", ncols=2 if has_hidden else 3)
+    handles = [axis.barh(0, 0, color=color, label=name) for _, name, color in _parts(runs)]
+    axis.legend(handles=handles, fontsize=8, loc="upper center", ncols=3)
+
+
+def _parts(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Those of PARTS that some run has."""
+    totals = [sums(run) for run in runs]
+    return [part for part in PARTS if any(getattr(total, part[0]) for total in totals)]
 
 
 def _short(name: str) -> str:
@@ -294,5 +301,6 @@ def _figure_class() -> Any:
         if exc.name is None or not exc.name.startswith("matplotlib"):
             raise
         raise MissingDependencyError(
-            'Pictures need matplotlib, which is not installed. Run: pip install "ds_gradprune[plot]"'
+            "Pictures need matplotlib, which is not installed. Run: pip install "
+            '"ds_gradprune[plot]"'
         ) from exc

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_gradprune.commands import pictures
+from ds_gradprune.commands.decided import decisions, why
 from ds_gradprune.commands.doctor_page import duration, table
 from ds_gradprune.commands.flags import Parser
 from ds_gradprune.commands.plot import named
-from ds_gradprune.commands.runlog import Run, decisions, read_run, sums, why
+from ds_gradprune.commands.runlog import Run, read_run, sums
 from ds_gradprune.errors import DataError
 
 MOST_ROWS = 300
@@ -30,7 +31,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 img { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; }
+td { border-bottom: 1px solid #ddd; }
 th { position: sticky; top: 0; background: #f4f4f4; }
 td:last-child, th:last-child { text-align: left; white-space: normal; min-width: 16rem; }
 .totals td:last-child, .totals th:last-child { text-align: right; min-width: 0; }
@@ -190,7 +192,7 @@ def _totals_table(runs: Sequence[Run]) -> str:
                 str(total.steps),
                 duration(total.seconds),
                 *(
-                    f"{value:.1f} s ({100 * value / total.seconds:.0f} %)" if total.seconds else "-"
+                    f"{value:.1f} s ({100 * value / total.seconds:.0f} %)" if value else "-"
                     for value in (total.compute_s, total.codec_s, total.wire_s, total.hidden_s)
                 ),
                 f"{total.wire_bytes / 1e6:,.2f} MB" if total.dense_bytes else "-",

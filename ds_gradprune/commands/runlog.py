@@ -19,12 +19,6 @@ from ds_gradprune.errors import DataError
 
 Mode = Literal["update", "gradient", "dense"]
 
-BUSY = 1.25
-"""Computation that takes so many times as long tells of busy hosts, not of the network."""
-
-BEFORE, NOW = 20, 3
-"""Exchanges that are compared for that: so many before the newest so many."""
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -41,6 +35,7 @@ class Entry:
         codec_s: select, encode, decode, apply.
         wire_s: waiting for the exchange.
         hidden_s: of the exchange, while the computation went on.
+        whole_s: of a step of DeepSpeed alone, whose exchange nobody timed apart; else 0.
         wire_bytes: sent by the rank that wrote the log; of the whole interval.
         dense_bytes: without pruning; of the whole interval.
         link_mbit: as the law saw it; None: unknown.
@@ -60,6 +55,7 @@ class Entry:
     codec_s: float
     wire_s: float
     hidden_s: float
+    whole_s: float
     wire_bytes: int
     dense_bytes: int
     link_mbit: float | None
@@ -71,7 +67,7 @@ class Entry:
     @property
     def step_s(self) -> float:
         """Seconds of a step, as far as they are known."""
-        return (self.compute_s or 0.0) + self.codec_s + self.wire_s
+        return (self.compute_s or 0.0) + self.codec_s + self.wire_s + self.whole_s
 
     @property
     def is_move(self) -> bool:
@@ -165,9 +161,8 @@ def _entries(lines: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
         codec_s, wire_s = line.get("codec_time_s") or 0.0, line.get("comm_time_s") or 0.0
         compute_s = line.get("compute_time_s")
         total_s = line.get("step_time_s")
-        if compute_s is None and total_s is not None:
-            compute_s = max(0.0, total_s - codec_s - wire_s)
-        seconds += (compute_s or 0.0) + codec_s + wire_s
+        whole_s = (total_s or 0.0) if "density" not in line else 0.0
+        seconds += (compute_s or 0.0) + codec_s + wire_s + whole_s
         decision = line.get("decision") or {}
         rate, budget_s = decision.get("rate_bytes_per_s"), decision.get("budget_s")
         entries.append(
@@ -182,6 +177,7 @@ def _entries(lines: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
                 codec_s=codec_s / steps,
                 wire_s=wire_s / steps,
                 hidden_s=(line.get("hidden_time_s") or 0.0) / steps,
+                whole_s=whole_s / steps,
                 wire_bytes=line.get("wire_bytes") or 0,
                 dense_bytes=line.get("dense_bytes") or 0,
                 link_mbit=None if rate is None else 8e-6 * rate,
@@ -192,76 +188,6 @@ def _entries(lines: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
             )
         )
     return tuple(entries)
-
-
-# ---- decisions -----------------------------------------------------------------------------------
-
-
-def decisions(run: Run) -> list[int]:
-    """Indices of the exchanges after which something was decided, in order.
-
-    The first and the last exchange, the ends of warm-up and ramp, and every move of the density or
-    the interval in between. Steps of the ramp itself are none.
-    """
-    found = {0, len(run.entries) - 1}
-    for number, entry in enumerate(run.entries):
-        after = run.entries[number + 1 : number + 2]
-        if entry.is_move and entry.next_cause != "ramp":
-            found.add(number)
-        if entry.next_cause != entry.cause and "warmup" in (entry.cause, entry.next_cause):
-            found.add(number)
-        if entry.cause == "ramp" and entry.next_cause != "ramp":
-            found.add(number)
-        if after and after[0].interval != entry.interval and after[0].cause != "warmup":
-            found.add(number + 1)
-    return sorted(found)
-
-
-def why(run: Run, number: int) -> str:
-    """What the decision after an exchange was for, in words that blame nothing without a reason."""
-    entry = run.entries[number]
-    cause = entry.next_cause
-    if entry.cause == "ramp" and cause == "hold":
-        return "ramp ends"
-    if cause == "over_budget":
-        return _over_budget(run, entry)
-    if cause == "budget_room":
-        return "room in the budget" if run.budget_s is not None else "more can be sent"
-    if cause == "network_changed":
-        return _exchange_changed(run, number)
-    return {
-        "warmup": "dense warm-up",
-        "ramp": "ramp begins" if entry.cause != "ramp" else "ramp",
-        "performance_missed": "P misses its target: sends more",
-        "dense_cheaper": "dense is faster",
-        "hold": "hold",
-    }.get(cause, cause.replace("_", " "))
-
-
-def _over_budget(run: Run, entry: Entry) -> str:
-    if run.budget_s is not None:
-        return f"over the budget of {run.budget_s:g} s a step"
-    return "a step takes longer than it pays: sends less"
-
-
-def _exchange_changed(run: Run, number: int) -> str:
-    entry = run.entries[number]
-    slower = entry.density is None or (entry.next_density or 0.0) < entry.density
-    text = f"exchanges became {'slower' if slower else 'faster'}"
-    factor = busier(run, number)
-    if slower and factor is not None and factor >= BUSY:
-        return f"{text}, and computation takes {factor:.1f} times as long: the hosts are busy"
-    return text if entry.link_mbit is None else f"{text}: {entry.link_mbit:.3g} Mbit/s"
-
-
-def busier(run: Run, number: int) -> float | None:
-    """How much longer computation takes around an exchange than before; None: unknown."""
-    first = max(0, number + 1 - NOW)
-    now = [e.compute_s for e in run.entries[first : number + 1] if e.compute_s]
-    before = [e.compute_s for e in run.entries[max(0, first - BEFORE) : first] if e.compute_s]
-    if not now or not before:
-        return None
-    return statistics.median(now) / statistics.median(before)
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -278,6 +204,7 @@ class Sums:
         codec_s: of them.
         wire_s: of them, waiting for exchanges.
         hidden_s: of exchanges, beside the computation.
+        whole_s: of steps whose exchange nobody timed apart.
         wire_bytes: sent by the rank that wrote the log.
         dense_bytes: without pruning.
         last_loss: mean training loss of the last tenth of the exchanges; None: unknown.
@@ -289,6 +216,7 @@ class Sums:
     codec_s: float
     wire_s: float
     hidden_s: float
+    whole_s: float
     wire_bytes: int
     dense_bytes: int
     last_loss: float | None
@@ -305,6 +233,7 @@ def sums(run: Run) -> Sums:
         codec_s=sum(e.codec_s * e.interval for e in entries),
         wire_s=sum(e.wire_s * e.interval for e in entries),
         hidden_s=sum(e.hidden_s * e.interval for e in entries),
+        whole_s=sum(e.whole_s * e.interval for e in entries),
         wire_bytes=sum(e.wire_bytes for e in entries),
         dense_bytes=sum(e.dense_bytes for e in entries),
         last_loss=statistics.mean(losses) if losses else None,

@@ -1,4 +1,4 @@
-"""What a step costs on this host: computation, and the codec through the product's own classes.
+"""What an exchange costs on this host without its wire, through the product's own classes.
 
 One process plays island 0. A transport that answers at once with the own payloads, under other
 ranks' names, plays its peers. So the exchange is the product's from selection to commit, and only
@@ -18,7 +18,6 @@ import torch
 
 from ds_gradprune import codec
 from ds_gradprune.codec.header import parse, seal
-from ds_gradprune.errors import DataError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.law.stats import median
 from ds_gradprune.train.buckets import cut
@@ -39,12 +38,6 @@ SAMPLE_NUMEL = 32 * 2**20
 REPEATS, WARMUPS = 3, 1
 MOST_REPEATS, EXCHANGE_SECONDS = 15, 0.5
 """Exchanges are repeated until they have taken so long, or so often."""
-
-STEP_SECONDS = 4.0
-"""Steps of the model are repeated until they have taken so long, or `REPEATS` are done."""
-
-STATE_BYTES = 16
-"""Per parameter: fp32 weight, gradient and two moments."""
 
 # ---- payloads ------------------------------------------------------------------------------------
 
@@ -223,7 +216,7 @@ def _exchange(exchanger: Islands, shards: _Pieces, k: int, step: int) -> float:
     for piece in shards.pieces():
         noise = torch.randn(piece.own.shape, generator=generator, device=piece.own.device)
         piece.own.add_(noise, alpha=1e-3)
-    _synchronize(shards.pieces()[0].own.device)
+    synchronize(shards.pieces()[0].own.device)
     signals = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
     header = codec.encode_signals(step=step, rank=0, k=k, signals=signals)
     began = time.perf_counter()
@@ -234,120 +227,11 @@ def _exchange(exchanger: Islands, shards: _Pieces, k: int, step: int) -> float:
     prepared.start()
     prepared.deliver()
     prepared.commit()
-    _synchronize(shards.pieces()[0].own.device)
+    synchronize(shards.pieces()[0].own.device)
     return time.perf_counter() - began
 
 
-# ---- the step ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepTime:
-    """Seconds of a training step.
-
-    Attributes:
-        micro_s: forward and backward of a micro-step.
-        optimizer_s: clipping and AdamW.
-    """
-
-    micro_s: float
-    optimizer_s: float
-
-
-def device_here() -> str:
-    """Where training would run."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is left."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def check_fits(numel: int, device: str) -> None:
-    """Refuse to train a model here that has no room.
-
-    Raises:
-        DataError: it needs more memory than is left.
-    """
-    needed, free = STATE_BYTES * numel, free_bytes(device)
-    if needed > 0.8 * free:
-        raise DataError(
-            f"a step of {numel / 1e6:.0f}M parameters needs {needed / 1e9:.1f} GB and more, but "
-            f"{free / 1e9:.1f} GB are free on {device}. Give the seconds of a step with --step-s."
-        )
-
-
-def measure_step(
-    model: torch.nn.Module, *, batch: int, tokens: int, vocabulary: int, is_bf16: bool
-) -> StepTime:
-    """Train on random tokens, with AdamW and clipping.
-
-    Args:
-        model: a causal language model of transformers, with its memory.
-        batch: sequences of a micro-step.
-        tokens: of a sequence.
-        vocabulary: number of different tokens.
-        is_bf16: forward and backward in bfloat16, the optimizer in fp32 beside them.
-    """
-    device = next(model.parameters()).device
-    weights = [p for p in model.parameters() if p.requires_grad]
-    masters: list[torch.Tensor] = [*weights]
-    if is_bf16:
-        masters = [w.detach().clone().requires_grad_() for w in weights]
-    if is_bf16:
-        model.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(masters, lr=1e-4)
-    model.train()
-    micros, updates = [], []
-    began = time.perf_counter()
-    for number in range(WARMUPS + REPEATS):
-        data = torch.randint(0, vocabulary, (batch, tokens), device=device)
-        start = time.perf_counter()
-        model(input_ids=data, labels=data).loss.backward()
-        _synchronize(device)
-        middle = time.perf_counter()
-        _update(optimizer, masters, weights, is_bf16=is_bf16)
-        _synchronize(device)
-        stop = time.perf_counter()
-        if number >= WARMUPS:
-            micros.append(middle - start)
-            updates.append(stop - middle)
-        if micros and stop - began > STEP_SECONDS:
-            break
-    while time.perf_counter() - began < 1.0:  # a small model: more of the same
-        data = torch.randint(0, vocabulary, (batch, tokens), device=device)
-        start = time.perf_counter()
-        model(input_ids=data, labels=data).loss.backward()
-        _synchronize(device)
-        micros.append(time.perf_counter() - start)
-    return StepTime(median(micros), median(updates))
-
-
-def _update(
-    optimizer: torch.optim.Optimizer,
-    masters: list[torch.Tensor],
-    weights: list[torch.nn.Parameter],
-    *,
-    is_bf16: bool,
-) -> None:
-    if is_bf16:
-        for master, weight in zip(masters, weights, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
-    torch.nn.utils.clip_grad_norm_(masters, 1.0)
-    optimizer.step()
-    with torch.no_grad():
-        for master, weight in zip(masters, weights, strict=True):
-            if is_bf16:
-                weight.copy_(master)
-            weight.grad = None
-            master.grad = None
-
-
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,80 @@
+"""What a run decided, where, and why, in words for a user. Pure."""
+
+from __future__ import annotations
+
+import statistics
+
+from ds_gradprune.commands.runlog import Entry, Run
+
+BUSY = 1.25
+"""Computation that takes so many times as long tells of busy hosts, not of the network."""
+
+BEFORE, NOW = 20, 3
+"""Exchanges that are compared for that: so many before the newest so many."""
+
+
+def decisions(run: Run) -> list[int]:
+    """Indices of the exchanges after which something was decided, in order.
+
+    The first and the last exchange, the ends of warm-up and ramp, and every move of the density or
+    the interval in between. Steps of the ramp itself are none.
+    """
+    found = {0, len(run.entries) - 1}
+    for number, entry in enumerate(run.entries):
+        after = run.entries[number + 1 : number + 2]
+        if entry.is_move and entry.next_cause != "ramp":
+            found.add(number)
+        if entry.next_cause != entry.cause and "warmup" in (entry.cause, entry.next_cause):
+            found.add(number)
+        if entry.cause == "ramp" and entry.next_cause != "ramp":
+            found.add(number)
+        if after and after[0].interval != entry.interval and after[0].cause != "warmup":
+            found.add(number + 1)
+    return sorted(found)
+
+
+def why(run: Run, number: int) -> str:
+    """What the decision after an exchange was for, in words that blame nothing without a reason."""
+    entry = run.entries[number]
+    cause = entry.next_cause
+    if entry.cause == "ramp" and cause == "hold":
+        return "ramp ends"
+    if cause == "over_budget":
+        return _over_budget(run, entry)
+    if cause == "budget_room":
+        return "room in the budget" if run.budget_s is not None else "more can be sent"
+    if cause == "network_changed":
+        return _exchange_changed(run, number)
+    return {
+        "warmup": "dense warm-up",
+        "ramp": "ramp begins" if entry.cause != "ramp" else "ramp",
+        "performance_missed": "P misses its target: sends more",
+        "dense_cheaper": "dense is faster",
+        "hold": "hold",
+    }.get(cause, cause.replace("_", " "))
+
+
+def _over_budget(run: Run, entry: Entry) -> str:
+    if run.budget_s is not None:
+        return f"over the budget of {run.budget_s:g} s a step"
+    return "a step takes longer than it pays: sends less"
+
+
+def _exchange_changed(run: Run, number: int) -> str:
+    entry = run.entries[number]
+    slower = entry.density is None or (entry.next_density or 0.0) < entry.density
+    text = f"exchanges became {'slower' if slower else 'faster'}"
+    factor = busier(run, number)
+    if slower and factor is not None and factor >= BUSY:
+        return f"{text}, and computation takes {factor:.1f} times as long: the hosts are busy"
+    return text if entry.link_mbit is None else f"{text}: {entry.link_mbit:.3g} Mbit/s"
+
+
+def busier(run: Run, number: int) -> float | None:
+    """How much longer computation takes around an exchange than before; None: unknown."""
+    first = max(0, number + 1 - NOW)
+    now = [e.compute_s for e in run.entries[first : number + 1] if e.compute_s]
+    before = [e.compute_s for e in run.entries[max(0, first - BEFORE) : first] if e.compute_s]
+    if not now or not before:
+        return None
+    return statistics.median(now) / statistics.median(before)
