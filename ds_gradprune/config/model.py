@@ -259,6 +259,17 @@ class GradientPruningConfig(_Block):
         """`residual`, null resolved."""
         return self.residual or ("used" if self.sync_every == 1 else "reset")
 
+    @property
+    def delay_steps(self) -> int:
+        """Optimizer steps from an exchange to its commit; 0: it is waited for."""
+        hides = self.overlap == "auto" and self.prune == "update"
+        return max(1, self.sync_every // 4) if hides else 0
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of a round's computation behind which an exchange hides."""
+        return self.delay_steps / self.sync_every
+
     def exchange_of(self, num_islands: int) -> Literal["all_gather", "owner_reduce"]:
         """`exchange`, "auto" resolved for so many islands."""
         if self.exchange != "auto":

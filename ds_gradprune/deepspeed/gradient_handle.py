@@ -103,7 +103,8 @@ class GradientHandle(Handle):
 
     def _reduce(self, vector: torch.Tensor, gradients: Sequence[Gradient]) -> None:
         """Replace one bucket by its sum over the ranks."""
-        assert self._announcement is not None and self._signals is not None
+        assert self._announcement is not None
+        assert self._signals is not None
         scale = loss_scale(self.engine)
         with self.loop.stopwatch.phase("codec"):
             if self.loop.decision.density == 1.0:
@@ -158,7 +159,11 @@ class GradientHandle(Handle):
         ranks, self._announcement = self._agreed(), None
         self.losses.reset()
         self.loop.begin_exchange()
-        self.finish(ranks, self.pruning.take_dense_bytes())
+        self.finish(
+            ranks,
+            wire_bytes=self.channel.take_wire_bytes(),
+            dense_bytes=self.pruning.take_dense_bytes(),
+        )
         self.loop.end_step()
         return result
 

@@ -5,7 +5,8 @@ Beyond what `Handle` hooks:
 - `buffered_allreduce_fallback`, `allreduce_bucket` (stage 0): dense in the warm-up, inside the
   island after it;
 - `step`: after an optimizer step the islands exchange what their fp32 weights have gained;
-- the model's forward and `state_dict`: which weights it holds (`island_weights`).
+- the model's forward and `state_dict`, at stage 3 `_zero3_consolidated_16bit_state_dict`: which
+  weights it holds (`island_weights`).
 
 An island's checkpoint holds, beside DeepSpeed's files with the shared weights (island 0 writes
 them), its own weights, its optimizer's state, its schedule and its buffers.
@@ -17,8 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint
 from ds_gradprune.deepspeed.consensus import InsideIsland
@@ -26,7 +25,7 @@ from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Clock, Handle
 from ds_gradprune.deepspeed.island_state import IslandState
 from ds_gradprune.deepspeed.island_weights import IslandWeights
-from ds_gradprune.deepspeed.rounds import Rounds, delay_steps
+from ds_gradprune.deepspeed.rounds import Rounds
 from ds_gradprune.deepspeed.warmup import Warmup
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
@@ -34,6 +33,10 @@ from ds_gradprune.train.outer import make_rule, update_scale
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.wire.channel import Channel
+from ds_gradprune.wire.torchdist import TorchDistTransport
+
+_DIVIDED = 3
+"""The ZeRO stage that divides the model's own weights."""
 
 
 class IslandHandle(Handle):
@@ -80,10 +83,15 @@ class IslandHandle(Handle):
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )
-        self.inside = InsideIsland(groups.inner, groups.device_of(engine))
-        self.rounds = Rounds(self, delay_steps(config.sync_every, config.overlap))
-        self.weights = IslandWeights(engine, self.islands, shards, self.rounds.land)
+        inner = None
+        if groups.inner_cpu is not None:
+            inner = TorchDistTransport(groups.inner_cpu, config.timeout_s)
+        self.inside = InsideIsland(inner, groups.num_islands)
+        self.rounds = Rounds(self, config.delay_steps)
+        self.weights = IslandWeights(engine, self.islands, shards, self.inside, self.rounds.land)
         self._warmup = Warmup(self)
+        if int(engine.zero_optimization_stage()) == _DIVIDED:
+            self.hooks.replace("_zero3_consolidated_16bit_state_dict", self._consolidate)
         self._state_of = IslandState(engine, self.islands, shards)
 
     @property
@@ -116,9 +124,11 @@ class IslandHandle(Handle):
 
     def parameters_crc(self) -> int:
         """crc32c over what must be equal on the same-index ranks of all islands. Local."""
-        if not self.islands.have_parted:
+        if self.islands.have_parted:
+            return self.islands.weights.crc()
+        if not int(self.engine.zero_optimization_stage()):
             return super().parameters_crc()
-        return self.islands.weights.crc()
+        return self.islands.weights.own_crc()
 
     def _before_detach(self) -> None:
         self.weights.leave_shared()
@@ -166,6 +176,11 @@ class IslandHandle(Handle):
         return result
 
     # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _consolidate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `save_16bit_model` and Accelerate save at ZeRO stage 3, which asks no state_dict."""
+        with self.weights.shared():
+            return original(*args, **kwargs)
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.rounds.land()

@@ -34,20 +34,22 @@ class _Begun:
     Attributes:
         step: the optimizer step that it follows.
         lands_after: the step after which it is applied.
-        prepared: its payloads.
         signals: what this island said.
         dense_bytes: what it would have sent without pruning.
+        prepared: its payloads; None: they could not be sent.
         flight: carries it; None: it was waited for.
         ranks: what all islands said, if it was waited for.
+        error: why the payloads could not be sent.
     """
 
     step: int
     lands_after: int
-    prepared: Prepared
     signals: RankSignals
     dense_bytes: int
-    flight: Flight[Ranks] | None
-    ranks: Ranks | None
+    prepared: Prepared | None = None
+    flight: Flight[Ranks] | None = None
+    ranks: Ranks | None = None
+    error: Exception | None = None
 
 
 class Rounds:
@@ -91,12 +93,9 @@ class Rounds:
         handle = self._handle
         stopwatch = handle.loop.stopwatch
         with stopwatch.phase("codec"):
-            ranks = self._wait(begun)
-            if any(rank.written for rank in ranks):
-                self._compare_written(begun.signals)
-            self._apply(begun)
+            ranks, wire_bytes = self._apply(begun)
             handle.shards.publish()
-        handle.finish(ranks, begun.dense_bytes)
+        handle.finish(ranks, wire_bytes=wire_bytes, dense_bytes=begun.dense_bytes)
 
     def state_dict(self) -> dict[str, int]:
         """What affects the next exchange; nothing may be under way. Local."""
@@ -110,7 +109,7 @@ class Rounds:
 
     def _begin(self) -> _Begun:
         handle = self._handle
-        islands, loop, k = handle.islands, handle.loop, handle.k
+        islands, loop = handle.islands, handle.loop
         self._note_pieces()
         loop.begin_exchange()
         step = loop.last_exchange
@@ -123,26 +122,72 @@ class Rounds:
             ),
             islands.dense_bytes(),
         )
-        if is_dense:
-            announcement = handle.announce(signals)
-            with loop.stopwatch.phase("wire"):
-                ranks = _signals(announcement)
-            bad = [island for island, rank in enumerate(ranks) if rank.nonfinite]
-            prepared = islands.prepare_dense(bad)
-            prepared.start()
-            return _Begun(step, step, prepared, signals, dense_bytes, None, ranks)
-        hides = self._delay_steps > 0
-        prepared = islands.prepare(k, step=step, signals=signals, hides=hides)
-        announcement = handle.announce(signals, prepared.sizes)
+        begun = _Begun(step, step, signals, dense_bytes)
+        try:
+            return self._send_dense(begun) if is_dense else self._send(begun)
+        except Exception as exc:  # told to the island's other ranks when it is landed
+            return dataclasses.replace(begun, error=exc)
+
+    def _send_dense(self, begun: _Begun) -> _Begun:
+        handle = self._handle
+        announcement = handle.announce(begun.signals)
+        with handle.loop.stopwatch.phase("wire"):
+            ranks = _signals(announcement)
+        bad = [island for island, rank in enumerate(ranks) if rank.nonfinite]
+        prepared = handle.islands.prepare_dense(bad)
+        prepared.start()
+        return dataclasses.replace(begun, prepared=prepared, ranks=ranks)
+
+    def _send(self, begun: _Begun) -> _Begun:
+        handle, hides = self._handle, self._delay_steps > 0
+        prepared = handle.islands.prepare(
+            handle.k, step=begun.step, signals=begun.signals, hides=hides
+        )
+        announcement = handle.announce(begun.signals, prepared.sizes)
         prepared.write()
         if hides:
             flight = Flight(lambda: _carry(announcement, prepared), handle.clock.now_s)
-            lands_after = step + self._delay_steps
-            return _Begun(step, lands_after, prepared, signals, dense_bytes, flight, None)
-        with loop.stopwatch.phase("wire"):
+            lands_after = begun.step + self._delay_steps
+            return dataclasses.replace(
+                begun, prepared=prepared, flight=flight, lands_after=lands_after
+            )
+        with handle.loop.stopwatch.phase("wire"):
             ranks = _signals(announcement)
         prepared.start()
-        return _Begun(step, step, prepared, signals, dense_bytes, None, ranks)
+        return dataclasses.replace(begun, prepared=prepared, ranks=ranks)
+
+    def _apply(self, begun: _Begun) -> tuple[Ranks, int]:
+        """Deliver and commit; all or nothing.
+
+        Returns:
+            What all islands said, and the bytes that this one has sent.
+        """
+        handle = self._handle
+        ranks, bad, error = Ranks(), list[int](), begun.error
+        if error is None:
+            try:
+                ranks, bad = self._deliver(begun)
+            except Exception as exc:
+                error = exc
+        sent = handle.channel.take_wire_bytes()
+        try:
+            bad, sent = handle.inside.outcome(error=error, bad=bad, wire_bytes=sent)
+            refuse(bad, begun.step)
+        except Exception:
+            if begun.prepared is not None:
+                begun.prepared.abort()
+            raise
+        assert begun.prepared is not None
+        begun.prepared.commit()
+        return ranks, sent
+
+    def _deliver(self, begun: _Begun) -> tuple[Ranks, list[int]]:
+        """Wait for all islands: what they said, and which of them are sick."""
+        ranks = self._wait(begun)
+        if any(rank.written for rank in ranks):
+            self._compare_written(begun.signals)
+        assert begun.prepared is not None
+        return ranks, begun.prepared.deliver()
 
     def _sends_all_in_levels(self) -> bool:
         """The warm-up exchanges whole updates, rounded as pruned ones are."""
@@ -160,15 +205,6 @@ class Rounds:
         exposed_s = clock.now_s() - began_s
         stopwatch.add_hidden(max(0.0, begun.flight.lasted_s - exposed_s))
         return ranks
-
-    def _apply(self, begun: _Begun) -> None:
-        """Deliver and commit; all or nothing."""
-        handle = self._handle
-        bad = handle.inside.union(begun.prepared.deliver(), handle.groups.num_islands)
-        if bad:
-            begun.prepared.abort()
-            refuse(bad, begun.step)
-        begun.prepared.commit()
 
     def _note_pieces(self) -> None:
         """Islands that train different parameters are found before their payloads travel."""
@@ -188,16 +224,6 @@ class Rounds:
         announcement = handle.announce(dataclasses.replace(signals, agreement=crc, written=False))
         with handle.loop.stopwatch.phase("wire"):
             handle.weights.check_written(announcement)
-
-
-def delay_steps(sync_every: int, overlap: str | bool) -> int:
-    """Optimizer steps from an exchange to its commit.
-
-    Args:
-        sync_every: steps from one exchange to the next.
-        overlap: "auto" hides the exchange; False waits for it.
-    """
-    return max(1, sync_every // 4) if overlap == "auto" else 0
 
 
 def _signals(announcement: Announcement) -> Ranks:

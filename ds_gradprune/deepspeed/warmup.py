@@ -9,6 +9,7 @@ between the islands before the optimizer steps.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,11 @@ class Warmup:
         if self._announcement is None:
             raise UnsupportedError(UNREDUCED.format(step=handle.loop.exchange_step))
         ranks = [header.signals for header in self._announcement.headers()]
+        _, wire_bytes = handle.inside.outcome(wire_bytes=handle.channel.take_wire_bytes())
         dense_bytes, self._dense_bytes, self._announcement = self._dense_bytes, 0, None
         handle.losses.reset()
         handle.loop.begin_exchange()
-        handle.finish(ranks, dense_bytes)
+        handle.finish(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
         handle.loop.end_step()
         return result
 
@@ -113,8 +115,9 @@ class Warmup:
                 return
             dist.all_reduce(vector, group=groups.inner)
             shares = _equal_shares(vector, groups.num_shards)
-            if shares[groups.shard].numel():
-                self._handle.channel.start_all_reduce(shares[groups.shard]).wait()
+            with self._handle.inside.together():
+                if shares[groups.shard].numel():
+                    self._handle.channel.start_all_reduce(shares[groups.shard]).wait()
             for shard, share in enumerate(shares):
                 if share.numel():
                     source = dist.get_global_rank(groups.inner, shard)
@@ -135,7 +138,7 @@ class Warmup:
         gradients = [g for g in handle.shards.gradients() if g.numel()]
         nbytes = sum(g.numel() * g.element_size() for g in gradients)
         self._announce(nonfinite=not all_finite(gradients), gradient_bytes=nbytes)
-        with handle.loop.stopwatch.phase("wire"):
+        with handle.loop.stopwatch.phase("wire"), handle.inside.together():
             works = [handle.channel.start_all_reduce(gradient) for gradient in gradients]
             for work in works:
                 work.wait()
@@ -153,11 +156,11 @@ class Warmup:
         signals, dense_bytes = handle.inside.agree(signals, mine)
         self._dense_bytes += dense_bytes
         self._announcement = handle.announce(signals)
-        with handle.loop.stopwatch.phase("wire"):
+        with handle.loop.stopwatch.phase("wire"), handle.inside.together():
             self._announcement.headers()
 
 
 def _equal_shares(vector: torch.Tensor, count: int) -> list[torch.Tensor]:
     """Contiguous views of a vector, one for each rank of an island; some may be empty."""
     cuts = [vector.numel() * i // count for i in range(count + 1)]
-    return [vector[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [vector[start:stop] for start, stop in itertools.pairwise(cuts)]

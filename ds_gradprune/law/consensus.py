@@ -24,7 +24,11 @@ from ds_gradprune.law.signals import RankSignals, StepSignals
 
 
 def aggregate(
-    step: int, ranks: Sequence[RankSignals], timed_density: float | None, dense_bytes: int
+    step: int,
+    ranks: Sequence[RankSignals],
+    timed_density: float | None,
+    dense_bytes: int,
+    hidden_share: float = 0.0,
 ) -> StepSignals:
     """All ranks' signals of one step as one record.
 
@@ -34,12 +38,13 @@ def aggregate(
         timed_density: density of the exchange before, to which the times belong; None: there was
             none.
         dense_bytes: what one rank would have sent in the exchange before without pruning.
+        hidden_share: an exchange travels during this share of the computation.
 
     Returns:
         The record; equal on all ranks, since all have the same headers.
     """
     loss, is_finite = _mean_loss(ranks)
-    times = None if timed_density is None else _times(ranks)
+    times = None if timed_density is None else _times(ranks, hidden_share)
     return StepSignals(
         step=step,
         loss=loss,
@@ -75,7 +80,7 @@ class _Times(NamedTuple):
     skew_s: float
 
 
-def _times(ranks: Sequence[RankSignals]) -> _Times | None:
+def _times(ranks: Sequence[RankSignals], hidden_share: float) -> _Times | None:
     """None if some rank does not know how long it computed."""
     computes_s = [rank.compute_time_s for rank in ranks if rank.compute_time_s is not None]
     if len(computes_s) < len(ranks):
@@ -84,4 +89,5 @@ def _times(ranks: Sequence[RankSignals]) -> _Times | None:
     step_s = max(r + rank.comm_time_s for r, rank in zip(ready_s, ranks, strict=True))
     shortest_s = min(rank.comm_time_s for rank in ranks)
     exposed_s = max(shortest_s, step_s - max(ready_s))
+    step_s -= min(exposed_s, hidden_share * max(computes_s))
     return _Times(max(computes_s), exposed_s, step_s, max(ready_s) - min(ready_s))

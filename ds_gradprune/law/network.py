@@ -115,6 +115,7 @@ def observe(state: NetworkState, signals: StepSignals) -> Network:
         dense_cost=dense_cost,
         pruned_cost=pruned_cost,
         dense_factor=factor,
+        hide_s=config.hidden_share * ordered[len(ordered) // 2],
     )
     return Network(after, seen.cost, seen.change)
 
@@ -227,4 +228,5 @@ def prices_of(
         bytes_per_k=bytes_per_k,
         dense_bytes=float(state.dense_bytes),
         dense_factor=factor,
+        hide_s=config.hidden_share * ordered[len(ordered) // 2],
     )

@@ -46,6 +46,7 @@ class Prices(NamedTuple):
         bytes_per_k: on top, for every kept element per chunk.
         dense_bytes: of a dense exchange.
         dense_factor: seconds per byte of a dense exchange over those of a pruned one.
+        hide_s: of a pruned exchange, so long it may travel while the computation goes on.
     """
 
     compute_s: float
@@ -60,6 +61,7 @@ class Prices(NamedTuple):
     bytes_per_k: float
     dense_bytes: float
     dense_factor: float
+    hide_s: float = 0.0
 
     def comm_s(self, k: int) -> float:
         """Of an exchange with k kept elements per chunk; CHUNK_NUMEL: dense."""
@@ -73,9 +75,14 @@ class Prices(NamedTuple):
             return self.compute_s + self.dense_codec_s
         return self.compute_s + self.codec_s + self.codec_per_k_s * k
 
+    def exposed_s(self, k: int) -> float:
+        """What an exchange adds to a step: all of it, less what hides behind the computation."""
+        hidden_s = 0.0 if k == CHUNK_NUMEL else self.hide_s
+        return max(0.0, self.comm_s(k) - hidden_s)
+
     def step_s(self, k: int) -> float:
         """Of a typical step."""
-        return self.local_s(k) + self.comm_s(k)
+        return self.local_s(k) + self.exposed_s(k)
 
     @property
     def rate_text(self) -> str:
@@ -89,12 +96,13 @@ class Prices(NamedTuple):
 
     def margin_s(self, k: int) -> float:
         """What `fits` wants above `step_s` where only the exchange scatters, and a hair."""
-        return MARGIN * self.noise * self.comm_s(k) + 1e-6 * self.step_s(k)
+        exposes = self.exposed_s(k) > 0.0
+        return MARGIN * self.noise * self.comm_s(k) * exposes + 1e-6 * self.step_s(k)
 
     def fits(self, k: int, budget_s: float, margin: float = MARGIN) -> bool:
         """A step with k stays within the budget, `margin` standard deviations included."""
-        comm_s = self.comm_s(k)
-        step_s = self.local_s(k) + comm_s
+        comm_s = self.comm_s(k) if self.exposed_s(k) > 0.0 else 0.0
+        step_s = self.step_s(k)
         if step_s > budget_s:
             return False
         spread_s = min(self.spread_s, _SPREAD_MOST * (budget_s - self.compute_s))
@@ -107,7 +115,8 @@ class Prices(NamedTuple):
         # codec takes per kept element is counted with what its bytes take.
         least_s = self.overhead_s + self.seconds_per_byte * self.fixed_bytes
         codec_share = self.codec_per_k_s / (self.seconds_per_byte * self.bytes_per_k)
-        allowance_s = budget_s - self.compute_s - self.codec_s + codec_share * least_s
+        allowance_s = budget_s + self.hide_s - self.compute_s - self.codec_s
+        allowance_s += codec_share * least_s
         b = 1.0 + codec_share
         a = b * b - _squared(MARGIN * self.noise)
         square = allowance_s * allowance_s - _squared(MARGIN * spread_s)

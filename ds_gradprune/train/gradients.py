@@ -230,7 +230,7 @@ class GradientPruning:
 
 
 def _unscaled(vector: torch.Tensor, owed: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """owed + vector / scale, in new memory."""
+    """What is owed and vector / scale together, in new memory."""
     if owed is None:
         return vector.to(torch.float32, copy=True).mul_(1.0 / scale)
     return owed.clone().add_(vector, alpha=1.0 / scale)

@@ -190,6 +190,7 @@ class Loop:
             ranks,
             None if before is None else before.density,
             0 if before is None else before.dense_bytes,
+            0.0 if before is None or before.density == 1.0 else self._config.hidden_share,
         )
         self._law, self.decision = law.update(self._law_config, self._law, self._ahead(signals))
         steps, self._reported = step - self._reported, step

@@ -77,3 +77,11 @@ def test_order_of_ranks_changes_nothing() -> None:
 
 def test_mean_of_the_largest_losses_is_finite() -> None:
     assert aggregate(3, [rank(loss=1.7e308)] * 4, 0.05, 9000).loss == 1.7e308
+
+
+def test_what_travels_behind_the_computation_does_not_lengthen_the_step() -> None:
+    exposed = aggregate(3, [rank(compute_time_s=1.0, comm_time_s=0.6)] * 2, 0.05, 9000)
+    hidden = aggregate(3, [rank(compute_time_s=1.0, comm_time_s=0.6)] * 2, 0.05, 9000, 0.5)
+    assert exposed.step_time_s is not None
+    assert hidden.step_time_s == pytest.approx(exposed.step_time_s - 0.5)
+    assert hidden.comm_time_s == exposed.comm_time_s
