@@ -91,12 +91,15 @@ def check_ranks(transport: Transport, facts: Facts) -> None:
     raise RankMismatchError(_message(differing, hosts))
 
 
-def raise_together(transport: Transport, error: GradPruneError | None) -> None:
+def raise_together(
+    transport: Transport, error: GradPruneError | None, whose: str = "rank {rank}"
+) -> None:
     """Raise on all ranks if one has an error, so that nobody waits for the one that has left.
 
     Args:
         transport: over all ranks; its time-out bounds the call.
         error: this rank's; None: all is well here.
+        whose: what a message calls another rank.
 
     Raises:
         GradPruneError: the own error; elsewhere the first one, of the same kind, with its rank.
@@ -110,7 +113,7 @@ def raise_together(transport: Transport, error: GradPruneError | None) -> None:
     for rank, other in enumerate(told):
         if other:
             kind = getattr(errors, str(other.get("kind")), RankMismatchError)
-            raise kind(f"rank {rank}: {other.get('text')}")
+            raise kind(f"{whose.format(rank=rank)}: {other.get('text')}")
 
 
 def gather_texts(transport: Transport, text: str) -> list[str]:

@@ -109,9 +109,10 @@ _ISLANDS = Names(
 )
 _STAGES_1_TO_3 = Names(methods={"_take_model_step": ("lr_kwargs",)})
 _STAGE_3 = Names(
+    methods={"_zero3_consolidated_16bit_state_dict": ("exclude_frozen_parameters",)},
     modules={
         "deepspeed.runtime.zero.partitioned_param_coordinator": ("assert_ints_same_as_other_ranks",)
-    }
+    },
 )
 
 TABLES: dict[tuple[str, int], tuple[Names, ...]] = {

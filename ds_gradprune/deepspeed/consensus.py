@@ -1,53 +1,98 @@
 """The ranks of an island agree before the islands do: one set of signals for all of them.
 
 Times are the slowest rank's, bytes are what the island's link carries, so their sum, and the loss
-is the mean. What one rank does not know, the island does not know.
+is the mean. What one rank does not know, the island does not know. What fails on one rank is raised
+on all, so that nobody waits for the one that has left.
+
+Every agreement has an occasion. Ranks that come to different ones would wait for each other inside
+DeepSpeed's collectives, for half an hour; here they are told why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import math
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import torch
-import torch.distributed as dist
 
+from ds_gradprune.deepspeed.agree import raise_together
+from ds_gradprune.errors import GradPruneError, RankMismatchError, TransportTimeout
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.wire.transport import Transport
 
-_FIELDS = ("loss", "compute_time_s", "codec_time_s", "comm_time_s", "wire_bytes")
+
+class Occasion(enum.IntEnum):
+    """Why the ranks of an island meet."""
+
+    SIGNALS = 1
+    OUTCOME = 2
+    OWN = 3
+    SHARED = 4
+
+
+_WORDS = {
+    Occasion.SIGNALS: "ends a step",
+    Occasion.OUTCOME: "is in the middle of an exchange",
+    Occasion.OWN: "goes on training",
+    Occasion.SHARED: "wants the shared weights (state_dict, a save, a forward in evaluation mode)",
+}
+_FIX = (
+    "With several ranks in an island all of them must do this, in the same order. For work of one "
+    "rank, enter engine.gradprune.shared_weights() on all ranks and work inside on one."
+)
+
+
+_SIGNALS = 7
+"""Numbers of an agreement on signals."""
 
 
 class InsideIsland:
     """Agreement between the ranks of one island.
 
     Args:
-        group: their process group; None: the island has one rank, and agrees with itself.
-        device: where the group's backend wants its tensors.
+        transport: over them; its time-out bounds every wait. None: the island has one rank, and
+            agrees with itself.
+        num_islands: how many islands there are.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self._group = group
-        self._device = device
-        self._size = 1 if group is None else dist.get_world_size(group)
+    def __init__(self, transport: Transport | None, num_islands: int) -> None:
+        self._transport = transport
+        self._num_islands = num_islands
+        # Rows of all occasions are equally long: sizes that differ would end the process.
+        self._width = 1 + max(_SIGNALS, 2 + num_islands)
+
+    def meet(self, occasion: Occasion) -> None:
+        """All ranks come here for the same reason.
+
+        Raises:
+            RankMismatchError: they do not.
+            TransportTimeout: some rank does not come at all.
+
+        Collective: all ranks of the island.
+        """
+        self._gather(occasion, [])
 
     def agree(self, mine: RankSignals, dense_bytes: int) -> tuple[RankSignals, int]:
         """What the island says, and what it would send without pruning.
 
         Args:
-            mine: this rank's signals.
+            mine: this rank's signals; `wire_bytes` is the island's already.
             dense_bytes: what this rank would send without pruning.
 
         Collective: all ranks of the island.
         """
-        if self._size == 1:
+        if self._transport is None:
             return mine, dense_bytes
-        known = [getattr(mine, field) for field in _FIELDS]
+        # nan stands for what is unknown, so a loss that is nan goes as inf: finite it is not.
+        loss = math.inf if mine.loss is not None and math.isnan(mine.loss) else mine.loss
+        known = [loss, mine.compute_time_s, mine.codec_time_s, mine.comm_time_s]
         row = [math.nan if value is None else float(value) for value in known]
         row += [float(mine.nonfinite), float(mine.written), float(dense_bytes)]
-        rows = self._gather(row)
-        losses, computes, codecs, comms, wires, nonfinite, written, dense = (
-            list(column) for column in zip(*rows, strict=True)
+        losses, computes, codecs, comms, nonfinite, written, dense = (
+            list(column) for column in zip(*self._gather(Occasion.SIGNALS, row), strict=True)
         )
         island = dataclasses.replace(
             mine,
@@ -55,31 +100,87 @@ class InsideIsland:
             compute_time_s=_or_none(_most(computes)),
             codec_time_s=_most(codecs),
             comm_time_s=_most(comms),
-            wire_bytes=int(sum(wires)),
             nonfinite=any(nonfinite),
             written=any(written),
         )
         return island, int(sum(dense))
 
-    def union(self, numbers: list[int], most: int) -> list[int]:
-        """Every number that some rank of the island has in its list.
+    def outcome(
+        self,
+        *,
+        error: Exception | None = None,
+        bad: Collection[int] = (),
+        wire_bytes: int = 0,
+    ) -> tuple[list[int], int]:
+        """How an exchange has ended on all ranks.
 
         Args:
-            numbers: in 0 .. most - 1.
-            most: how many numbers there are.
+            error: what has gone wrong here; None: nothing.
+            bad: numbers of islands that this rank has found to be sick.
+            wire_bytes: what this rank has sent.
+
+        Returns:
+            The islands that some rank has found to be sick, and what the island has sent.
+
+        Raises:
+            Exception: `error`; on the other ranks a `GradPruneError` of its kind, with its text.
 
         Collective: all ranks of the island.
         """
-        if self._size == 1:
-            return numbers
-        row = [float(number in numbers) for number in range(most)]
-        return [i for i, column in enumerate(zip(*self._gather(row), strict=True)) if any(column)]
+        if self._transport is None:
+            if error is not None:
+                raise error
+            return sorted(bad), wire_bytes
+        row = [float(error is not None), float(wire_bytes)]
+        row += [float(number in bad) for number in range(self._num_islands)]
+        failed, sent, *columns = zip(*self._gather(Occasion.OUTCOME, row), strict=True)
+        if any(failed):
+            _raise(self._transport, error)
+        return [number for number, found in enumerate(columns) if any(found)], int(sum(sent))
 
-    def _gather(self, row: list[float]) -> list[list[float]]:
-        mine = torch.tensor(row, dtype=torch.float64, device=self._device)
-        rows = [torch.empty_like(mine) for _ in range(self._size)]
-        dist.all_gather(rows, mine, group=self._group)
-        return [other.tolist() for other in rows]
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside on one rank is raised on all. Collective: all ranks of the island."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as exc:
+            error = exc
+        self.outcome(error=error)
+
+    def _gather(self, occasion: Occasion, row: list[float]) -> list[list[float]]:
+        """Every rank's row; all of them must have come for the same reason."""
+        if self._transport is None:
+            return [row]
+        mine = torch.zeros(self._width, dtype=torch.float64)
+        mine[: 1 + len(row)] = torch.tensor([float(occasion), *row], dtype=torch.float64)
+        rows = torch.empty(self._transport.world_size, 8 * self._width, dtype=torch.uint8)
+        try:
+            self._transport.all_gather(mine.view(torch.uint8), rows)
+        except TransportTimeout as exc:
+            raise TransportTimeout(
+                f"rank {self._transport.rank} of an island {_WORDS[occasion]}, and another rank of "
+                f"it does not: {exc}. {_FIX}"
+            ) from exc
+        found: list[list[float]] = rows.view(torch.float64).tolist()
+        reasons = [Occasion(int(other[0])) for other in found]
+        if len(set(reasons)) > 1:
+            told = ", ".join(f"rank {rank} {_WORDS[why]}" for rank, why in enumerate(reasons))
+            raise RankMismatchError(
+                f"the ranks of an island must do the same; counted inside it, {told}. {_FIX}"
+            )
+        return [other[1 : 1 + len(row)] for other in found]
+
+
+def _raise(transport: Transport, error: Exception | None) -> None:
+    """Raise on every rank what has failed on some. Collective: all ranks of the island."""
+    if error is None or isinstance(error, GradPruneError):
+        raise_together(transport, error, whose="rank {rank} of this island")
+    told = GradPruneError(f"{type(error).__name__}: {error}")
+    with contextlib.suppress(GradPruneError):
+        raise_together(transport, told)
+    assert error is not None
+    raise error
 
 
 def _most(values: list[float]) -> float:

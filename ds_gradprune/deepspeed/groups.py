@@ -143,6 +143,7 @@ class Groups:
         shard: this rank's index inside its island.
         num_shards: ranks of an island.
         inner: the ranks of this island; None if it has only one.
+        inner_cpu: the same over gloo, and ours alone; None as well.
         outer: the ranks of this index on all islands, in the islands' order.
         outer_cpu: the same over gloo, for tensors in the host's memory.
         everyone: the group of all ranks, the same that DeepSpeed without an mpu uses.
@@ -162,9 +163,13 @@ class Groups:
         self.everyone: Any = groups._clone_world_group()
         self._alone = self._mine([[rank] for rank in range(self._world_size)])
         self.inner: Any = None
+        self.inner_cpu: Any = None
         if self.num_shards > 1:
             firsts = range(0, self._world_size, self.num_shards)
-            self.inner = self._mine([[*range(r, r + self.num_shards)] for r in firsts])
+            inners = [[*range(r, r + self.num_shards)] for r in firsts]
+            self.inner = self._mine(inners)
+            # DeepSpeed's collectives must never meet our agreements.
+            self.inner_cpu = self._mine(inners, backend="gloo")
         outers = [[*range(i, self._world_size, self.num_shards)] for i in range(self.num_shards)]
         self.outer: Any = self._mine(outers)
         is_gloo = dist.get_backend(self.outer) == "gloo"
@@ -198,11 +203,6 @@ class Groups:
         assert engine.mpu is self
         with self.in_force():
             yield
-
-    def device_of(self, engine: Any) -> torch.device:
-        """Where tensors must lie for collectives of the inner and outer groups."""
-        device: torch.device = engine.device
-        return device
 
     # ---- how the data is spread ----------------------------------------------------------------
 

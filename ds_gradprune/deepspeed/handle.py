@@ -277,12 +277,16 @@ class Handle:
         )
         return self.channel.announce(header, sizes)
 
-    def finish(self, ranks: Sequence[RankSignals], dense_bytes: int) -> None:
-        """The exchange that was begun is over: decide, compare and write down."""
+    def finish(self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int) -> None:
+        """The exchange that was begun is over: decide, compare and write down.
+
+        Args:
+            ranks: what all ranks, or islands, said.
+            wire_bytes: what this rank, or its island, has sent.
+            dense_bytes: what it would have sent without pruning.
+        """
         before = self.loop.totals.steps
-        report = self.loop.finish_exchange(
-            ranks, wire_bytes=self.channel.take_wire_bytes(), dense_bytes=dense_bytes
-        )
+        report = self.loop.finish_exchange(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
         every = self.config.verify_every_steps
         if every is not None and report.step // every > before // every:
             self.loop.note_weights(self.parameters_crc())

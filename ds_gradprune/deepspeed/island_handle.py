@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint
 from ds_gradprune.deepspeed.consensus import InsideIsland

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ds_gradprune.deepspeed.consensus import InsideIsland, Occasion
 from ds_gradprune.errors import RankMismatchError, UnsupportedError
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.piece import Piece, Shards
@@ -36,6 +37,7 @@ class IslandWeights:
         engine: the DeepSpeed engine.
         islands: the algorithm.
         shards: the fp32 weights of this rank.
+        inside: how the ranks of the island agree.
         land: applies the exchange under way, if there is one.
 
     Attributes:
@@ -43,12 +45,18 @@ class IslandWeights:
     """
 
     def __init__(
-        self, engine: Any, islands: Islands, shards: Shards, land: Callable[[], None]
+        self,
+        engine: Any,
+        islands: Islands,
+        shards: Shards,
+        inside: InsideIsland,
+        land: Callable[[], None],
     ) -> None:
         self.written: list[str] = []
         self._engine = engine
         self._islands = islands
         self._shards = shards
+        self._inside = inside
         self._land = land
         self._watch = None if shards.has_masters else Watch()
         self._held = 0
@@ -161,6 +169,7 @@ class IslandWeights:
         weights = self._islands.weights
         if self._are_equal or shared == weights.are_swapped:
             return
+        self._inside.meet(Occasion.SHARED if shared else Occasion.OWN)
         self._adopt()
         if shared:
             self._land()
