@@ -115,7 +115,6 @@ def observe(state: NetworkState, signals: StepSignals) -> Network:
         dense_cost=dense_cost,
         pruned_cost=pruned_cost,
         dense_factor=factor,
-        hide_s=config.hidden_share * ordered[len(ordered) // 2],
     )
     return Network(after, seen.cost, seen.change)
 

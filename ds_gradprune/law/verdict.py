@@ -100,7 +100,7 @@ class Verdict:
     def text(self) -> str:
         """One line for a user."""
         every = "" if self.interval == 1 else f", one exchange in {self.interval} steps"
-        edge = "none" if self.break_even_mbit is None else f"{self.break_even_mbit:.3g} Mbit/s"
+        edge = "at any rate" if self.break_even_mbit is None else f"{self.break_even_mbit:.0f} Mbit/s"
         return (
             f"dense {self.dense_step_s:.2g} s a step, pruned {self.pruned_step_s:.2g} s (density "
             f"{100 * self.density:.3g} %{every}), break-even {edge}: {self._advice}"
