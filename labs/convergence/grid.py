@@ -155,6 +155,8 @@ class Update(Pruned):
         residual_decay: see the product.
         update_scale: factor on the mean update; None: the square root of the number of islands.
         slow_momentum: share of an average of the moves of 100 steps that every exchange adds.
+        overlap: "auto": islands train on while an exchange travels, for as many steps as the
+            product lets them; False: they wait.
         local_lr: factor of the learning rate on the islands, after warm-up. Not a key of the
             product: its user sets the learning rate.
     """
@@ -165,12 +167,14 @@ class Update(Pruned):
     residual_decay: Share = 0.95
     update_scale: Positive | None = None
     slow_momentum: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
+    overlap: Literal["auto", False] = False
     local_lr: Positive = 1.0
 
     def _block(self, warmup_steps: int) -> dict[str, Any]:
         own = self.model_dump(
             include={
-                "sync_every", "residual", "residual_decay", "update_scale", "slow_momentum"
+                "sync_every", "residual", "residual_decay", "update_scale", "slow_momentum",
+                "overlap",
             }
         )  # fmt: skip
         return super()._block(warmup_steps) | {"prune": "update"} | own

@@ -41,6 +41,13 @@ class IslandSimulation(SharedGradient, abc.ABC):
         self._in_turn = method.exchange == "all_gather"
         self._local_lr = method.local_lr
         self._every = method.sync_every
+        self._begun: list[Prepared] = []
+        self._begun_after = self._lands_after = 0
+
+    @property
+    def delay_steps(self) -> int:
+        """Optimizer steps from an exchange to its commit."""
+        return 0
 
     @abc.abstractmethod
     def make(self, weights: SharedWeights, channel: Channel) -> Islands:
@@ -60,8 +67,13 @@ class IslandSimulation(SharedGradient, abc.ABC):
         loss = float(self.apart(tokens).mean())
         clip_(self.apart.gradient, self.setting.train.clip)
         self.adam.step(self.apart.weights, self.apart.gradient, lr * self._local_lr)
+        if self._begun and step + 1 == self._lands_after:
+            self._land()
         if alone % self._every == 0:
-            self._exchange(step + 1)
+            self._begin(step + 1)
+            # The run's last exchange is waited for, as a checkpoint waits for it.
+            if not self.delay_steps or step + 1 == self.setting.steps:
+                self._land()
         return loss
 
     @torch.no_grad()
@@ -93,23 +105,28 @@ class IslandSimulation(SharedGradient, abc.ABC):
             shards = RowShards(self.setting.gpt.views(row[None]))
             self.islands.append(self.make(SharedWeights(shards), channel))
 
-    def _exchange(self, step: int) -> None:
-        k = self.k(step)
-        exchanges = [islands.prepare(k, step=step, signals=SILENT) for islands in self.islands]
-        for prepared in exchanges:
+    def _begin(self, step: int) -> None:
+        k, hides = self.k(step), self.delay_steps > 0
+        self._begun = [
+            islands.prepare(k, step=step, signals=SILENT, hides=hides) for islands in self.islands
+        ]
+        for prepared in self._begun:
             prepared.write()
             prepared.start()
+        self._begun_after, self._lands_after = step, step + self.delay_steps
 
+    def _land(self) -> None:
         def deliver(prepared: Prepared) -> None:
-            refuse(prepared.deliver(), step)
+            refuse(prepared.deliver(), self._begun_after)
 
         if self._in_turn:
-            for prepared in exchanges:
+            for prepared in self._begun:
                 deliver(prepared)
         else:
-            self._ranks.at_once(deliver, exchanges)
-        for prepared in exchanges:
+            self._ranks.at_once(deliver, self._begun)
+        for prepared in self._begun:
             prepared.commit()
+        self._begun = []
         self.shared[0].copy_(self.islands[0].weights.stores[0])
         self.received_bits += self._ranks.take_received_bits()
 
@@ -142,6 +159,11 @@ class UpdateSimulation(IslandSimulation):
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )
+
+    @property
+    def delay_steps(self) -> int:
+        """See `IslandSimulation.delay_steps`: the product's."""
+        return self.config.delay_steps
 
     def k(self, step: int) -> int:
         """See `IslandSimulation.k`: the product's ramp, then a pinned density."""

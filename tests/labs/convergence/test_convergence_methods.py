@@ -90,6 +90,26 @@ def test_own_weights_and_residual_between_exchanges(fields: dict[str, Any]) -> N
     simulation.close()
 
 
+@pytest.mark.parametrize("residual", ["used", "reset"])
+def test_an_exchange_in_flight_lands_later_and_at_the_end(residual: Any) -> None:
+    simulation = update(density=0.05, sync_every=2, residual=residual, overlap="auto")
+    start = parted(simulation)
+    moved = []
+    for step in range(2, 8):
+        before = simulation.shared.clone()
+        simulation.step(step, tokens(step), learning_rate(TRAIN, step, 8))
+        moved.append(not torch.equal(before, simulation.shared))
+    # Exchanges begin after steps 4, 6 and 8 and land a step later; the last is waited for.
+    assert moved == [False, False, True, False, True, True]
+    assert not torch.equal(start, simulation.shared[0])
+    waiting = update(density=0.05, sync_every=2, residual=residual)
+    train(waiting)
+    assert simulation.received_bits == waiting.received_bits
+    assert simulation.notes()["owed_part"] > 0.0  # all islands agree on the shared weights
+    simulation.close()
+    waiting.close()
+
+
 def test_the_ramp_is_the_products() -> None:
     simulation = update(density=0.01, ramp_steps=3, ramp_from=0.25)
     # 1024, the geometric mean, 41, rounded up; then the pinned density.
