@@ -16,7 +16,8 @@ from ds_gradprune.deepspeed.agree import check_ranks, raise_together
 from ds_gradprune.deepspeed.facts import facts_of
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle
 from ds_gradprune.deepspeed.groups import Groups
-from ds_gradprune.deepspeed.handle import Clock, Handle, IdleHandle
+from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
 from ds_gradprune.errors import GradPruneError, UnsupportedError

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import google_crc32c
 import torch
 
 from ds_gradprune import codec
@@ -26,15 +25,14 @@ from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, monitor
 from ds_gradprune.deepspeed.hooks import Hooks
+from ds_gradprune.deepspeed.idle import module_crc
 from ds_gradprune.deepspeed.losses import StepLosses
-from ds_gradprune.errors import CheckpointError, UnsupportedError
+from ds_gradprune.errors import CheckpointError
 from ds_gradprune.law.schedule import target_at
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.wire.channel import Announcement, Channel
-
-IDLE_WORDS = "gradient pruning is idle here: there is no loop"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,59 +46,6 @@ class Clock:
 
     now_s: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], object] = time.sleep
-
-
-class IdleHandle:
-    """`engine.gradprune` where nothing is exchanged: DeepSpeed is left alone.
-
-    The block is disabled, there is only one rank, or the engine has no optimizer.
-
-    Attributes:
-        engine: the DeepSpeed engine.
-        config: the validated block.
-        idle: true.
-        report: None.
-        totals: zeros.
-    """
-
-    idle = True
-
-    def __init__(self, engine: Any, config: GradientPruningConfig) -> None:
-        self.engine = engine
-        self.config = config
-        self.report: StepReport | None = None
-        self.totals = Totals()
-
-    held_bytes = 0
-    """Memory that we hold beside DeepSpeed's."""
-
-    @property
-    def loop(self) -> Loop:
-        """There is none.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(IDLE_WORDS)
-
-    session = loop
-
-    @contextmanager
-    def shared_weights(self) -> Iterator[None]:
-        """The model holds its own weights, which are the only ones. Local."""
-        yield
-
-    def weight_sets(self) -> Iterator[None]:
-        """There is one set of weights. Local."""
-        yield
-
-    def parameters_crc(self) -> int:
-        """crc32c over the bits of all parameters of this rank, in module order. Local."""
-        return module_crc(self.engine.module)
-
-    def detach(self) -> None:
-        """Nothing was hooked. Local."""
-        self.engine.gradprune = None
 
 
 class Handle:
@@ -352,13 +297,3 @@ class Handle:
             take()
             self._log.rewind(self.loop.step)
         return result
-
-
-def module_crc(module: torch.nn.Module) -> int:
-    """crc32c over the bits of all parameters, in module order. Local."""
-    crc = 0
-    for parameter in module.parameters():
-        flat = parameter.detach().reshape(-1).contiguous().cpu()
-        if flat.numel():
-            crc = google_crc32c.extend(crc, flat.view(torch.uint8).numpy())
-    return int(crc)

@@ -162,6 +162,19 @@ class GradientPruning:
             return
         self._open.append(arrived)
         staged = _unscaled(vector, owed, scale) if self._error_feedback else None
+        self._apply(arrived, buckets, vector, staged, scale)
+        if self._error_feedback:
+            self.residuals.stage(keys, numels, staged)
+
+    def _apply(
+        self,
+        arrived: Arrived,
+        buckets: tuple[Bucket, ...],
+        vector: torch.Tensor,
+        staged: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        """Let the vector be the sum of all deliveries; take the own part off the residual."""
         vector.zero_()
         for number, bucket in enumerate(buckets):
             here = slice(bucket.start, bucket.stop)
@@ -172,8 +185,6 @@ class GradientPruning:
             apart = arrived.sent(number, vector.device)
             if staged is not None and apart is not None:
                 scatter_add(staged[here], apart, -1.0 / scale)
-        if self._error_feedback:
-            self.residuals.stage(keys, numels, staged)
 
     @torch.no_grad()
     def reduce_dense(

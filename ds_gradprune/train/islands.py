@@ -22,6 +22,7 @@ import torch
 from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
 from ds_gradprune.errors import NonFiniteError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.dense import DenseExchange
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
 from ds_gradprune.train.outer import OuterRule
@@ -29,7 +30,6 @@ from ds_gradprune.train.shared_weights import Bound, SharedWeights
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.channel import Channel, Pending
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
-from ds_gradprune.wire.transport import Work
 
 
 class Prepared(Protocol):
@@ -140,7 +140,7 @@ class Islands:
         Args:
             nonfinite: the islands whose weights hold inf or nan, agreed on.
         """
-        return _Dense(self, nonfinite)
+        return DenseExchange(self, nonfinite)
 
 
 class _Pruned:
@@ -258,72 +258,6 @@ class _Pruned:
         for own, old, part in zip(bound.own, before, bound.split(shared), strict=True):
             # What was learned since the payloads were written stays.
             own.copy_(torch.sub(own, old).add_(part) if self._copies else part)
-
-
-class _Dense:
-    """An exchange of everything: the progress of all islands is summed in fp32.
-
-    Needs 4 bytes per parameter while it is under way, because nothing may move before all of it is
-    there.
-    """
-
-    def __init__(self, islands: Islands, nonfinite: Sequence[int]) -> None:
-        self.sizes: Sequence[int] = ()
-        self._islands = islands
-        self._bounds = islands.weights.bound()
-        self._nonfinite = list(nonfinite)
-        self._moves: list[torch.Tensor] = []
-        self._works: list[Work] = []
-
-    def write(self) -> None:
-        """Nothing to do."""
-
-    def abort(self) -> None:
-        self._islands.channel.settle(applied=False)
-
-    @torch.no_grad()
-    def start(self) -> None:
-        if self._nonfinite:
-            return
-        channel = self._islands.channel
-        for number, bound in enumerate(self._bounds):
-            move = torch.cat(bound.own).sub_(bound.beside())
-            if self._islands.kept is not None:
-                store = self._islands.weights.stores[bound.store]
-                kept = self._islands.kept
-                move.add_(kept.of(bound, store), alpha=kept.decay)
-            channel.pay(number, bound.layout, move)
-            self._moves.append(move)
-            self._works.append(channel.start_all_reduce(move))
-
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-
-    def deliver(self) -> list[int]:
-        with self._islands.stopwatch.phase("wire"):
-            self.wait()
-        return self._nonfinite
-
-    @torch.no_grad()
-    def commit(self) -> None:
-        islands = self._islands
-        for bound, move in zip(self._bounds, self._moves, strict=True):
-            move.mul_(islands.factor)
-            shared = bound.beside()
-            store = islands.weights.stores[bound.store]
-            if islands.kept is not None:
-                islands.kept.of(bound, store).zero_()
-            islands.rule.begin(bound.store, store, bound.start, bound.stop)
-            islands.rule.note_dense(move)
-            shared.add_(move)
-            drift = islands.rule.drift()
-            if drift is not None:
-                shared.add_(drift)
-            for own, part in zip(bound.own, bound.split(shared), strict=True):
-                own.copy_(part)
-            bound.give_back(shared)
-        islands.channel.settle(applied=True)
 
 
 def refuse(nonfinite: Sequence[int], step: int) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from ds_gradprune.native.library import kernels
+from ds_gradprune.native.checksum import checksum
 from ds_gradprune.train.piece import Piece
 
 
@@ -26,31 +24,13 @@ class Watch:
 
     def note(self, pieces: Sequence[Piece]) -> None:
         """This is how we leave these pieces."""
-        self._sums = {piece.key: bits_sum(piece.own) for piece in pieces}
+        self._sums = {piece.key: checksum(piece.own) for piece in pieces}
 
     def written(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces that are not as `note` found them; those it has not seen are left out."""
         sums = self._sums
-        return [p for p in pieces if p.key in sums and sums[p.key] != bits_sum(p.own)]
+        return [p for p in pieces if p.key in sums and sums[p.key] != checksum(p.own)]
 
     def forget(self) -> None:
         """Whatever is written from here to the next `note` is not asked for."""
         self._sums = {}
-
-
-def bits_sum(tensor: torch.Tensor) -> int:
-    """A sum over the bits of a 1-D fp32 tensor that sees any change of a single element.
-
-    Two tensors that differ have the same sum by chance only. It is compared within one process.
-    """
-    native = kernels()
-    if native is not None and tensor.device.type == "cpu":
-        return int(native.checksum(tensor.detach().numpy()))
-    if not tensor.numel():
-        return 0
-    bits = tensor.detach().view(torch.int32)
-    # Row sums weighted by their place see elements that change places, too.
-    rows = bits[: bits.numel() // 1024 * 1024].view(-1, 1024).sum(dim=1, dtype=torch.int64)
-    weights = torch.arange(1, len(rows) + 1, device=rows.device)
-    rest = bits[len(rows) * 1024 :].sum(dtype=torch.int64)
-    return int((rows * weights).sum() + rest)

@@ -1,0 +1,77 @@
+"""`engine.gradprune` where nothing is exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import google_crc32c
+import torch
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.train.report import Totals
+
+
+class IdleHandle:
+    """`engine.gradprune` where nothing is exchanged: DeepSpeed is left alone.
+
+    The block is disabled, there is only one rank, or the engine has no optimizer.
+
+    Attributes:
+        engine: the DeepSpeed engine.
+        config: the validated block.
+        idle: true.
+        report: None.
+        totals: zeros.
+    """
+
+    idle = True
+
+    def __init__(self, engine: Any, config: GradientPruningConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.report = None
+        self.totals = Totals()
+
+    held_bytes = 0
+    """Memory that we hold beside DeepSpeed's."""
+
+    @property
+    def loop(self) -> NoReturn:
+        """There is none.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("gradient pruning is idle here: there is no loop")
+
+    session = loop
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """The model holds its own weights, which are the only ones. Local."""
+        yield
+
+    def weight_sets(self) -> Iterator[None]:
+        """There is one set of weights. Local."""
+        yield
+
+    def parameters_crc(self) -> int:
+        """crc32c over the bits of all parameters of this rank, in module order. Local."""
+        return module_crc(self.engine.module)
+
+    def detach(self) -> None:
+        """Nothing was hooked. Local."""
+        self.engine.gradprune = None
+
+
+def module_crc(module: torch.nn.Module) -> int:
+    """crc32c over the bits of all parameters, in module order. Local."""
+    crc = 0
+    for parameter in module.parameters():
+        flat = parameter.detach().reshape(-1).contiguous().cpu()
+        if flat.numel():
+            crc = google_crc32c.extend(crc, flat.view(torch.uint8).numpy())
+    return int(crc)
