@@ -26,6 +26,9 @@ SKIPPED = 2
 WANTED = 5
 """So many exchanges are behind each median."""
 
+LEAST_S = 1e-6
+"""Less than that is no measurable time."""
+
 _RAMP = "ramp"
 
 
@@ -100,10 +103,12 @@ class Verdict:
     def text(self) -> str:
         """One line for a user."""
         every = "" if self.interval == 1 else f", one exchange in {self.interval} steps"
-        edge = "at any rate" if self.break_even_mbit is None else f"{self.break_even_mbit:.0f} Mbit/s"
+        edge = "no break-even"
+        if self.break_even_mbit is not None:
+            edge = f"break-even {self.break_even_mbit:.0f} Mbit/s"
         return (
             f"dense {self.dense_step_s:.2g} s a step, pruned {self.pruned_step_s:.2g} s (density "
-            f"{100 * self.density:.3g} %{every}), break-even {edge}: {self._advice}"
+            f"{100 * self.density:.3g} %{every}), {edge}: {self._advice}"
         )
 
     @property
@@ -188,7 +193,7 @@ def break_even_mbit(extra_s: float, saved_bytes: float) -> float | None:
     """
     if saved_bytes <= 0.0:
         return 0.0
-    return None if extra_s <= 0.0 else 8e-6 * saved_bytes / extra_s
+    return None if extra_s <= LEAST_S else 8e-6 * saved_bytes / extra_s
 
 
 def _median(samples: Sequence[_Sample], field: str) -> float:
