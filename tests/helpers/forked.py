@@ -28,7 +28,7 @@ class Doom:
         rank: whose.
         at: "module:name.name", a function whose call it is.
         call: which call of it, counted from 1.
-        deed: "kill", "stop" (SIGSTOP, for ever) or "spoil" (a weight becomes nan).
+        deed: "kill", "stop" (SIGSTOP, for ever), "interrupt", or "spoil" (a weight becomes nan).
     """
 
     rank: int
@@ -182,7 +182,8 @@ def _do(deed: str, args: tuple[Any, ...]) -> None:
     if deed == "spoil":  # the first argument is the engine
         next(iter(args[0].module.parameters())).data.view(-1)[0] = float("nan")
     else:
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[deed])
+        signals = {"kill": "SIGKILL", "stop": "SIGSTOP", "interrupt": "SIGINT"}
+        os.kill(os.getpid(), signal.Signals[signals[deed]])
 
 
 if __name__ == "__main__":

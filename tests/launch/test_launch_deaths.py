@@ -6,7 +6,6 @@ Each test tells the story of a run that hung for minutes to hours, or ended in a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,6 @@ SAVE = "deepspeed.runtime.engine:DeepSpeedEngine._save_checkpoint"
 PREPARE = "textgen.prepare:prepare"
 ENGINE = "ds_gradprune:initialize"
 CLOSE = "launch.support.run:Run._finish"
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text.txt, model/ and config.json."""
-    return scripts.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    folder = tmp_path_factory.mktemp("told")
-    with Nursery(folder, scripts.script_environ(), scripts.ROOT) as nursery:
-        yield nursery
 
 
 def config(folder: Path, **changes: Any) -> str:

@@ -25,12 +25,6 @@ from tests.helpers.scripts import RESULT_KEYS, arguments, block
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text.txt, model/ and config.json."""
-    return scripts.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], int]]:
     """The script's main, in this process, with everything it changes changed back."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import transformers
 from ds_gradprune.config import load_block
 from ds_gradprune.errors import ConfigError
 from tests.helpers import scripts
+from tests.helpers.forked import Case, Doom, Ending, Nursery
 from tests.helpers.scripts import RESULT_KEYS, arguments, block
 from textgen.model import load_model
 
@@ -22,13 +22,8 @@ from textgen.model import load_model
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text.txt, model/ and config.json."""
-    return scripts.write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 STEPS = 24
+STEP = "textgen.train:_step"
 
 
 @pytest.fixture(scope="module")
@@ -100,33 +95,33 @@ def test_resolved_config_is_complete_and_valid(unbroken: tuple[Path, str]) -> No
         load_block(config, total_steps=4)
 
 
+def run_two(nursery: Nursery, given: list[str], *dooms: Doom) -> list[Ending]:
+    environ = {"MASTER_PORT": scripts.free_port()}
+    return nursery.run(Case([given, given], list(dooms), environ))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_interrupted_killed_and_resumed_run_equals_the_unbroken_one(
-    unbroken: tuple[Path, str], here: Path, tmp_path: Path
+    unbroken: tuple[Path, str], nursery: Nursery, here: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     given = arguments(here, out, steps=str(STEPS), eval_every="10", save_every="5")
     # One rank alone is asked to stop: both end at the same step, with a checkpoint.
-    ranks = scripts.start_ranks(given)
-    scripts.wait_for_step(out / "log.jsonl", 7, ranks)
-    ranks[1].send_signal(signal.SIGINT)
-    told = scripts.finish(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], told
-    assert "continue with --resume" in told[0]
-    assert "Traceback" not in told[0] + told[1]
+    endings = run_two(nursery, given, Doom(1, STEP, 7, "interrupt"))
+    assert [ending.code for ending in endings] == [0, 0], endings[0].told
+    assert "continue with --resume" in endings[0].told
+    assert "Traceback" not in endings[0].told + endings[1].told
     stopped = json.loads((out / "result.json").read_text())
     assert stopped["stopped"]
-    assert 7 <= stopped["steps"] < STEPS
+    assert stopped["steps"] == 8  # a question takes a step to travel
     # Both are killed some steps after a checkpoint: the log is ahead of what was saved.
-    ranks = scripts.start_ranks([*given, "--resume"])
-    scripts.wait_for_step(out / "log.jsonl", 17, ranks)
-    for rank in ranks:
-        rank.kill()
-    scripts.finish(ranks)
-    ranks = scripts.start_ranks([*given, "--resume"])
-    told = scripts.finish(ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    dooms = [Doom(rank, STEP, 10, "kill") for rank in (0, 1)]
+    run_two(nursery, [*given, "--resume"], *dooms)
+    assert scripts.log_of(out)[-1]["step"] == 17
+    assert (out / "checkpoints" / "latest").read_text() == "step00000015"
+    endings = run_two(nursery, [*given, "--resume"])
+    assert [ending.code for ending in endings] == [0, 0], endings[0].told
     whole, _ = unbroken
     losses, wanted = ([entry["loss"] for entry in scripts.log_of(run)] for run in (out, whole))
     assert losses == wanted
@@ -138,31 +133,24 @@ def test_interrupted_killed_and_resumed_run_equals_the_unbroken_one(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_islands_train_and_resume_in_the_middle_of_an_interval(here: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_islands_train_and_resume_in_the_middle_of_an_interval(
+    nursery: Nursery, here: Path, tmp_path: Path
+) -> None:
     changes = block(prune="update", sync_every=3)
     config = str(scripts.write_config(tmp_path / "config.json", **changes))
 
     def train_to(out: Path, steps: int, *flags: str) -> dict[str, Any]:
         given = arguments(here, out, config=config, steps=str(steps), eval_every="10")
-        ranks = scripts.start_ranks([*given, *flags])
-        told = scripts.finish(ranks)
-        assert [rank.returncode for rank in ranks] == [0, 0], told
+        endings = run_two(nursery, [*given, *flags])
+        assert [ending.code for ending in endings] == [0, 0], endings[0].told
         result: dict[str, Any] = json.loads((out / "result.json").read_text())
         return result
 
     whole = train_to(tmp_path / "whole", 18)
     assert whole["val_loss"] < whole["val_loss_start"] - 0.3
-    assert [entry["step"] for entry in scripts.log_of(tmp_path / "whole")] == [
-        1,
-        2,
-        3,
-        6,
-        9,
-        12,
-        15,
-        18,
-    ]
+    logged = [entry["step"] for entry in scripts.log_of(tmp_path / "whole")]
+    assert logged == [1, 2, 3, 6, 9, 12, 15, 18]
     assert whole["density_min"] == whole["density_max"] < 0.11
     train_to(tmp_path / "parts", 11)
     parts = train_to(tmp_path / "parts", 18, "--resume")
@@ -176,12 +164,39 @@ def test_islands_train_and_resume_in_the_middle_of_an_interval(here: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_fault_on_two_ranks_is_told_once(here: Path, tmp_path: Path) -> None:
-    given = arguments(here, tmp_path / "out", model="./absent")
-    ranks = scripts.start_ranks(given)
-    told = scripts.finish(ranks)
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert "".join(told).count("error: ") == 1
-    assert "Traceback" not in "".join(told)
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("stage", "mode"), [(1, "update"), (2, "update"), (3, "update"), (3, "off")]
+)
+def test_every_stage_trains_resumes_and_writes_a_whole_model(
+    stage: int, mode: str, nursery: Nursery, here: Path, tmp_path: Path
+) -> None:
+    """Stage 3 was refused: no rank held a whole model to write."""
+    ours = block(prune="update", throttle=None)["gradient_pruning"]
+    path = scripts.write_config(
+        tmp_path / "config.json",
+        zero_optimization={"stage": stage},
+        gradient_pruning=ours if mode == "update" else {"enabled": False},
+    )
+    out = tmp_path / "out"
+    for steps, flags in (("8", []), ("11", ["--resume"])):
+        given = [*arguments(here, out, config=str(path), steps=steps), *flags]
+        endings = run_two(nursery, given)
+        assert [ending.code for ending in endings] == [0, 0], endings[0].told
+    result = json.loads((out / "result.json").read_text())
+    assert result["steps"] == 11
+    assert result["val_loss"] < result["val_loss_start"] - 0.3
+    model = load_model(str(out / "model"))
+    assert model.num_parameters() == load_model(str(here / "model")).num_parameters()
+    assert result["parameters"] == model.num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_fault_on_two_ranks_is_told_once(nursery: Nursery, here: Path, tmp_path: Path) -> None:
+    endings = run_two(nursery, arguments(here, tmp_path / "out", model="./absent"))
+    assert [ending.code for ending in endings] == [2, 2]
+    told = "".join(ending.told for ending in endings)
+    assert told.count("error: ") == 1
+    assert "Traceback" not in told
     assert not (tmp_path / "out").exists()
