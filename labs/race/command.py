@@ -20,7 +20,7 @@ from labs.race.campaign import Plan, execute
 from labs.race.crew import ROOT, BedPlace, LoopbackPlace, Place
 from labs.race.figures import Figures, Row
 from labs.race.job import Recipe
-from labs.race.methods import DEFAULT, DENSE, parse_methods
+from labs.race.methods import DEFAULT, DENSE, Method, parse_methods
 from labs.race.record import Record
 from labs.smollm2 import export, model_folder
 from textgen.model import SIZES
@@ -37,6 +37,8 @@ LEAST = {
     "repeats": 1,
     "batch": 1,
     "timing-steps": 2,
+    "eval-sequences": 1,
+    "extend": 1,
 }
 
 
@@ -80,37 +82,13 @@ def make_plan(flags: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: they contradict each other or are out of range; lists every fault.
     """
-    faults = []
     methods = parse_methods(flags.methods)
     rates: list[str | None] = [None]
     if flags.bed == "netns":
         rates = [*(r.strip() for r in flags.rates.split(",") if parse_rate(r) is not None), None]
-    for name, least in LEAST.items():
-        if getattr(flags, name.replace("-", "_")) < least:
-            given = getattr(flags, name.replace("-", "_"))
-            faults.append(f"--{name} must be at least {least}, got {given}.")
-    if flags.eval_sequences is not None and flags.eval_sequences < 1:
-        faults.append(f"--eval-sequences must be at least 1, got {flags.eval_sequences}.")
-    if flags.extend < 1.0:
-        faults.append(f"--extend must be at least 1, got {flags.extend:g}.")
-    try:
-        is_block = isinstance(json.loads(flags.block or "{}"), dict)
-    except ValueError:
-        is_block = False
-    if not is_block:
-        faults.append(f"--block must be a JSON object, got {flags.block}.")
-    strangers = [method.name for method in methods if method.side != "deepspeed"]
-    if flags.zero_stage and strangers:
-        faults.append(
-            f"--zero-stage must be 0 for methods that do not run in DeepSpeed "
-            f"({', '.join(strangers)}), got {flags.zero_stage}. Name the others with --methods."
-        )
     eval_every = flags.eval_every or max(1, flags.steps // 10)
-    if flags.steps % eval_every:
-        faults.append(f"--steps must be a multiple of --eval-every, got {flags.steps}.")
     dense_steps = max(2, flags.steps // 10) if flags.dense_steps is None else flags.dense_steps
-    if not 2 <= dense_steps <= flags.steps - 2:
-        faults.append(f"--dense-steps must be 2 to {flags.steps - 2}, got {dense_steps}.")
+    faults = list(faults_of(flags, methods, eval_every, dense_steps))
     if faults:
         raise ConfigError(faults)
     return Plan(
@@ -123,6 +101,35 @@ def make_plan(flags: argparse.Namespace) -> Plan:
         timing_steps=flags.timing_steps,
         recipe=make_recipe(flags, dense_steps),
     )
+
+
+def faults_of(
+    flags: argparse.Namespace, methods: Sequence[Method], eval_every: int, dense_steps: int
+) -> Iterator[str]:
+    """Everything that is wrong with the flags."""
+    for name, least in LEAST.items():
+        given = getattr(flags, name.replace("-", "_"))
+        if given is not None and given < least:
+            yield f"--{name} must be at least {least}, got {given:g}."
+    if not _is_object(flags.block):
+        yield f"--block must be a JSON object, got {flags.block}."
+    strangers = [method.name for method in methods if method.side != "deepspeed"]
+    if flags.zero_stage and strangers:
+        yield (
+            f"--zero-stage must be 0 for methods that do not run in DeepSpeed "
+            f"({', '.join(strangers)}), got {flags.zero_stage}. Name the others with --methods."
+        )
+    if flags.steps % eval_every:
+        yield f"--steps must be a multiple of --eval-every, got {flags.steps}."
+    if not 2 <= dense_steps <= flags.steps - 2:
+        yield f"--dense-steps must be 2 to {flags.steps - 2}, got {dense_steps}."
+
+
+def _is_object(text: str | None) -> bool:
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
 
 
 def make_recipe(flags: argparse.Namespace, dense_steps: int) -> Recipe:
