@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import hjson
+import torch
 import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
@@ -67,6 +68,7 @@ def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any
     config = load_block(ds_config)
     if not config.enabled:
         return _call(given), True
+    _refuse_strided(given.arguments["model"])
     if config.prune == "update":
         _refuse_other_groups(given.arguments, ds_config)
     _open_comm(given.arguments)
@@ -147,6 +149,17 @@ def _call(given: inspect.BoundArguments) -> tuple[Any, Any, Any, Any]:
 
 def _has_optimizer(given: dict[str, Any], ds_config: dict[str, Any]) -> bool:
     return given.get("optimizer") is not None or bool(ds_config.get("optimizer"))
+
+
+def _refuse_strided(model: torch.nn.Module) -> None:
+    """DeepSpeed broadcasts weights as bytes, and gloo sums a view's wrong elements."""
+    strided = [name for name, p in model.named_parameters() if not p.is_contiguous()]
+    if strided:
+        listed = ", ".join(strided[:5]) + (", ..." if len(strided) > 5 else "")
+        raise UnsupportedError(
+            f"parameters must lie contiguously in memory, got {listed}. Make them so before the "
+            "engine is made: parameter.data = parameter.data.contiguous()."
+        )
 
 
 def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any]) -> None:

@@ -72,3 +72,21 @@ def test_a_residual_of_another_size_is_refused() -> None:
         residuals.of(["a"], [2], CPU)
     with pytest.raises(CheckpointError, match="1-D tensors"):
         residuals.read({"a": 3})
+
+
+def test_what_a_step_has_staged_is_found_in_other_company() -> None:
+    residuals = Residuals()
+    staged(residuals, "abc", 1, 2, 3)
+    residuals.commit()
+    staged(residuals, "ab", 10, 20)  # the first reduction of a step; c keeps what it is owed
+    assert of(residuals, "bc") == [20, 3]
+    staged(residuals, "bc", 21, 31)
+    residuals.stage(["a"], [2], None)
+    assert of(residuals, "cab") == [31, 0, 21]
+    residuals.drop()
+    assert of(residuals, "abc") == [1, 2, 3]
+    staged(residuals, "ab", 10, 20)
+    staged(residuals, "bc", 21, 31)
+    residuals.commit()
+    assert of(residuals, "abc") == [10, 21, 31]
+    assert residuals.nbytes == 24
