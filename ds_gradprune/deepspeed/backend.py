@@ -2,7 +2,7 @@
 
 `deepspeed.comm.comm.cdb` is the object that every collective of DeepSpeed goes through (deepspeed
 0.19.8, comm/comm.py). Ours subclasses `TorchBackend` and shares its state, so all collectives pass
-unchanged; only the one all-reduce inside `gradient_bucket()` goes to the reducer. DeepSpeed's
+unchanged; only the one reduction inside `gradient_bucket()` goes to the reducer. DeepSpeed's
 comms_logger sits above the backend and keeps seeing every call.
 """
 
@@ -22,7 +22,7 @@ Reduce = Callable[[torch.Tensor], None]
 
 
 class PruningBackend(TorchBackend):
-    """A `TorchBackend` whose marked all-reduce is done by us."""
+    """A `TorchBackend` whose marked reduction is done by us."""
 
     # Own attributes live in slots: __dict__ is the adopted backend's and stays DeepSpeed's alone.
     __slots__ = ("_adopted", "_reduce", "_users")
@@ -36,21 +36,21 @@ class PruningBackend(TorchBackend):
 
     @contextmanager
     def gradient_bucket(self, reduce: Reduce) -> Iterator[None]:
-        """Hand the next all-reduce of this thread of control to `reduce`.
+        """Hand the next all-reduce, or reduce to one rank, to `reduce`.
 
         Args:
-            reduce: replaces its argument by the sum over peers, in place.
+            reduce: replaces its argument by the sum over peers, in place, on every rank.
 
         Raises:
-            UnsupportedError: the block ended without an all-reduce.
+            UnsupportedError: the block ended without a reduction.
         """
         self._reduce = reduce
         try:
             yield
             if self._reduce is not None:
                 raise UnsupportedError(
-                    "DeepSpeed reduced a gradient bucket without calling all_reduce; this is not "
-                    "the DeepSpeed that gradient pruning was tested with"
+                    "DeepSpeed reduced a gradient bucket without calling all_reduce or reduce; "
+                    "this is not the DeepSpeed that gradient pruning was tested with"
                 )
         finally:
             self._reduce = None
@@ -69,6 +69,24 @@ class PruningBackend(TorchBackend):
         reduce, self._reduce = self._reduce, None
         if reduce is None:
             return super().all_reduce(tensor, op, group, async_op)
+        reduce(tensor)
+        return None
+
+    def reduce(
+        self,
+        tensor: torch.Tensor,
+        dst: int,
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        """As `all_reduce`; a marked bucket is summed on every rank, not on `dst` alone.
+
+        Collective: all ranks of the group.
+        """
+        reduce, self._reduce = self._reduce, None
+        if reduce is None:
+            return super().reduce(tensor, dst, op, group, async_op)
         reduce(tensor)
         return None
 

@@ -117,6 +117,8 @@ _STAGE_3 = Names(
 
 TABLES: dict[tuple[str, int], tuple[Names, ...]] = {
     (GRADIENT, 0): (_EVERYWHERE, _STAGE_0),
+    (GRADIENT, 1): (_EVERYWHERE, _STAGE_0),
+    (GRADIENT, 2): (_EVERYWHERE, _STAGE_0),
     (UPDATE, 0): (_EVERYWHERE, _ISLANDS, _STAGE_0),
     (UPDATE, 1): (_EVERYWHERE, _ISLANDS, _STAGES_1_TO_3),
     (UPDATE, 2): (_EVERYWHERE, _ISLANDS, _STAGES_1_TO_3),
@@ -166,6 +168,30 @@ OFFLOADED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """The same where the optimizer is offloaded: the attribute that says so, and what more it has."""
 
+REDUCERS: dict[str, tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]] = {
+    "BF16_Optimizer": (
+        ("bf16_groups", "fp32_groups_gradients", "param_names"),
+        {"get_grads_for_reduction": ()},
+    ),
+    "DeepSpeedZeroOptimizer": (
+        ("bit16_groups_flat", "ipg_buckets", "param_dict", "param_names"),
+        {
+            "allreduce_bucket": (
+                "bucket",
+                "communication_data_type",
+                "rank",
+                "log",
+                "divide",
+                "process_group",
+            ),
+            "gradient_reduction_w_predivide": ("tensor", "communication_data_type"),
+            "overlapping_partition_gradients_reduce_epilogue": (),
+            "reduce_ipg_grads": ("comm_dtype",),
+        },
+    ),
+}
+"""With gradient: class of DeepSpeed's optimizer -> attributes and methods that we reduce with."""
+
 
 def has_optimizer(engine: Any) -> bool:
     """Whether an engine trains. One that does not, a reference model's, is left alone."""
@@ -194,6 +220,8 @@ def check(engine: Any, prune: str) -> None:
     missing = [name for table in tables for name in _missing(engine, table)]
     if prune == UPDATE:
         missing += _missing_of_optimizer(engine.optimizer)
+    else:
+        missing += _missing_of_reducer(engine.optimizer)
     if missing:
         raise UnsupportedError(
             f"deepspeed {deepspeed.__version__} lacks {', '.join(missing)}, which gradient pruning "
@@ -230,6 +258,18 @@ def _missing_of_optimizer(optimizer: Any) -> Iterator[str]:
     for name in OPTIMIZERS.get(kind, ()) + (more if is_offloaded else ()):
         if not hasattr(optimizer, name):
             yield f"{kind}.{name}"
+
+
+def _missing_of_reducer(optimizer: Any) -> Iterator[str]:
+    kind = type(optimizer).__name__
+    attributes, methods = REDUCERS.get(kind, ((), {}))
+    for name in attributes:
+        if not hasattr(optimizer, name):
+            yield f"{kind}.{name}"
+    for name, expected in methods.items():
+        method = getattr(type(optimizer), name, None)
+        if method is None or _parameters(method) != expected:
+            yield f"{kind}.{name}({', '.join(expected)})"
 
 
 def _has_own(engine: Any, name: str) -> bool:

@@ -1,6 +1,7 @@
-"""Gradient mode in DeepSpeed's step loop, ZeRO stage 0.
+"""Gradient mode in DeepSpeed's step loop, where every rank reduces whole gradients in one go.
 
-Beyond what `Handle` hooks:
+That is ZeRO stage 0, and stage 1 with bf16 weights whose gradients are summed in fp32
+(`BF16_Optimizer`). Beyond what `Handle` hooks:
 
 - `buffered_allreduce_fallback`: all gradients are complete; the ranks announce what they send;
 - `allreduce_bucket`: its one all-reduce is marked for our backend; DeepSpeed's averaging and
@@ -11,11 +12,12 @@ Beyond what `Handle` hooks:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import google_crc32c
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import backend as backends
@@ -29,6 +31,10 @@ from ds_gradprune.wire.channel import Announcement, Channel
 UNREDUCED = (
     "step {step} ended without reducing any gradient; was engine.backward called, and outside "
     "engine.no_sync?"
+)
+NOBODYS = (
+    "DeepSpeed reduces a gradient that belongs to none of the model's parameters; gradient pruning "
+    "cannot tell whose residual it is"
 )
 
 
@@ -55,17 +61,21 @@ class GradientHandle(Handle):
             error_feedback=config.error_feedback,
         )
         self._backend = backends.install()
-        self._names: dict[int, str] = {}
+        self._gradients: dict[int, Gradient] = {}
         self._names_crc = 0
         self._announcement: Announcement | None = None
         self._signals: RankSignals | None = None
-        self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
-        self.hooks.replace("allreduce_bucket", self._reduce_bucket)
+        self._hook()
 
     @property
     def held_bytes(self) -> int:
         """See `Handle`: 4 bytes for every parameter that was ever pruned."""
         return self.pruning.residuals.nbytes
+
+    def _hook(self) -> None:
+        """Put ourselves where gradients are reduced."""
+        self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
+        self.hooks.replace("allreduce_bucket", self._reduce_bucket)
 
     def _before_detach(self) -> None:
         backends.uninstall(self._backend)
@@ -81,8 +91,8 @@ class GradientHandle(Handle):
         stopwatch = self.loop.stopwatch
         with stopwatch.phase("codec"):
             if grads is None:
-                grads, _ = self.engine._get_gradients_for_reduction()
-            self._names = gradient_names(self.engine.module)
+                grads = whole_gradients(self.engine)
+            self._gradients = dict(gradients_by_address(self.engine, self.config.min_numel))
             self._note_names()
             self.channel.advance(self.loop.exchange_step)
             self.pruning.begin()
@@ -129,20 +139,17 @@ class GradientHandle(Handle):
 
     def _note_names(self) -> None:
         """Ranks that train different parameters are found before their payloads travel."""
-        crc = int(google_crc32c.value(repr(list(self._names.values())).encode()))
+        names = [gradient.key for gradient in self._gradients.values()]
+        crc = int(google_crc32c.value(repr(names).encode()))
         if crc != self._names_crc:
             self._names_crc = crc
             self.loop.note_weights(crc)
 
     def _gradient(self, tensor: torch.Tensor) -> Gradient:
-        name = self._names.get(tensor.data_ptr())
-        if name is None:
-            raise UnsupportedError(
-                "DeepSpeed reduces a gradient that belongs to none of the model's parameters; "
-                "gradient pruning cannot tell whose residual it is"
-            )
-        pruned = tensor.dim() > 1 and tensor.numel() >= self.config.min_numel
-        return Gradient(name, tensor.numel(), pruned)
+        gradient = self._gradients.get(tensor.data_ptr())
+        if gradient is None:
+            raise UnsupportedError(NOBODYS)
+        return gradient
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self.engine.global_steps
@@ -156,7 +163,7 @@ class GradientHandle(Handle):
         if self._announcement is None:
             raise UnsupportedError(UNREDUCED.format(step=self.loop.exchange_step))
         self.pruning.commit(applied=bool(self.engine._step_applied))
-        ranks, self._announcement = self._agreed(), None
+        ranks, self._announcement = self._ranks(), None
         self.losses.reset()
         self.loop.begin_exchange()
         self.finish(
@@ -166,6 +173,10 @@ class GradientHandle(Handle):
         )
         self.loop.end_step()
         return result
+
+    def _ranks(self) -> list[RankSignals]:
+        """What all ranks have said of the step that has ended."""
+        return self._agreed()
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -207,13 +218,36 @@ class GradientHandle(Handle):
         self._announcement = None
 
 
-def gradient_names(module: torch.nn.Module) -> dict[int, str]:
-    """Address of every gradient -> name of its parameter."""
-    return {
-        parameter.grad.data_ptr(): name
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None and parameter.numel()
-    }
+def whole_gradients(engine: Any) -> list[torch.Tensor]:
+    """What DeepSpeed is about to reduce, as `buffered_allreduce_fallback` finds it itself."""
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        grads, _ = engine.optimizer.get_grads_for_reduction()
+    else:
+        grads, _ = engine._get_gradients_for_reduction()
+    return list(grads)
+
+
+def gradients_by_address(engine: Any, min_numel: int) -> Iterator[tuple[int, Gradient]]:
+    """Address of every gradient, and whose it is."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, BF16_Optimizer):
+        groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+        for parameters, grads in groups:
+            for parameter, grad in zip(parameters, grads, strict=True):
+                yield (
+                    grad.data_ptr(),
+                    gradient_of(optimizer.param_names[parameter], parameter, min_numel),
+                )
+        return
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None and parameter.numel():
+            yield parameter.grad.data_ptr(), gradient_of(name, parameter, min_numel)
+
+
+def gradient_of(name: str, parameter: torch.Tensor, min_numel: int) -> Gradient:
+    """The whole gradient of a parameter; small ones and vectors are always sent whole."""
+    pruned = parameter.dim() > 1 and parameter.numel() >= min_numel
+    return Gradient(name, parameter.numel(), pruned)
 
 
 def all_finite(grads: list[torch.Tensor]) -> bool:

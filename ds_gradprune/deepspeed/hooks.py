@@ -1,4 +1,4 @@
-"""Shadows methods of one engine, and gives them back."""
+"""Shadows methods of one engine, or of its optimizer, and gives them back."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from ds_gradprune.errors import UnsupportedError
 
 
 class Hooks:
-    """What we have put in the place of an engine's methods, all on the instance.
+    """What we have put in the place of an object's methods, all on the instance.
 
     Args:
-        engine: the DeepSpeed engine.
+        engine: the DeepSpeed engine, or a part of it.
+        name: what messages call it.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, name: str = "engine") -> None:
         self._engine = engine
+        self._name = name
         self._replaced: dict[str, tuple[Any, Any]] = {}
         self._handles: list[Any] = []
 
@@ -43,7 +45,7 @@ class Hooks:
         for name, (ours, _) in self._replaced.items():
             if self._engine.__dict__.get(name) is not ours:
                 raise UnsupportedError(
-                    f"engine.{name} was replaced after attach; undo that first, then detach"
+                    f"{self._name}.{name} was replaced after attach; undo that first, then detach"
                 )
 
     def remove(self) -> None:

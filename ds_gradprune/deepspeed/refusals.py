@@ -38,6 +38,17 @@ REFUSALS = (
         "fp16 under torch_autocast", lambda engine: engine.torch_autocast_z0_gradscaler is not None
     ),
     Refusal(
+        'fp16 under torch_autocast at ZeRO stages 1 and 2 with prune = "gradient" (set '
+        'torch_autocast.dtype to "bfloat16")',
+        lambda engine: getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None,
+        (GRADIENT,),
+    ),
+    Refusal(
+        'zero_optimization.zenflow with prune = "gradient" (remove the key)',
+        lambda engine: "ZenFlow" in type(engine.optimizer).__name__,
+        (GRADIENT,),
+    ),
+    Refusal(
         "engine.enable_backward_allreduce = False",
         lambda engine: not engine.enable_backward_allreduce,
     ),

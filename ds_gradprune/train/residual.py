@@ -26,7 +26,7 @@ class Residuals:
     """The residuals of one rank: 4 bytes per element of every parameter that was ever pruned.
 
     Parameters that are reduced together share one flat vector, so that a bucket's residual needs no
-    copy; it is taken apart when they part.
+    copy; it is taken apart when they part, also between two reductions of one step.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class Residuals:
         self._numels: dict[str, int] = {}
         self._loose: dict[str, torch.Tensor] = {}
         self._staged: dict[Keys, torch.Tensor | None] = {}
+        self._staged_loose: dict[str, torch.Tensor | None] = {}
 
     def of(
         self, keys: Sequence[str], numels: Sequence[int], device: torch.device
@@ -59,25 +60,37 @@ class Residuals:
             flat = self._assemble(together, numels, device)
         if flat is not None and flat.device != device:
             flat = self._flats[together] = flat.to(device)
+        self._part(self._staged, self._staged_loose, together)
+        if self._staged_loose.keys() & set(together):
+            self._numels.update(zip(keys, numels, strict=True))
+            self._staged[together] = flat = self._restage(together, flat, device)
         return flat
 
     def stage(self, keys: Sequence[str], numels: Sequence[int], flat: torch.Tensor | None) -> None:
         """What these parameters will be owed after the commit; None: nothing."""
         self._numels.update(zip(keys, numels, strict=True))
-        self._staged[tuple(keys)] = flat
+        together = tuple(keys)
+        self._part(self._staged, self._staged_loose, together)
+        for key in keys:
+            self._staged_loose.pop(key, None)
+        self._staged[together] = flat
 
     def commit(self) -> None:
         """The step was applied: what was staged holds."""
-        for keys, flat in self._staged.items():
+        loose = {(key,): flat for key, flat in self._staged_loose.items()}
+        for keys, flat in (self._staged | loose).items():
+            self._part(self._flats, self._loose, keys)
+            for key in keys:
+                self._loose.pop(key, None)
             if flat is None:
                 self._flats.pop(keys, None)
             else:
                 self._flats[keys] = flat
-        self._staged = {}
+        self.drop()
 
     def drop(self) -> None:
         """The step was not applied: every residual is what it was."""
-        self._staged = {}
+        self._staged, self._staged_loose = {}, {}
 
     def norm(self) -> float:
         """2-norm over everything owed."""
@@ -108,20 +121,39 @@ class Residuals:
 
     def take(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from what `read` returned."""
-        self._flats, self._staged = {}, {}
+        self._flats = {}
+        self.drop()
         self._loose = {key: flat.detach().clone() for key, flat in state.items()}
         self._numels = {key: flat.numel() for key, flat in state.items()}
 
     def _split(self, keys: Keys, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(flat, [self._numels[key] for key in keys])
 
+    def _part(self, flats: dict[Keys, Any], loose: dict[str, Any], keys: Keys) -> None:
+        """Take apart what any of these parameters shares with others; None: nothing is owed."""
+        for other in [o for o in flats if o != keys and not set(o).isdisjoint(keys)]:
+            flat = flats.pop(other)
+            parts = [None] * len(other) if flat is None else self._split(other, flat)
+            loose |= zip(other, parts, strict=True)
+
+    def _restage(
+        self, keys: Keys, committed: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        """What the step has staged of each parameter so far, or what it was owed before."""
+        was = (None,) * len(keys) if committed is None else self._split(keys, committed)
+        parts = [self._staged_loose.pop(k, w) for k, w in zip(keys, was, strict=True)]
+        return torch.cat(
+            [
+                torch.zeros(self._numels[key], device=device) if part is None else part.to(device)
+                for key, part in zip(keys, parts, strict=True)
+            ]
+        )
+
     def _assemble(
         self, keys: Keys, numels: Sequence[int], device: torch.device
     ) -> torch.Tensor | None:
         """Gather one flat residual from wherever its parameters' residuals are."""
-        for other in [other for other in self._flats if not set(other).isdisjoint(keys)]:
-            flat = self._flats.pop(other)
-            self._loose |= zip(other, self._split(other, flat), strict=True)
+        self._part(self._flats, self._loose, keys)
         found = {key: self._loose.pop(key) for key in keys if key in self._loose}
         if not found:
             return None
