@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -106,8 +106,8 @@ class Step:
         step: counted from 1.
         loss: training loss, mean over ranks.
         wall_s, compute_s, codec_s: of the slowest rank.
-        comm_s: exposed communication of the rank that waited least: the last to arrive waits for
-            nobody, so this is the wire.
+        comm_s: exposed communication of the host that waited least: the last to arrive waits for
+            nobody, so this is the wire. Of a host's ranks the slowest counts.
         payload_bytes: what the method itself says one host sent; None: it does not say.
         density: share of elements sent; None: nothing is pruned.
         kind: "usual"; or "dense", not compressed, at first or in between; or "silent", without any
@@ -172,7 +172,8 @@ class Crew:
             wire_bytes = statistics.fmean(sent) / steps
         rows = zip(*(answer["steps"] for answer in answers), strict=True)
         validations = zip(*(answer["validations"] for answer in answers), strict=True)
-        return Stretch([_merge(row) for row in rows], [_mean(v) for v in validations], wire_bytes)
+        steps = [merge(row, self._place.num_hosts) for row in rows]
+        return Stretch(steps, [_mean(v) for v in validations], wire_bytes)
 
     def tell(self, command: dict[str, Any]) -> None:
         """The same command to all ranks."""
@@ -261,17 +262,19 @@ def _end(processes: list[subprocess.Popen[str]]) -> None:
                 pipe.close()
 
 
-def _merge(rows: tuple[dict[str, Any], ...]) -> Step:
-    """One step from its ranks' records."""
-    payloads = [row["payload_bytes"] for row in rows if row["payload_bytes"] is not None]
+def merge(rows: Sequence[dict[str, Any]], num_hosts: int) -> Step:
+    """One step from its ranks' records, which are in rank order, so host by host. Pure."""
+    per_host = len(rows) // num_hosts
+    hosts = [rows[first : first + per_host] for first in range(0, len(rows), per_host)]
+    payloads = [sum(row["payload_bytes"] or 0 for row in host) for host in hosts]
     return Step(
         step=rows[0]["step"],
         loss=statistics.fmean(row["loss"] for row in rows),
         wall_s=max(row["wall_s"] for row in rows),
         compute_s=max(row["compute_s"] for row in rows),
         codec_s=max(row["codec_s"] for row in rows),
-        comm_s=min(row["comm_s"] for row in rows),
-        payload_bytes=max(payloads) if payloads else None,
+        comm_s=min(max(row["comm_s"] for row in host) for host in hosts),
+        payload_bytes=None if rows[0]["payload_bytes"] is None else max(payloads),
         density=rows[0]["density"],
         kind=rows[0]["kind"],
     )

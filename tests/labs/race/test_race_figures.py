@@ -7,7 +7,7 @@ import pytest
 from labs.race import breakeven, command, page, plots
 from labs.race.breakeven import Cost, break_even_mbit
 from labs.race.campaign import Run
-from labs.race.crew import Stretch
+from labs.race.crew import Stretch, merge
 from labs.race.figures import CONTRACT, first_below, hidden_fraction
 from tests.helpers.race import NONE, dense_runs, figures, stretch, topk_runs
 
@@ -109,6 +109,19 @@ def test_hidden_is_what_the_wire_needs_and_no_step_waits_for(
     rate_mbit, wire_bytes, exposed_s, hidden
 ) -> None:
     assert hidden_fraction(rate_mbit, wire_bytes, exposed_s) == hidden
+
+
+def test_a_step_of_several_ranks_per_host_is_told_by_hosts() -> None:
+    def row(comm_s, payload_bytes):
+        times = {"wall_s": 1.0, "compute_s": 0.5, "codec_s": 0.1, "comm_s": comm_s}
+        more = {"step": 3, "loss": 2.0, "density": 0.05, "kind": "usual"}
+        return times | more | {"payload_bytes": payload_bytes}
+
+    rows = [row(0.0, 10), row(0.4, 20), row(0.3, 15), row(0.2, 25)]
+    step = merge(rows, num_hosts=2)
+    assert step.comm_s == 0.3  # the second host's slowest rank: the first host waited for it
+    assert step.payload_bytes == 40
+    assert merge([row(0.4, None), row(0.3, None)], num_hosts=2).payload_bytes is None
 
 
 # ---- break-even --------------------------------------------------------------------------------
