@@ -43,10 +43,12 @@ class Exchange:
     Attributes:
         codec_s: select, encode, decode, apply.
         wire_bytes: that one host sends.
+        delay_steps: steps of computation that it may hide behind.
     """
 
     codec_s: float
     wire_bytes: float
+    delay_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,7 @@ def diagnose(
                 setting.interval,
                 codec_s=exchange.codec_s,
                 wire_bytes=exchange.wire_bytes,
+                delay_steps=exchange.delay_steps,
             )
             for setting, exchange in exchanges.items()
         }

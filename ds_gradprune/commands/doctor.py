@@ -205,7 +205,8 @@ def exchanges_of(
             if row["density"] == setting.density and row["decay"] == decay
         ]
         wire_bytes = exchange_bytes(rows[0]["payload_bytes"], islands, owners=owners)
-        found[setting] = Exchange(max(row["codec_s"] for row in rows), wire_bytes)
+        delay_steps = block.model_copy(update={"sync_every": setting.interval}).delay_steps
+        found[setting] = Exchange(max(row["codec_s"] for row in rows), wire_bytes, delay_steps)
     return found
 
 

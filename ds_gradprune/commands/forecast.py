@@ -1,11 +1,11 @@
 """What a step takes on a link, dense and pruned: arithmetic on measured costs. Pure.
 
 A step is computation, codec, and an exchange: calls, whose latency no rate shortens, and bytes.
-Nothing is hidden behind the computation. Bytes are those that one host sends, and it receives as
-many meanwhile.
+Bytes are those that one host sends, and it receives as many meanwhile.
 
     dense     compute + call + dense bytes / rate
-    pruned    compute + (codec + 2 calls + pruned bytes / rate) / interval
+    pruned    compute + (codec + exposed) / interval
+    exposed   2 calls + pruned bytes / rate, less the computation that it hides behind
 
 Rates are of payload. A rate that stands on a link's label carries `FRAME_SHARE` of it.
 """
@@ -103,15 +103,21 @@ class Cost:
         local_s: computation and codec.
         latency_s: waits that no rate shortens.
         wire_bytes: that the link has to carry, in units of its whole rate.
+        hidden_s: so much of the exchange goes on behind the computation, if it takes so long.
     """
 
     local_s: float
     latency_s: float
     wire_bytes: float
+    hidden_s: float = 0.0
+
+    def exchange_s(self, rate_mbit: float) -> float:
+        """Seconds of the exchange, hidden ones included."""
+        return self.latency_s + 8e-6 * self.wire_bytes / rate_mbit
 
     def step_s(self, rate_mbit: float) -> float:
         """Seconds of a step on a link of this rate."""
-        return self.local_s + self.latency_s + 8e-6 * self.wire_bytes / rate_mbit
+        return self.local_s + max(0.0, self.exchange_s(rate_mbit) - self.hidden_s)
 
 
 def dense_bytes(job: Job) -> float:
@@ -147,7 +153,15 @@ def exchange_bytes(payload_bytes: int, islands: int, *, owners: bool = False) ->
     return copies * payload_bytes + (islands - 1) * ANNOUNCE_BYTES
 
 
-def pruned_cost(job: Job, link: Link, interval: int, *, codec_s: float, wire_bytes: float) -> Cost:
+def pruned_cost(
+    job: Job,
+    link: Link,
+    interval: int,
+    *,
+    codec_s: float,
+    wire_bytes: float,
+    delay_steps: int = 0,
+) -> Cost:
     """A step of islands, an exchange spread over its interval.
 
     Args:
@@ -156,19 +170,27 @@ def pruned_cost(job: Job, link: Link, interval: int, *, codec_s: float, wire_byt
         interval: optimizer steps per exchange.
         codec_s: select, encode, decode, apply; of one exchange.
         wire_bytes: that one host sends in one exchange.
+        delay_steps: steps of computation that it may hide behind.
     """
     latency_s = 2 * link.gather_call_s  # announcement and payloads
     return Cost(
         job.compute_s + codec_s / interval,
         latency_s / interval,
         wire_bytes / link.gather_share / interval,
+        delay_steps * job.compute_s / interval,
     )
 
 
 def break_even_mbit(dense: Cost, pruned: Cost) -> float | None:
     """The rate below which the pruned step is faster; 0.0: at none; None: at every rate."""
-    extra_s = pruned.local_s + pruned.latency_s - dense.local_s - dense.latency_s
-    return edge_mbit(extra_s, dense.wire_bytes - pruned.wire_bytes)
+    extra_s = pruned.local_s - dense.local_s - dense.latency_s
+    late_s = pruned.latency_s - pruned.hidden_s
+    edge = edge_mbit(extra_s + late_s, dense.wire_bytes - pruned.wire_bytes)
+    if edge == 0.0 or (edge is not None and pruned.exchange_s(edge) > pruned.hidden_s):
+        return edge
+    if edge is None and not pruned.hidden_s:
+        return None
+    return edge_mbit(extra_s, dense.wire_bytes)  # at that rate the whole exchange is hidden
 
 
 def pays(dense: Cost, pruned: Cost, rate_mbit: float) -> bool:

@@ -11,12 +11,9 @@ from ds_gradprune.commands.exchange_cost import synchronize
 from ds_gradprune.errors import DataError
 from ds_gradprune.law.stats import median
 
-REPEATS, WARMUPS = 3, 1
-STEP_SECONDS = 4.0
-"""Steps of the model are repeated until they have taken so long, or `REPEATS` are done."""
-
-LEAST_SECONDS = 1.0
-"""A small model's micro-steps are repeated for at least so long."""
+LEAST_STEPS, SECONDS, MOST_SECONDS = 4, 3.0, 15.0
+"""Steps are repeated until both are reached, or two steps and the longest time. The first third
+does not count."""
 
 STATE_BYTES = 16
 """Per parameter: fp32 weight, gradient and two moments."""
@@ -84,9 +81,11 @@ def measure_step(
         model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(masters, lr=1e-4)
     model.train()
-    micros, updates = [], []
+    micros, updates = list[float](), list[float]()
     began = time.perf_counter()
-    for number in range(WARMUPS + REPEATS):
+    while len(micros) < LEAST_STEPS or time.perf_counter() - began < SECONDS:
+        if len(micros) > 1 and time.perf_counter() - began > MOST_SECONDS:
+            break
         data = torch.randint(0, vocabulary, (batch, tokens), device=device)
         start = time.perf_counter()
         model(input_ids=data, labels=data).loss.backward()
@@ -94,18 +93,10 @@ def measure_step(
         middle = time.perf_counter()
         _update(optimizer, masters, weights, is_bf16=is_bf16)
         synchronize(device)
-        stop = time.perf_counter()
-        if number >= WARMUPS:
-            micros.append(middle - start)
-            updates.append(stop - middle)
-        if micros and stop - began > STEP_SECONDS:
-            break
-    while time.perf_counter() - began < LEAST_SECONDS:  # a small model: more of the same
-        data = torch.randint(0, vocabulary, (batch, tokens), device=device)
-        start = time.perf_counter()
-        model(input_ids=data, labels=data).loss.backward()
-        synchronize(device)
-        micros.append(time.perf_counter() - start)
+        micros.append(middle - start)
+        updates.append(time.perf_counter() - middle)
+    first = -(-len(micros) // 3)  # the first ones allocate, and find their threads
+    micros, updates = micros[first:], updates[first:]
     return StepTime(median(micros), median(updates))
 
 

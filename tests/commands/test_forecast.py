@@ -83,6 +83,21 @@ def test_break_even_may_be_nowhere_or_everywhere() -> None:
     assert forecast.break_even_mbit(dense, Cost(0.2, 0.0, 1e6)) is None
 
 
+@pytest.mark.parametrize("hidden_s", [0.0, 0.005, 0.03, 0.2])
+def test_break_even_with_a_hidden_exchange(hidden_s: float) -> None:
+    dense, pruned = Cost(0.2, 0.0, 4e6), Cost(0.23, 0.01, 1e6, hidden_s)
+    edge = forecast.break_even_mbit(dense, pruned)
+    assert edge is not None
+    assert pruned.step_s(edge) == pytest.approx(dense.step_s(edge))
+
+
+def test_a_hidden_exchange_costs_what_is_left_of_it() -> None:
+    link = Link()
+    hidden = forecast.pruned_cost(JOB, link, 4, codec_s=0.02, wire_bytes=1_250_000, delay_steps=1)
+    assert hidden.step_s(1000.0) == pytest.approx(0.2 + 0.005)
+    assert hidden.step_s(10.0) == pytest.approx(0.2 + (0.02 + 1.0 - 0.2) / 4)
+
+
 def test_frames_take_their_share() -> None:
     assert forecast.payload_mbit(100.0) == pytest.approx(94.15, abs=0.01)
 
