@@ -23,6 +23,7 @@ from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import backend as backends
 from ds_gradprune.deepspeed import checkpoint
 from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.gradients import Gradient, GradientPruning
@@ -32,9 +33,9 @@ UNREDUCED = (
     "step {step} ended without reducing any gradient; was engine.backward called, and outside "
     "engine.no_sync?"
 )
-NOBODYS = (
-    "DeepSpeed reduces a gradient that belongs to none of the model's parameters; gradient pruning "
-    "cannot tell whose residual it is"
+OTHER_SIZE = (
+    "DeepSpeed reduces more or less than the gradients it was given; this is not the DeepSpeed "
+    "that gradient pruning was tested with"
 )
 
 
@@ -61,7 +62,7 @@ class GradientHandle(Handle):
             error_feedback=config.error_feedback,
         )
         self._backend = backends.install()
-        self._gradients: dict[int, Gradient] = {}
+        self._places = Places()
         self._names_crc = 0
         self._announcement: Announcement | None = None
         self._signals: RankSignals | None = None
@@ -92,8 +93,9 @@ class GradientHandle(Handle):
         with stopwatch.phase("codec"):
             if grads is None:
                 grads = whole_gradients(self.engine)
-            self._gradients = dict(gradients_by_address(self.engine, self.config.min_numel))
-            self._note_names()
+            places = list(places_of(self.engine, self.config.min_numel))
+            self._places = Places(places)
+            self._note_names([place.gradient.key for place in places])
             self.channel.advance(self.loop.exchange_step)
             self.pruning.begin()
             self._signals = self.loop.signals(self.losses.so_far(), nonfinite=not all_finite(grads))
@@ -107,7 +109,7 @@ class GradientHandle(Handle):
         dp_group: Any,
         dp_world_size: int | None = None,
     ) -> Any:
-        gradients = [self._gradient(tensor) for tensor in bucket]
+        gradients = self._places.owners(bucket)
         with self._backend.gradient_bucket(lambda flat: self._reduce(flat, gradients)):
             return original(bucket, dp_group, dp_world_size)
 
@@ -115,6 +117,8 @@ class GradientHandle(Handle):
         """Replace one bucket by its sum over the ranks."""
         assert self._announcement is not None
         assert self._signals is not None
+        if sum(gradient.numel for gradient in gradients) != vector.numel():
+            raise UnsupportedError(OTHER_SIZE)
         scale = loss_scale(self.engine)
         with self.loop.stopwatch.phase("codec"):
             if self.loop.decision.density == 1.0:
@@ -137,19 +141,12 @@ class GradientHandle(Handle):
         with self.loop.stopwatch.phase("wire"):
             return [header.signals for header in self._announcement.headers()]
 
-    def _note_names(self) -> None:
+    def _note_names(self, names: list[str]) -> None:
         """Ranks that train different parameters are found before their payloads travel."""
-        names = [gradient.key for gradient in self._gradients.values()]
         crc = int(google_crc32c.value(repr(names).encode()))
         if crc != self._names_crc:
             self._names_crc = crc
             self.loop.note_weights(crc)
-
-    def _gradient(self, tensor: torch.Tensor) -> Gradient:
-        gradient = self._gradients.get(tensor.data_ptr())
-        if gradient is None:
-            raise UnsupportedError(NOBODYS)
-        return gradient
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self.engine.global_steps
@@ -227,27 +224,25 @@ def whole_gradients(engine: Any) -> list[torch.Tensor]:
     return list(grads)
 
 
-def gradients_by_address(engine: Any, min_numel: int) -> Iterator[tuple[int, Gradient]]:
-    """Address of every gradient, and whose it is."""
+def places_of(engine: Any, min_numel: int) -> Iterator[Place]:
+    """Where the whole gradients lie that DeepSpeed is about to reduce."""
     optimizer = engine.optimizer
-    if isinstance(optimizer, BF16_Optimizer):
-        groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
-        for parameters, grads in groups:
-            for parameter, grad in zip(parameters, grads, strict=True):
-                yield (
-                    grad.data_ptr(),
-                    gradient_of(optimizer.param_names[parameter], parameter, min_numel),
-                )
+    if not isinstance(optimizer, BF16_Optimizer):
+        for name, parameter in engine.module.named_parameters():
+            if parameter.grad is not None and parameter.numel():
+                yield place_of(parameter.grad, gradient_of(name, parameter, min_numel))
         return
-    for name, parameter in engine.module.named_parameters():
-        if parameter.grad is not None and parameter.numel():
-            yield parameter.grad.data_ptr(), gradient_of(name, parameter, min_numel)
-
-
-def gradient_of(name: str, parameter: torch.Tensor, min_numel: int) -> Gradient:
-    """The whole gradient of a parameter; small ones and vectors are always sent whole."""
-    pruned = parameter.dim() > 1 and parameter.numel() >= min_numel
-    return Gradient(name, parameter.numel(), pruned)
+    # One flat tensor for every parameter group, whose end may be padding.
+    for number, parameters in enumerate(optimizer.bf16_groups):
+        end = optimizer.fp32_groups_gradients_flat[number]
+        for parameter, grad in zip(
+            parameters, optimizer.fp32_groups_gradients[number], strict=True
+        ):
+            name = optimizer.param_names[parameter]
+            yield place_of(grad, gradient_of(name, parameter, min_numel))
+            end = end[grad.numel() :]
+        if end.numel():
+            yield place_of(end, Gradient(f"(padding of group {number})", end.numel(), False))
 
 
 def all_finite(grads: list[torch.Tensor]) -> bool:

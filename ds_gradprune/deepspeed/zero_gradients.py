@@ -21,17 +21,16 @@ the law decides from.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import google_crc32c
 import torch
 
-from ds_gradprune.deepspeed.gradient_handle import NOBODYS, GradientHandle, all_finite, gradient_of
+from ds_gradprune.deepspeed.gradient_handle import GradientHandle, all_finite
 from ds_gradprune.deepspeed.hooks import Hooks
-from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.gradients import Gradient
 from ds_gradprune.wire.channel import Announcement
@@ -50,31 +49,10 @@ ROUNDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the gradient of a parameter lies while its bucket is reduced.
-
-    Attributes:
-        address: of its first element.
-        itemsize: bytes of an element.
-        gradient: whose it is.
-    """
-
-    address: int
-    itemsize: int
-    gradient: Gradient
-
-    @property
-    def stop(self) -> int:
-        """One past its last byte."""
-        return self.address + self.itemsize * self.gradient.numel
-
-
 class ZeroGradientHandle(GradientHandle):
     """`engine.gradprune` of an engine whose `DeepSpeedZeroOptimizer` reduces gradients."""
 
     def _hook(self) -> None:
-        self._places: list[Place] = []
         self._told: list[Announcement] = []
         self._in_round = self._is_closed = False
         self._loss: float | None = None
@@ -110,11 +88,11 @@ class ZeroGradientHandle(GradientHandle):
 
     def _reduce_buckets(self, original: Callable[..., Any], comm_dtype: Any = None) -> Any:
         """Note whose gradients lie where before DeepSpeed reduces and forgets them."""
-        self._places = sorted(self._lay_out(comm_dtype), key=lambda place: place.address)
+        self._places = Places(self._lay_out(comm_dtype))
         try:
             return original(comm_dtype=comm_dtype)
         finally:
-            self._places = []
+            self._places = Places()
 
     def _lay_out(self, comm_dtype: Any) -> Iterator[Place]:
         optimizer = self.engine.optimizer
@@ -124,8 +102,7 @@ class ZeroGradientHandle(GradientHandle):
             for grad, (_, _, number) in zip(bucket.grads, bucket.params, strict=True):
                 parameter = optimizer.param_dict[number]
                 name = optimizer.param_names[parameter]
-                gradient = gradient_of(name, parameter, self.config.min_numel)
-                yield Place(grad.data_ptr(), grad.element_size(), gradient)
+                yield place_of(grad, gradient_of(name, parameter, self.config.min_numel))
 
     def _reduce_whole(
         self, original: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any
@@ -143,7 +120,7 @@ class ZeroGradientHandle(GradientHandle):
         """Let DeepSpeed reduce these tensors together, with its collective replaced by ours."""
         if not any(tensor.numel() for tensor in tensors):
             return original(*args, **kw)
-        gradients = self._owners(tensors)
+        gradients = self._places.owners(tensors)
 
         def reduce(flat: torch.Tensor) -> None:
             self._tell(gradients, flat)
@@ -151,31 +128,6 @@ class ZeroGradientHandle(GradientHandle):
 
         with self._backend.gradient_bucket(reduce):
             return original(*args, **kw)
-
-    def _owners(self, tensors: Sequence[torch.Tensor]) -> tuple[Gradient, ...]:
-        """Whose gradients these tensors hold, one after the other; parts have their own residual.
-
-        Raises:
-            UnsupportedError: somewhere lies what belongs to no parameter.
-        """
-        parts: list[tuple[Place, int, int]] = []
-        starts = [place.address for place in self._places]
-        for tensor in tensors:
-            address, left = tensor.data_ptr(), tensor.numel()
-            while left:
-                index = bisect_right(starts, address) - 1
-                if index < 0 or address >= self._places[index].stop:
-                    raise UnsupportedError(NOBODYS)
-                place = self._places[index]
-                start = (address - place.address) // place.itemsize
-                take = min(left, place.gradient.numel - start)
-                if parts and parts[-1][0] is place and parts[-1][2] == start:
-                    start = parts.pop()[1]
-                stop = (address - place.address) // place.itemsize + take
-                parts.append((place, start, stop))
-                address += take * place.itemsize
-                left -= take
-        return tuple(_part(place.gradient, start, stop) for place, start, stop in parts)
 
     def _tell(self, gradients: tuple[Gradient, ...], vector: torch.Tensor | None) -> None:
         """Announce a reduction; None: nothing is reduced, only the loss is told. Collective."""
@@ -217,10 +169,3 @@ class ZeroGradientHandle(GradientHandle):
     def _begin_step(self) -> None:
         self._told = []
         self._in_round = self._is_closed = False
-
-
-def _part(gradient: Gradient, start: int, stop: int) -> Gradient:
-    """Elements start .. stop - 1 of a gradient."""
-    if stop - start == gradient.numel:
-        return gradient
-    return Gradient(f"{gradient.key}[{start}:{stop}]", stop - start, gradient.pruned)

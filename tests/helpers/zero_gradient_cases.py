@@ -35,7 +35,7 @@ PRUNED: dict[str, Any] = {
 BUCKET = 700
 """Elements of a reduction: several in every round, and the embedding is larger than one."""
 STEPS = 5
-SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -70,7 +70,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "2-fp16": {"stage": 2, "dtype": "fp16"},
     "2-offload": {"stage": 2, "dtype": "bf16", "zero": OFFLOAD},
 }
-EXACT = ("1-fp32", "1-overlap", "1-loose", "2-fp32", "2-whole", "2-overlap", "2-single", "2-robin")
+EXACT = (
+    *("1-fp32", "1-overlap", "1-loose", "1-bf16-sums", "2-fp32", "2-whole", "2-overlap"),
+    *("2-single", "2-robin", "2-bf16-sums"),
+)
 """Kinds whose gradients are not rounded on the way: the books must balance."""
 
 
@@ -186,8 +189,8 @@ def balance(engine: Any, step: int) -> dict[str, float]:
     after = whole_residuals(engine)
     # With reduce_scatter DeepSpeed divides before we see a gradient, and without afterwards.
     optimizer = engine.optimizer
-    divided = optimizer.reduce_scatter and optimizer.contiguous_gradients
-    divided = divided or not optimizer.contiguous_gradients
+    is_zero = hasattr(optimizer, "ipg_buckets")
+    divided = is_zero and (optimizer.reduce_scatter or not optimizer.contiguous_gradients)
     factor = 1.0 if divided else 1.0 / world
     lost = {}
     for name, result in seen.items():
@@ -202,11 +205,16 @@ def balance(engine: Any, step: int) -> dict[str, float]:
 
 def local_gradients(engine: Any, step: int) -> dict[str, torch.Tensor]:
     """This rank's own gradients of a step, by an undisturbed copy of the model."""
-    model, count = Spare(), engine.gradient_accumulation_steps()
+    model, count = Spare().to(engine.module.up.weight.dtype), engine.gradient_accumulation_steps()
     model.load_state_dict(copy.deepcopy(engine.module.state_dict()))
+    found: dict[str, torch.Tensor] = {}
     for micro_step in range(count):
+        model.zero_grad()
         (model(batch(step, micro_step, dist.get_rank())) / count).backward()
-    return {n: p.grad.view(-1) for n, p in model.named_parameters() if p.grad is not None}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found.setdefault(name, torch.zeros(parameter.numel())).add_(parameter.grad.view(-1))
+    return found
 
 
 def whole_residuals(engine: Any) -> dict[str, torch.Tensor]:
@@ -225,6 +233,10 @@ def whole_residuals(engine: Any) -> dict[str, torch.Tensor]:
 def averaged(engine: Any) -> dict[str, torch.Tensor]:
     """What the partitions of all ranks hold, by parameter. Collective."""
     optimizer, found = engine.optimizer, {}
+    if hasattr(optimizer, "fp32_groups_gradients"):  # every rank has all of them
+        groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+        pairs = [pair for group in groups for pair in zip(*group, strict=True)]
+        return {optimizer.param_names[p]: grad.view(-1).clone() for p, grad in pairs}
     for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
         mine = torch.cat([g.reshape(-1) for g in optimizer.averaged_gradients[group]])
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -259,7 +271,9 @@ def overflow(name: str) -> dict[str, Any]:
     before = (crc(engine), {k: v.clone() for k, v in store.state_dict().items()})
     trace = train(engine, 4, 4, spoil=(4, 1))
     after = store.state_dict()
-    same = before[1].keys() == after.keys() and all(torch.equal(before[1][k], after[k]) for k in after)
+    same = before[1].keys() == after.keys() and all(
+        torch.equal(before[1][k], after[k]) for k in after
+    )
     answers = {
         "skipped": engine.skipped_steps,
         "nonfinite": trace["reports"][-1]["nonfinite"],
