@@ -36,10 +36,10 @@ def ethernet(out: Path, *words: str) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     "peers",
     [
-        pytest.param(["dense_fp32", "dense_bf16", "topk_0.05", "ours"], id="deepspeed"),
-        pytest.param(["dense_fp32", "islands_0.05", "ours_update"], id="islands"),
-        pytest.param(["dense_fp32", "ddp_fp32", "fp16_hook", "bf16_hook", "powersgd_1"], id="ddp"),
-        pytest.param(["dense_fp32", "onebit_adam", "zeroone_adam_4"], id="simulated"),
+        pytest.param(["dense_fp32", "dense_bf16", "ours"], id="deepspeed"),
+        pytest.param(["dense_fp32", "ours_update"], id="islands"),
+        pytest.param(["dense_fp32", "bf16_hook", "powersgd_1"], id="ddp"),
+        pytest.param(["dense_fp32", "zeroone_adam_4"], id="simulated"),
     ],
 )
 def test_peers_train_alike_on_loopback(tmp_path, peers) -> None:
@@ -70,12 +70,12 @@ def test_peers_train_alike_on_loopback(tmp_path, peers) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(requirements.missing() is not None, reason=requirements.missing() or "")
 def test_bytes_at_the_interface_agree_with_our_own_count(tmp_path) -> None:
-    names = ["topk_0.05", "onebit_adam", "zeroone_adam_4"]
+    names = ["topk_0.05", "zeroone_adam_4"]
     last, full = ethernet(
         tmp_path / "b.json", "--rates", "20mbit", "--methods", ",".join(["dense_fp32", *names])
     )
     rows = {(row["method"], row["rate_mbit"]): row for row in full["results"]}
-    assert len(last["results"]) == 8
+    assert len(last["results"]) == 6
     for name, rate in itertools.product(names, (20.0, None)):
         pruned = rows[name, rate]
         # 66 bytes of headers on 1448 of payload, as much again at most for acknowledgements of what
