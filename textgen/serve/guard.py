@@ -56,7 +56,7 @@ class Guard:
         if fault is None and scope["method"] == "POST":
             try:
                 read = await asyncio.wait_for(self._body(receive, headers), self._body_seconds)
-            except asyncio.TimeoutError:  # noqa: UP041  # another class before Python 3.11
+            except asyncio.TimeoutError:  # another class before Python 3.11
                 fault = (408, "the request did not arrive in time", "timeout")
             else:
                 if read is None:
