@@ -86,26 +86,22 @@ class Replier:
         """
         return cls(load_model(name), load_tokenizer(name), device)
 
-    def reply(self, prompt: str, sampling: Sampling, *, use_cache: bool = True) -> str:
-        """Continue a prompt. Local.
+    def reply(self, prompt: str, sampling: Sampling) -> str:
+        """The whole of what `stream` yields. Local."""
+        return "".join(self.stream(prompt, sampling))
+
+    def stream(self, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
+        """Continue a prompt, in pieces, each as soon as it is known. Local.
+
+        The model runs in a thread of its own. Leaving the iterator early stops it after the token
+        at hand.
 
         Args:
             prompt: any text; of a long one the model sees the end.
             sampling: how tokens are chosen.
-            use_cache: keep keys and values of earlier tokens; the reply is the same without.
 
-        Returns:
+        Yields:
             The new text alone.
-        """
-        prompt_ids = self._prompt_ids(prompt, sampling.max_new_tokens)
-        out = self._generate(prompt_ids, sampling, use_cache=use_cache)
-        return str(self.tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True))
-
-    def stream(self, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
-        """Like `reply`, in pieces, each as soon as it is known.
-
-        The model runs in a thread of its own. Leaving the iterator early stops it after the token
-        at hand.
         """
         prompt_ids = self._prompt_ids(prompt, sampling.max_new_tokens)
         streamer: Any = TextIteratorStreamer(
