@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,9 +34,6 @@ def engine(stage: int = 0, optimizer: Any = None, **changed: Any) -> Any:
 
         def zero_optimization_stage(self) -> int:
             return stage
-
-        def fp16_enabled(self) -> bool:
-            return bool(changed.get("fp16", False))
 
         def is_deepcompile_enabled(self) -> bool:
             return bool(changed.get("deepcompile", False))
@@ -124,12 +122,31 @@ def test_what_only_an_offloaded_optimizer_has_is_asked_of_it_alone() -> None:
     assert "DeepSpeedZeroOptimizer_Stage3.norm_for_param_grads" in refused("update", made)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradient_mode_names_the_stage_and_the_way_out(stage: int) -> None:
-    message = refused("gradient", engine(stage))
-    assert f'zero_optimization.stage {stage} with prune = "gradient"' in message
-    assert "(stages that it takes: 0)" in message
+def test_gradient_mode_names_the_stage_and_the_way_out() -> None:
+    message = refused("gradient", engine(3))
+    assert 'zero_optimization.stage 3 with prune = "gradient"' in message
+    assert "(stages that it takes: 0, 1, 2)" in message
     assert 'Set gradient_pruning.prune to "update"' in message
+
+
+def test_an_optimizer_that_reduces_in_another_way_is_named() -> None:
+    class DeepSpeedZeroOptimizer:
+        bit16_groups_flat = ipg_buckets = param_dict = param_names = None
+
+        def allreduce_bucket(self, bucket: Any) -> None: ...
+
+        def gradient_reduction_w_predivide(
+            self, tensor: Any, communication_data_type: Any
+        ) -> None: ...
+
+        def overlapping_partition_gradients_reduce_epilogue(self) -> None: ...
+
+    made = engine(2)
+    made.__dict__["optimizer"] = DeepSpeedZeroOptimizer()
+    message = refused("gradient", made)
+    assert "lacks DeepSpeedZeroOptimizer.allreduce_bucket(bucket, communication_data" in message
+    assert "DeepSpeedZeroOptimizer.reduce_ipg_grads(comm_dtype)" in message
+    assert "predivide" not in message
 
 
 FEATURES: tuple[tuple[dict[str, Any], str], ...] = (
@@ -143,8 +160,18 @@ FEATURES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"module": torch.nn.Embedding(2, 2, sparse=True)}, "nn.Embedding(sparse=True)"),
     ({"gradprune": object()}, "an engine that is attached already"),
 )
+GRADIENT_ONLY: tuple[tuple[dict[str, Any], str], ...] = (
+    (
+        {"optimizer": SimpleNamespace(torch_autocast_gradscaler=object())},
+        'fp16 under torch_autocast at ZeRO stages 1 and 2 with prune = "gradient" (set '
+        'torch_autocast.dtype to "bfloat16")',
+    ),
+    (
+        {"optimizer": type("ZenFlowZeroOptimizerParallel", (), {})()},
+        'zero_optimization.zenflow with prune = "gradient" (remove the key)',
+    ),
+)
 UPDATE_ONLY: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"fp16": True}, 'fp16 with prune = "update" yet'),
     ({"gradient_average": False}, "gradients that are summed, not averaged"),
     (
         {"optimizer": ScheduleFree([torch.zeros(1)], lr=0.1)},
@@ -169,9 +196,19 @@ def test_a_feature_is_refused_in_update_mode_only(changed: dict[str, Any], words
     )
 
 
+@pytest.mark.parametrize(("changed", "words"), GRADIENT_ONLY)
+def test_a_feature_is_refused_in_gradient_mode_only(changed: dict[str, Any], words: str) -> None:
+    compat.check(engine(2, **changed), "update")
+    assert refused("gradient", engine(2, **changed)).startswith(
+        f"gradient pruning does not support {words}"
+    )
+
+
 def test_everything_that_stands_in_the_way_comes_at_once() -> None:
-    message = refused("update", engine(has_moe_layers=True, mp_world_size=2, fp16=True))
-    assert "mixture of experts; tensor parallelism; fp16 with" in message
+    message = refused(
+        "update", engine(has_moe_layers=True, mp_world_size=2, gradient_average=False)
+    )
+    assert "mixture of experts; tensor parallelism; gradients that are summed" in message
 
 
 def test_the_hybrid_engine_is_refused() -> None:
@@ -182,7 +219,7 @@ def test_the_hybrid_engine_is_refused() -> None:
 
 def test_every_row_of_the_table_is_tested() -> None:
     hybrid = 1
-    assert len(REFUSALS) == len(FEATURES) + len(UPDATE_ONLY) + hybrid
+    assert len(REFUSALS) == len(FEATURES) + len(GRADIENT_ONLY) + len(UPDATE_ONLY) + hybrid
 
 
 def test_an_engine_without_an_optimizer_is_no_engine_to_refuse() -> None:

@@ -226,7 +226,7 @@ def test_hosts_that_differ_are_named(two: Any) -> None:
 
 def test_what_cannot_be_pruned_is_refused_by_name(one: Any) -> None:
     answers = one("refusals")
-    assert 'zero_optimization.stage 1 with prune = "gradient"' in answers["stage"]
+    assert 'zero_optimization.stage 3 with prune = "gradient"' in answers["stage"]
     assert "nn.Embedding(sparse=True)" in answers["sparse"]
     assert "attached already" in answers["twice"]
     assert "gradient_pruning must be present" in answers["missing"]

@@ -112,9 +112,7 @@ def test_a_resumed_run_is_the_unbroken_one(two: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OVERFLOWN)
-def test_an_overflow_skips_the_step_everywhere_and_touches_no_residual(
-    two: Any, name: str
-) -> None:
+def test_an_overflow_skips_the_step_everywhere_and_touches_no_residual(two: Any, name: str) -> None:
     one, other = two(f"overflow-{name}")
     assert one == other
     assert one["skipped"] == 1

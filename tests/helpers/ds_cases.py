@@ -209,7 +209,7 @@ def refusals() -> dict[str, str]:
     sparse = TinyLM()
     sparse.extra = torch.nn.Embedding(10, 4, sparse=True)
     answers = {
-        "stage": attempt(zero_optimization={"stage": 1}, zero_allow_untested_optimizer=True),
+        "stage": attempt(zero_optimization={"stage": 3}, zero_allow_untested_optimizer=True),
         "sparse": attempt(model=sparse),
         "missing": attempt(block=None),
         "misspelt": attempt(block=None, gradient_prunning={}),
