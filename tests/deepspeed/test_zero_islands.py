@@ -1,0 +1,195 @@
+"""Update mode at every ZeRO stage and precision: islands of one rank and of two, on gloo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.fork_ranks import Ranks
+from tests.helpers.zero_answers import Found, check_shares, kinds, of_all, of_one
+from tests.helpers.zero_cases import KINDS, STEPS
+from tests.helpers.zero_features import STAGES, WAYS
+
+pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300)]
+
+INEXACT = {
+    "1-fp32-sums": "our mean over islands is fp32, DeepSpeed's sum over all ranks bf16",
+    "2-offload": "offloaded gradients are fp32",
+    "3-offload": "the same",
+}
+"""Kinds whose warm-up differs from plain DeepSpeed in its bits, with one rank per island too."""
+
+ROUNDED = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Largest relative error of rounding a number."""
+
+
+# ---- warm-up, dense exchanges, pruned exchanges --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(cradle: Ranks) -> Found:
+    """Two islands of two ranks."""
+    return cradle.run(4, "tests.helpers.zero_cases", "run_kinds", {"ranks": 2}, timeout_s=250)
+
+
+@pytest.fixture(scope="module")
+def singles(cradle: Ranks) -> Found:
+    """Two islands of one rank."""
+    return cradle.run(2, "tests.helpers.zero_cases", "run_kinds", {"ranks": 1}, timeout_s=250)
+
+
+def _limit(found: dict[str, Any], kind: str, roundings: int) -> float:
+    """How far two runs of SGD may be apart that sum in different orders.
+
+    Gradients of four ranks are added and scaled, with eight roundings in the two runs together. The
+    fp32 weights are rounded a few times per step; copies of lower precision may round to the other
+    neighbour, once. Twice all that, because gradients follow the weights.
+    """
+    dtype = KINDS[kind].get("dtype", "fp32")
+    unit = ROUNDED[dtype]
+    times = STEPS * roundings if dtype == "fp32" else 1
+    return 2 * unit * (8 * STEPS * found["step"] + times * found["weight"])
+
+
+@pytest.mark.parametrize("kind", kinds(KINDS))
+def test_the_warmup_is_plain_deepspeed(pairs: Found, singles: Found, kind: str) -> None:
+    for number, islands in ((1, singles), (2, pairs)):
+        for found in of_all(islands, kind, "warms_up"):
+            assert found["warm"] <= _limit(found, kind, 2)
+            assert len(set(found["crcs"])) <= number  # one hash per shard
+            if number == 1 and kind not in INEXACT:  # the order of the sums is the same
+                assert found["warm"] == 0.0
+
+
+@pytest.mark.parametrize("kind", kinds(KINDS))
+def test_a_dense_exchange_is_plain_deepspeed(pairs: Found, singles: Found, kind: str) -> None:
+    for islands in (singles, pairs):
+        for found in of_all(islands, kind, "warms_up"):
+            assert found["dense"] <= _limit(found, kind, 4)
+
+
+@pytest.mark.parametrize("kind", kinds(KINDS))
+def test_shared_weights_are_equal_after_every_step(pairs: Found, singles: Found, kind: str) -> None:
+    for islands in (singles, pairs):
+        found = of_one(islands, kind, "shares")
+        check_shares(found, 14)
+        assert found["densities"] == [1.0] + 13 * [41 / 4096]
+        assert all(own == 2 * [True] + 12 * [False] for own in found["own"])
+        first, last = found["losses"]
+        assert last < first - 1.0
+
+
+# ---- what people add -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def features(cradle: Ranks) -> Found:
+    """Two islands of two ranks."""
+    return cradle.run(4, "tests.helpers.zero_features", "run_features", timeout_s=250)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_exchanging(features: Found, way: str) -> None:
+    exchanges = 3 if WAYS[way][1].get("sync_every") else None
+    check_shares(of_one(features, way, "shares"), 9, exchanges)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_everything_people_add_to_a_training(features: Found, stage: int) -> None:
+    """Accumulation, clipping, predivide, groups; tied, frozen, unused, checkpointed layers."""
+    for found in of_all(features, "everything", str(stage)):
+        unit = ROUNDED["fp32"]
+        assert found["off"] <= 2 * 3 * unit * (8 * found["step"] + 2 * found["weight"])
+        check_shares(found["shares"], 6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_adapters_are_exchanged(features: Found, stage: int) -> None:
+    found = of_one(features, "adapters", str(stage))
+    assert found["moved"] == ["low.weight", "high.weight"]
+    assert found["held"] == 4 * 2 * 128  # fp32 on both ranks of an island
+    assert found["dense"] == 4 * 2 * 128
+    assert found["sent"] < found["dense"] // 3
+    assert found["crcs"][:2] == found["crcs"][2:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_optimizers_and_schedules_of_the_client(features: Found, stage: int) -> None:
+    check_shares(of_one(features, "clients", str(stage)), 6)
+
+
+def test_muon(features: Found) -> None:
+    check_shares(of_one(features, "muon", "0"), 6)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_no_sync(features: Found, stage: int) -> None:
+    for found in of_all(features, "no_sync", str(stage)):
+        assert found["off"] <= 2 * 3 * 2.0**-24 * (8 * 0.3 + 2 * 5)  # as in `_limit`
+        assert found["crcs"][:2] == found["crcs"][2:]
+        assert found["steps"] == 5
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_batch_size_changes(features: Found, stage: int) -> None:
+    for found in of_all(features, "batch", str(stage)):
+        assert found["count"] == 3
+        assert found["crcs"][:2] == found["crcs"][2:]
+        assert found["loss"] < 2e-6  # the header's loss is fp32, near 12
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_costs_one_island_one_step(features: Found, stage: int) -> None:
+    found = of_one(features, "overflow", str(stage))
+    assert [skipped for skipped, _ in found["warm"]] == [1] * 4  # gradients are everybody's
+    assert found["warm"][:2] == found["warm"][2:]
+    assert [skipped for skipped, _, _ in found["apart"]] == [1, 1, 2, 2]
+    crcs = [crc for _, crc, _ in found["apart"]]
+    assert crcs[:2] == crcs[2:]
+    scales = [scale for _, _, scale in found["apart"]]
+    assert scales == [scales[0]] * 2 + [scales[0] / 2] * 2
+    assert found["steps"] == [(5, 5)] * 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_with_nothing_to_exchange(features: Found, stage: int) -> None:
+    values = of_one(features, "few", str(stage))["crcs"]
+    assert len(set(values)) == 1
+    assert values[0] != 1.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_weights_of_rank_0_hold(features: Found, stage: int) -> None:
+    found = of_one(features, "seeds", str(stage))
+    assert len(set(found["weights"])) == 1
+    assert found["masters"][:2] == found["masters"][2:]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_with_clocks_of_their_own_decide_alike(features: Found, stage: int) -> None:
+    first, *others = of_one(features, "measured", str(stage))["decisions"]
+    assert all(other == first for other in others)
+    assert min(first) < 0.1
+
+
+def test_a_model_that_was_divided_among_all_ranks(features: Found) -> None:
+    check_shares(of_one(features, "divided", "3"), 6)
+
+
+@pytest.mark.parametrize("name", ["load_optimizer_states", "load_module_only"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_of_a_checkpoint_alone(features: Found, stage: int, name: str) -> None:
+    found = of_one(features, "reloads", str(stage))[name]
+    # Plain DeepSpeed, too, loads nothing at stage 3 with load_module_only.
+    assert found["same"] == [(stage, name) != (3, "load_module_only")] * 4
+    assert found["step"] == [0]
+    assert found["crcs"][:2] == found["crcs"][2:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_compiled_engine(features: Found, stage: int) -> None:
+    found = of_one(features, "compiled", str(stage))
+    assert found["view"] == (True, True)
+    assert found["crcs"][:2] == found["crcs"][2:]
