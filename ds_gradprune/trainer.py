@@ -62,6 +62,7 @@ def follow(trainer: Any) -> GradPruneCallback:
         )
     load_block(plugin.hf_ds_config.config)
     _check_ranks(trainer.args)
+    _keep_auto(plugin)
     handler = trainer.callback_handler
     ours = [each for each in handler.callbacks if isinstance(each, GradPruneCallback)]
     callback = ours[0] if ours else GradPruneCallback()
@@ -106,6 +107,8 @@ class GradPruneCallback(TrainerCallback):
         Raises:
             UnsupportedError: the engine was made without us, or the Trainer miscounts the ranks.
         """
+        if args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.__dict__.pop("fill_match", None)
         self.handle = _handle_of(self._engine(kwargs["model"], kwargs["optimizer"]))
         self._before = self.handle.totals
         _check_ranks(args)
@@ -190,6 +193,22 @@ def _handle_of(engine: Any) -> Any:
             "replace deepspeed.initialize after it."
         )
     return handle
+
+
+def _keep_auto(plugin: Any) -> None:
+    """Let "auto" stand in our block until the engine is made. Local.
+
+    accelerate 1.15.0 wants to fill in every "auto" of the configuration, and refuses those that it
+    does not know; in our block they have a meaning. The Trainer pickles the plugin with each
+    checkpoint, so it is given back before.
+    """
+    original = plugin.fill_match
+
+    def fill_match(key: str, *args: Any, **kwargs: Any) -> None:
+        if not key.startswith(f"{BLOCK}."):
+            original(key, *args, **kwargs)
+
+    plugin.fill_match = fill_match
 
 
 def _check_ranks(args: Any) -> None:

@@ -44,7 +44,8 @@ def follow_with_integration(folder: str) -> dict[str, Any]:
 
     integration_utils.INTEGRATION_TO_CALLBACK["recorder"] = Recorder
     integration_utils.get_available_reporting_integrations = lambda: ["recorder"]
-    trainer = make_trainer(folder, {}, report_to="all", max_steps=3)
+    # accelerate refuses "auto" where it does not know what for.
+    trainer = make_trainer(folder, {"exchange": "auto"}, report_to="all", max_steps=3)
     callbacks = [follow(trainer), follow(trainer)]
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     trained = trainer_main.trained(trainer)

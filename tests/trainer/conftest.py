@@ -26,6 +26,7 @@ def two_ranks(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[An
         "tests.helpers.trainer_main",
         "run_all",
         {"cases": cases},
+        timeout_s=280,
         # DeepSpeed's own launcher does not set it, and accelerate then takes it for 1.
         env={"LOCAL_WORLD_SIZE": "2"},
     )

@@ -9,7 +9,7 @@ import torch
 
 from tests.trainer.conftest import result
 
-pytestmark = [pytest.mark.trainer, pytest.mark.distributed]
+pytestmark = [pytest.mark.trainer, pytest.mark.distributed, pytest.mark.timeout(300)]
 
 Runs = dict[str, list[Any]]
 NUMBERS = {"density", "target", "mb", "interval", "compression"}

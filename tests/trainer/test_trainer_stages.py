@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.conftest import EVALUATING, SAVING, result, two_ranks
 
-pytestmark = [pytest.mark.trainer, pytest.mark.distributed]
+pytestmark = [pytest.mark.trainer, pytest.mark.distributed, pytest.mark.timeout(300)]
 
 Runs = dict[str, list[Any]]
 KINDS = [(0, False), (0, True), (1, True), (2, False), (2, True), (3, False), (3, True)]

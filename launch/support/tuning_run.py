@@ -1,0 +1,288 @@
+"""One fine-tuning from model and data to its result, on every rank alike."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import transformers
+from tqdm import tqdm
+
+from ds_gradprune.config import BLOCK
+from ds_gradprune.errors import ConfigError
+from ds_gradprune.train.report import Totals
+from ds_gradprune.trainer import follow
+from launch.support.checkpoints import whole_weights
+from launch.support.peers import Peers, StopSwitch
+from launch.support.place import Place
+from launch.support.run_folder import write_json
+from launch.support.tuning_data import TuningData, collate, read_data
+from launch.support.tuning_model import add_adapters, load_tuned, pad_id_of, replies
+from launch.support.tuning_settings import TuningSettings
+from textgen.model import save_model
+
+logger = logging.getLogger("ds_gradprune")
+
+LOG_LINES = 20
+"""The Trainer writes so many lines about a run."""
+
+KEPT_CHECKPOINTS = 2
+
+
+class TuningRun:
+    """One run from its data to its result. All methods are collective.
+
+    Args:
+        settings: flags and configuration.
+        peers: all ranks.
+        prompts: replied to before and after.
+
+    Raises:
+        ConfigError, DataError: something cannot be used; on all ranks alike.
+    """
+
+    def __init__(self, settings: TuningSettings, peers: Peers, prompts: list[str]) -> None:
+        self.flags, self.folder, self.peers = settings.flags, settings.folder, peers
+        self._prompts = prompts
+        _show_messages(peers)
+        self._begin(settings)
+        arguments = peers.together(lambda: _arguments(settings, peers.place))
+        self.model, self.tokenizer = peers.patiently(lambda: load_tuned(self.flags.model))
+        if self.flags.lora:
+            self.model = add_adapters(self.model)
+        self.data = self._read_data()
+        weights = [[n, list(w.shape)] for n, w in self.model.named_parameters()]
+        peers.check_alike({"tokens": self.data.digest, "parameters of the model": weights})
+        self._together_on_first(lambda: write_json(self.folder.config, settings.ds_config))
+        self.notes = Notes(self)
+        self.trainer = transformers.Trainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.evaluation,
+            data_collator=partial(collate, pad_id=pad_id_of(self.tokenizer)),
+            callbacks=[self.notes],
+        )
+        follow(self.trainer)
+        self._tell_start(settings)
+
+    def train(self) -> None:
+        """Train, evaluate, and write model and result."""
+        resumed = self.folder.checkpoints / str(self.folder.newest()) if self.flags.resume else None
+        self.trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        trainer, state = self.trainer, self.trainer.state
+        if not any(step == state.global_step for step, _ in _losses(state, "eval_loss")):
+            trainer.evaluate()
+        engine: Any = trainer.model_wrapped
+        with self.peers.during("writing the model"):
+            with whole_weights(engine):
+                after = replies(self.model, self.tokenizer, self._prompts)
+                self._together_on_first(self._save_model)
+            self._together_on_first(lambda: write_json(self.folder.result, self._document(after)))
+        self._say(f"The model is in {self.folder.model}, the result in {self.folder.result}.")
+
+    # ---- before the first step -----------------------------------------------------------------
+
+    def _begin(self, settings: TuningSettings) -> None:
+        """Claim or take over the folder. Only rank 0's is asked: others may not share the disk."""
+        config = settings.ds_config
+        identity = {
+            "--model": self.flags.model,
+            "--lora": self.flags.lora,
+            "--max-length": self.flags.max_length,
+            "--seed": self.flags.seed,
+            "world size": self.peers.world_size,
+            "train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"],
+            "gradient_accumulation_steps": config["gradient_accumulation_steps"],
+            "zero_optimization.stage": config["zero_optimization"].get("stage", 0),
+        }
+
+        def work() -> None:
+            if self.peers.rank == 0 and self.flags.resume:
+                self.folder.resume(identity)
+            elif self.peers.rank == 0:
+                self.folder.claim(identity)
+
+        self.peers.together(work)
+
+    def _read_data(self) -> TuningData:
+        flags = self.flags
+        return self.peers.patiently(
+            lambda: read_data(flags.data, self.tokenizer, flags.max_length, flags.seed)
+        )
+
+    def _tell_start(self, settings: TuningSettings) -> None:
+        counts = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
+        data = self.data
+        self._say(
+            f"model {self.flags.model}: {sum(counts):,} parameters are trained; "
+            f"{len(data.train):,} sequences, {len(data.evaluation)} for evaluation; "
+            f"{self.peers.world_size} ranks"
+        )
+        if data.num_skipped:
+            self._say(
+                f"note: {data.num_skipped} examples are left out, because their answers begin "
+                f"beyond --max-length {self.flags.max_length}"
+            )
+        if not settings.block.enabled:
+            self._say(f"{BLOCK}.enabled is false: plain DeepSpeed")
+
+    # ---- after the last ------------------------------------------------------------------------
+
+    def _save_model(self) -> None:
+        """Local; inside `whole_weights`."""
+        model = self.model
+        if self.flags.lora:
+            model.save_pretrained(str(self.folder.path / "adapter"))
+            model = model.merge_and_unload()
+        save_model(model, self.tokenizer, self.folder.model)
+
+    def _document(self, after: list[str]) -> dict[str, Any]:
+        state, notes = self.trainer.state, self.notes
+        evaluated = _losses(state, "eval_loss")
+        engine: Any = self.trainer.model_wrapped
+        totals: Totals = engine.gradprune.totals
+        before: list[str | None] = list(notes.before) or [None] * len(after)
+        return {
+            "steps": state.global_step,
+            "val_loss": evaluated[-1][1],
+            "val_loss_start": evaluated[0][1],
+            "val_losses": evaluated,
+            "train_losses": _losses(state, "loss"),
+            "seconds": notes.seconds,
+            "step_s": _median(notes.step_s),
+            "step_cpu_s": _median(notes.step_cpu_s),
+            "wire_bytes": totals.wire_bytes,
+            "dense_bytes": totals.dense_bytes,
+            "density_min": totals.density_min,
+            "density_max": totals.density_max,
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "sequences": len(self.data.train),
+            "stopped": state.global_step < self.flags.steps,
+            "replies": [
+                {"prompt": prompt, "before": old, "after": new}
+                for prompt, old, new in zip(self._prompts, before, after, strict=True)
+            ],
+        }
+
+    def _together_on_first(self, work: Callable[[], None]) -> None:
+        """Do `work` on rank 0; if it fails, it has failed on all."""
+        self.peers.together(work if self.peers.rank == 0 else lambda: None)
+
+    def _say(self, text: str) -> None:
+        if self.peers.rank == 0:
+            tqdm.write(text)
+
+
+class Notes(transformers.TrainerCallback):
+    """What happens beside the training: replies before it, times, checkpoints named, stopping.
+
+    Attributes:
+        before: replies of the model as it was; empty if there are no prompts, or after a resume.
+        step_s: seconds of every step from its first forward to its end.
+        step_cpu_s: seconds that all cores together have worked for this process meanwhile.
+        seconds: of the whole training, evaluations included.
+    """
+
+    def __init__(self, run: TuningRun) -> None:
+        self.before: list[str] = []
+        self.step_s: list[float] = []
+        self.step_cpu_s: list[float] = []
+        self.seconds = 0.0
+        self._run = run
+        self._switch = StopSwitch(run.peers)
+        self._begin_s = self._step_begin_s = self._step_begin_cpu_s = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The engine is there, the model as it was given."""
+        run = self._run
+        if not run.flags.resume:
+            self.before = replies(kwargs["model"], run.tokenizer, run._prompts)
+        self._switch.listen()
+        self._begin_s = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first micro-step begins."""
+        self._step_begin_s, self._step_begin_cpu_s = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All ranks stop after the same step, if one is asked to."""
+        self.step_s.append(time.perf_counter() - self._step_begin_s)
+        self.step_cpu_s.append(time.process_time() - self._step_begin_cpu_s)
+        if self._switch.agreed():
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All ranks have written: this is the checkpoint to resume from."""
+        name = f"checkpoint-{state.global_step}"
+        self._run._together_on_first(lambda: self._run.folder.name_newest(name))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop listening."""
+        self.seconds = time.perf_counter() - self._begin_s
+        self._switch.close()
+
+
+def _arguments(settings: TuningSettings, place: Place) -> Any:
+    """The Trainer's arguments; what the DeepSpeed configuration says, they say, too. Local."""
+    from deepspeed.accelerator import get_accelerator
+
+    flags, config = settings.flags, settings.ds_config
+    params = config["optimizer"]["params"]
+    names = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
+    options = {names[key]: value for key, value in params.items() if key in names}
+    if "betas" in params:
+        options["adam_beta1"], options["adam_beta2"] = params["betas"]
+    try:
+        return transformers.TrainingArguments(
+            output_dir=str(settings.folder.checkpoints),
+            max_steps=flags.steps,
+            per_device_train_batch_size=config["train_micro_batch_size_per_gpu"],
+            per_device_eval_batch_size=config["train_micro_batch_size_per_gpu"],
+            gradient_accumulation_steps=config["gradient_accumulation_steps"],
+            max_grad_norm=config["gradient_clipping"],
+            bf16=config["bf16"]["enabled"],
+            use_cpu=get_accelerator().device_name() == "cpu",
+            deepspeed=dict(config),
+            logging_steps=max(1, flags.steps // LOG_LINES),
+            eval_strategy="steps",
+            eval_steps=flags.eval_every or flags.steps,
+            eval_on_start=not flags.resume,
+            save_strategy="steps" if flags.save_every else "no",
+            save_steps=flags.save_every or flags.steps,
+            save_total_limit=KEPT_CHECKPOINTS,
+            report_to=[],
+            seed=flags.seed,
+            disable_tqdm=place.rank != 0,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **options,
+        )
+    except (TypeError, ValueError) as exc:
+        reason = " ".join(str(exc).split())
+        raise ConfigError(f"transformers refuses the configuration: {reason}") from exc
+
+
+def _median(seconds: list[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
+
+
+def _losses(state: Any, name: str) -> list[tuple[int, float]]:
+    """(step, loss) of every line of the Trainer's history that has it."""
+    return [(int(line["step"]), float(line[name])) for line in state.log_history if name in line]
+
+
+def _show_messages(peers: Peers) -> None:
+    """Our library's warnings and decisions as plain lines beside the Trainer's bar, on rank 0."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(record.getMessage())
+
+    logger.handlers = [Shown()] if peers.rank == 0 else [logging.NullHandler()]
+    logger.propagate = False
+    logging.getLogger("ds_gradprune.decisions").setLevel(logging.INFO)
