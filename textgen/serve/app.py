@@ -145,9 +145,7 @@ class Api:
         ids, num_cut = served.encode(prompt, sampling.max_new_tokens)
         reply.usage = {"prompt_tokens": len(ids), "cut_tokens": num_cut}
         deadline = self._engine.clock() + self._limits.seconds
-        reply.job = Job(
-            served, prompt, ids, sampling, deadline, reply.emit, body.stop, body.top_k
-        )
+        reply.job = Job(served, prompt, ids, sampling, deadline, reply.emit, body.stop, body.top_k)
         try:
             self._engine.submit([reply.job])
         except QueueFull as exc:
@@ -198,12 +196,19 @@ class Api:
         assert isinstance(exc, RequestValidationError)
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return self._error("invalid", 400, f"{where}: {first['msg']}"[:300], "invalid_request_error")
+        return self._error(
+            "invalid", 400, f"{where}: {first['msg']}"[:300], "invalid_request_error"
+        )
 
     async def _http_error(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         return self._error(
-            "invalid", exc.status_code, str(exc.detail), "invalid_request_error", None, exc.headers  # type: ignore[arg-type]
+            "invalid",
+            exc.status_code,
+            str(exc.detail),
+            "invalid_request_error",
+            None,
+            exc.headers,  # type: ignore[arg-type]
         )
 
 

@@ -124,6 +124,7 @@ class Batch:
         )
         return self._take(list(range(len(self.rows))), logits[:, -1])
 
+    @torch.inference_mode()
     def drop(self, gone: Sequence[Row]) -> None:
         """Take texts out; the last ones move into their places."""
         for row in gone:
@@ -188,9 +189,7 @@ class Batch:
         piece = row.writer.add(token)
         if row.writer.stopped:
             row.reason = "stop"
-        elif (
-            row.num_new >= row.sampling.max_new_tokens or len(row.ids) >= self.served.context
-        ):
+        elif row.num_new >= row.sampling.max_new_tokens or len(row.ids) >= self.served.context:
             row.reason = "length"
             piece += row.writer.end()
         return piece

@@ -200,7 +200,13 @@ class Engine:
         jobs = self._admit(current)
         if jobs:
             rows = [
-                Row(job.ids, job.sampling, Writer(current.served.tokenizer, job.stops), job, job.top_k)
+                Row(
+                    job.ids,
+                    job.sampling,
+                    Writer(current.served.tokenizer, job.stops),
+                    job,
+                    job.top_k,
+                )
                 for job in jobs
             ]
             self._work(current, lambda: current.join(rows), rows)

@@ -74,7 +74,11 @@ class Asked(BaseModel):
     @model_validator(mode="after")
     def _served_here(self) -> Asked:
         for name, value in (self.model_extra or {}).items():
-            if name in REFUSED and value not in _HARMLESS and not (name == "best_of" and value == 1):
+            if (
+                name in REFUSED
+                and value not in _HARMLESS
+                and not (name == "best_of" and value == 1)
+            ):
                 raise ValueError(f"{name} is not served; leave it out")
         return self
 

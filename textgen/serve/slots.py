@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -68,7 +70,7 @@ class Slots(Cache):
 
 
 class _Layer(CacheLayerMixin):
-    """One layer's part: (rows, heads, places, width) each; pages that no token uses stay unused."""
+    """One layer's part: keys and values of (rows, heads, places, width)."""
 
     is_compileable = False
     is_sliding = False
@@ -82,10 +84,8 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take the memory when the first pass shows its shape."""
         rows, places = self._owner.rows, self._owner.places
-        self.keys = key_states.new_empty(rows, key_states.shape[1], places, key_states.shape[3])
-        self.values = value_states.new_empty(
-            rows, value_states.shape[1], places, value_states.shape[3]
-        )
+        self.keys = _zeros(key_states, rows, places)
+        self.values = _zeros(value_states, rows, places)
         self.is_initialized = True
 
     def update(
@@ -116,3 +116,15 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Tokens of a text."""
         return self._owner.places
+
+
+def _zeros(like: torch.Tensor, rows: int, places: int) -> torch.Tensor:
+    """(rows, heads, places, width) zeros: a place that is masked is still multiplied, by zero.
+
+    On a CPU the system hands out zeros page by page, so places that no token uses take no memory.
+    """
+    shape = (rows, like.shape[1], places, like.shape[3])
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype).view(shape)

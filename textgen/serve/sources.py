@@ -121,7 +121,7 @@ class RunSource:
         tokenizer = load_tokenizer(str(self.folder / "data" / "tokenizer"))
         try:
             run: Any = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-            weights = torch.load(path, map_location="cpu", weights_only=False)["module"]
+            weights = torch.load(path, map_location="cpu", weights_only=True)["module"]
             model = open_model(str(run["--model"]), tokenizer, 0)
             model.load_state_dict({key: value.float() for key, value in weights.items()})
         except DataError:
