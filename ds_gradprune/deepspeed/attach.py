@@ -21,7 +21,7 @@ from ds_gradprune.deepspeed.handle import Clock, Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
-from ds_gradprune.deepspeed.zero_gradients import ZeroGradientHandle
+from ds_gradprune.deepspeed.zero_gradients import ZeroGradientHandle, warn_of_parameters
 from ds_gradprune.errors import GradPruneError, UnsupportedError
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.wire.all_gather import AllGather
@@ -90,6 +90,8 @@ def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyH
     seat = checkpoint.Seat(ranks, ranks.rank, ranks.world_size)
     # A group of its own: a rank that saves while another one exchanges must not meet it there.
     own = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    if seat.is_first:
+        warn_of_parameters(engine, ranks.world_size)
     reduces_itself = isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
     make = ZeroGradientHandle if reduces_itself else GradientHandle
     return make(engine, config, _channel(config, own, clock), clock, seat)

@@ -170,7 +170,13 @@ OFFLOADED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 REDUCERS: dict[str, tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]] = {
     "BF16_Optimizer": (
-        ("bf16_groups", "fp32_groups_gradients", "param_names"),
+        (
+            "bf16_groups",
+            "bf16_groups_flat",
+            "fp32_groups_gradients",
+            "fp32_groups_gradients_flat",
+            "param_names",
+        ),
         {"get_grads_for_reduction": ()},
     ),
     "DeepSpeedZeroOptimizer": (

@@ -27,6 +27,7 @@ from typing import Any
 
 import google_crc32c
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle, all_finite
 from ds_gradprune.deepspeed.hooks import Hooks
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 GATHERED = (
     'prune = "gradient" at ZeRO stage {stage} prunes gradients only: after every step each rank '
-    "also sends {gather:.1f} MB of whole parameters over the network, whatever the density.{rounds}"
+    "also sends {gather:.3f} MB of whole parameters over the network, whatever the density.{rounds}"
     ' prune = "update" sends no whole parameters.'
 )
 ROUNDS = (
@@ -55,6 +56,7 @@ class ZeroGradientHandle(GradientHandle):
     def _hook(self) -> None:
         self._told: list[Announcement] = []
         self._in_round = self._is_closed = False
+        self._has_owners = self.config.exchange_of(self.channel.world_size) == "owner_reduce"
         self._loss: float | None = None
         self._optimizer_hooks = Hooks(self.engine.optimizer, "engine.optimizer")
         for name, hook in (
@@ -64,20 +66,6 @@ class ZeroGradientHandle(GradientHandle):
             ("overlapping_partition_gradients_reduce_epilogue", self._end_round),
         ):
             self._optimizer_hooks.replace(name, hook)
-        if self._is_first:
-            self._warn()
-
-    def _warn(self) -> None:
-        """Say once what the parameters cost on this link."""
-        engine = self.engine
-        groups = engine.optimizer.bit16_groups_flat
-        gather_bytes = sum(flat.numel() * flat.element_size() for flat in groups)
-        sent_bytes = all_gather_bytes(
-            -(-gather_bytes // self.channel.world_size), self.channel.world_size
-        )
-        stage, count = int(engine.zero_optimization_stage()), engine.gradient_accumulation_steps()
-        rounds = ROUNDS.format(count=count) if stage == 2 and count > 1 else ""
-        logger.warning(GATHERED.format(stage=stage, gather=sent_bytes / 1e6, rounds=rounds))
 
     def _before_detach(self) -> None:
         self._optimizer_hooks.check()
@@ -134,9 +122,10 @@ class ZeroGradientHandle(GradientHandle):
         with self.loop.stopwatch.phase("codec"):
             if not self._told:
                 self.channel.advance(self.loop.exchange_step)
-                self.pruning.begin()
             if not self._in_round:
                 self._in_round = True
+                if not (self._told and self._has_owners):
+                    self.pruning.begin()  # owners keep a residual for every number in a step
                 self._is_closed = vector is None or self.engine.is_gradient_accumulation_boundary()
                 self._loss = self.losses.so_far() if self._is_closed else None
             self.loop.note_weights(google_crc32c.value(repr(gradients).encode()))
@@ -169,3 +158,17 @@ class ZeroGradientHandle(GradientHandle):
     def _begin_step(self) -> None:
         self._told = []
         self._in_round = self._is_closed = False
+
+
+def warn_of_parameters(engine: Any, world_size: int) -> None:
+    """Say what gathering whole parameters costs on this link; nothing at stage 0. Local."""
+    stage, count = int(engine.zero_optimization_stage()), engine.gradient_accumulation_steps()
+    if not stage:
+        return
+    optimizer = engine.optimizer
+    is_bf16 = isinstance(optimizer, BF16_Optimizer)
+    flats = optimizer.bf16_groups_flat if is_bf16 else optimizer.bit16_groups_flat
+    gathered_bytes = sum(flat.numel() * flat.element_size() for flat in flats)
+    sent_bytes = all_gather_bytes(-(-gathered_bytes // world_size), world_size)
+    rounds = ROUNDS.format(count=count) if stage == 2 and count > 1 else ""
+    logger.warning(GATHERED.format(stage=stage, gather=sent_bytes / 1e6, rounds=rounds))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.ranks import run_processes
-from tests.helpers.zero_gradient_cases import EXACT, KINDS, STEPS
+from tests.helpers.zero_gradient_bench import EXACT, KINDS, STEPS
 
 pytestmark = [
     pytest.mark.zero,
@@ -32,8 +32,10 @@ def cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         found[f"resumes-{name}"] = ("resumes", arguments)
     for name in OVERFLOWN:
         found[f"overflow-{name}"] = ("overflow", {"name": name})
+    for stage in (1, 2):
+        found[f"together-{stage}"] = ("without_rounds", {"stage": stage})
     found["owners"] = ("owners", {})
-    found["warned-1"] = ("warned", {"stage": 1, "dtype": "bf16"})
+    found["warned-1"] = ("warned", KINDS["1-bf16-sums"])
     found["warned-2"] = ("warned", {"stage": 2})
     found["detach"] = ("detach_leaves_nothing", {})
     found["stage-3"] = ("refused", {"stage": 3})
@@ -105,6 +107,17 @@ def test_stage_2_exchanges_in_every_micro_step_and_stage_1_once(two: Any) -> Non
     assert second["dense_bytes"] == 2 * first["dense_bytes"]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_micro_steps_that_are_reduced_together_take_one_exchange(two: Any, stage: int) -> None:
+    one, other = two(f"together-{stage}")
+    once = two("1-fp32")[0]["pruned"]["reports"][-1]["wire_bytes"]
+    assert one["crcs"] == other["crcs"]
+    for step, (told, loss, wire_bytes) in enumerate(one["reports"]):
+        mean = (one["losses"][step] + other["losses"][step]) / 2
+        assert (told, loss) == (step + 1, pytest.approx(mean, rel=1e-6))
+        assert step < 2 or wire_bytes == once
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_unbroken_one(two: Any, name: str) -> None:
     for answers in two(f"resumes-{name}"):
@@ -131,7 +144,7 @@ def test_attach_names_what_the_parameters_cost_and_update_mode(two: Any) -> None
     (first,), others = two("warned-1")
     assert others == []
     assert 'prune = "gradient" at ZeRO stage 1 prunes gradients only' in first
-    assert "each rank also sends 0.0 MB of whole parameters over the network" in first
+    assert "each rank also sends 0.003 MB of whole parameters over the network" in first
     assert 'prune = "update" sends no whole parameters' in first
     assert "micro-steps" not in first
     assert "in each of the 2 micro-steps of a step" in two("warned-2")[0][0]
