@@ -18,6 +18,7 @@ from tests.helpers.documents import (
     section,
     table_rows,
 )
+from tests.test_layers import MAY_IMPORT
 
 RESULTS = ROOT / "results"
 PAGES = sorted(RESULTS.glob("*.md"))
@@ -87,6 +88,16 @@ def test_rooms_are_those_of_the_package() -> None:
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert set(listed) == folders | modules
+
+
+def test_rooms_import_what_the_layers_allow() -> None:
+    rows = table_rows(section(ROOT / "CONTRIBUTING.md", "## Rooms"))
+    told = {
+        re.sub(r"[`/]|\.py", "", room): set(re.findall(r"`([\w.]+)`", imports[0]))
+        for room, _, *imports in rows
+        if imports
+    }
+    assert told == {room: may for room, may in MAY_IMPORT.items() if room != "__main__"}
 
 
 SUPPORT = ROOT / "docs" / "support.md"
