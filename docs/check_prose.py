@@ -1,6 +1,6 @@
 """A soft check of the documents' prose: sentences that are long, or that lean on a semicolon.
 
-    python docs/check_prose.py                     README, LOG, CHANGELOG, CONTRIBUTING and docs/
+    python docs/check_prose.py                     all documents: the root's, docs/, launch/README.md
     python docs/check_prose.py FILE ... --max 20   these files, 20 words a sentence
 
 Prints one line per finding, then a summary. The exit code is 1 if there are findings. Code blocks,
@@ -52,7 +52,7 @@ class Sentence:
 
 def documents() -> list[Path]:
     """What is checked if no file is named."""
-    names = ("README.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md")
+    names = ("README.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md", "launch/README.md")
     return [*(ROOT / name for name in names), *sorted((ROOT / "docs").glob("*.md"))]
 
 
