@@ -146,16 +146,15 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         check=True,
     ).stdout.strip()
     rates = ",".join(options.rates)
+    is_first = os.sched_getscheduler(0) != os.SCHED_OTHER
     return (
         "# Does doctor's forecast hold?\n\n"
-        f"`python -m labs.doctor --rates {rates} --hosts {options.hosts} --model {options.model} "
+        f"`{'chrt -r 1 ' if is_first else ''}python -m labs.doctor --rates {rates} --hosts {options.hosts} --model {options.model} "
         f"--steps {options.steps} --rounds {options.rounds} --text FILE`, commit {commit}, "
         f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at "
         "the end. Forecast: median of doctor's runs before, between and after the rounds, with the "
-        "least and the most. Real: median over steps, with quartiles.\n\n"
-        + TOTALS_TEXT
-        + "\n".join(lines)
-        + "\n"
+        "least and the most. Real: median over steps, with quartiles. With `chrt` both go before "
+        "all other work of the machine.\n\n" + TOTALS_TEXT + "\n".join(lines) + "\n"
     )
 
 

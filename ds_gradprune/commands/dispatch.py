@@ -14,7 +14,7 @@ TARGETS = {
     "train": ("launch.train", "textgen"),
     "finetune": ("launch.finetune", "textgen"),
     "reply": ("launch.reply", "textgen"),
-    "serve": ("launch.serve", "serve"),
+    "serve": ("textgen.serve.command", "textgen,serve"),
 }
 """Command -> module with `main(arguments) -> exit code`, and the extra with what it imports."""
 

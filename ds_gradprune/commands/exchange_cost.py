@@ -35,7 +35,11 @@ from ds_gradprune.wire.transport import Finished, Transport, Work
 SAMPLE_NUMEL = 32 * 2**20
 """The codec is measured on so many parameters at most, and its time grows with their number."""
 
-REPEATS, WARMUPS = 3, 1
+COLD_BYTES = 64 * 2**20
+"""So much memory is written before every exchange, as a step of training would do: the codec never
+finds the weights in the processor's cache."""
+
+REPEATS = 3
 MOST_REPEATS, EXCHANGE_SECONDS = 15, 0.5
 """Exchanges are repeated until they have taken so long, or so often."""
 
@@ -197,25 +201,27 @@ def measure_exchange(
         rule=make_rule(0.0, 1),
         kept=None if decay is None else KeptResidual(decay),
     )
-    _exchange(exchanger, shards, k, WARMUPS - 1)
+    cold = torch.zeros(COLD_BYTES, dtype=torch.uint8)
+    _exchange(exchanger, shards, cold, k, 0)
     times_s, wires_s = list[float](), list[float]()
     for step in range(1, MOST_REPEATS + 1):
         if step > max(REPEATS, len(points)) and sum(times_s) > EXCHANGE_SECONDS:
             break
         transport.advance(step)
         slept_s, echo.spent_s = clock.slept_s, 0.0
-        took_s = _exchange(exchanger, shards, k, step) - echo.spent_s
+        took_s = _exchange(exchanger, shards, cold, k, step) - echo.spent_s
         wires_s.append(clock.slept_s - slept_s)
         times_s.append(took_s)
     return Exchanged(median(times_s), tuple(wires_s[: len(points)]))
 
 
-def _exchange(exchanger: Islands, shards: _Pieces, k: int, step: int) -> float:
+def _exchange(exchanger: Islands, shards: _Pieces, cold: torch.Tensor, k: int, step: int) -> float:
     """One exchange; returns its real seconds, answers of the peers included."""
     generator = torch.Generator(device=shards.pieces()[0].own.device).manual_seed(step)
     for piece in shards.pieces():
         noise = torch.randn(piece.own.shape, generator=generator, device=piece.own.device)
         piece.own.add_(noise, alpha=1e-3)
+    cold.add_(1)
     synchronize(shards.pieces()[0].own.device)
     signals = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
     header = codec.encode_signals(step=step, rank=0, k=k, signals=signals)
