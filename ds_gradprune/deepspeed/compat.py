@@ -127,8 +127,8 @@ TABLES: dict[tuple[str, int], tuple[Names, ...]] = {
 """Mode and ZeRO stage -> what must be there. A pair that is missing is not supported."""
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "FP16_Optimizer": ("optimizer", "fp16_groups", "fp32_groups_flat"),
-    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups"),
+    "FP16_Optimizer": ("optimizer", "fp16_groups", "fp32_groups_flat", "refresh_fp32_params"),
+    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "refresh_fp32_params"),
     "BF16_Optimizer": (
         "optimizer",
         "bf16_groups",

@@ -204,7 +204,7 @@ class GradientHandle(Handle):
 
         return take
 
-    def _restart(self) -> None:
+    def _restart(self, *, has_states: bool) -> None:
         self._forget()
         self.loop.restart()
         self.pruning.residuals.take({})

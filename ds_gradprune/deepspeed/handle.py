@@ -164,8 +164,12 @@ class Handle:
         """Check a state, change nothing; returns what puts it into force and cannot fail."""
         raise NotImplementedError
 
-    def _restart(self) -> None:
-        """A checkpoint without our state was loaded: the run begins anew from its weights."""
+    def _restart(self, *, has_states: bool) -> None:
+        """A checkpoint without our state was loaded: the run begins anew from its weights.
+
+        Args:
+            has_states: the optimizer's state and the schedule were loaded as well.
+        """
         raise NotImplementedError
 
     # ---- hooks ---------------------------------------------------------------------------------
@@ -292,7 +296,7 @@ class Handle:
         if result[0] is None:
             return result
         if take is None:
-            self._restart()
+            self._restart(has_states=resumes and load_lr_scheduler_states)
         else:
             take()
             self._log.rewind(self.loop.step)

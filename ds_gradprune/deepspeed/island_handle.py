@@ -192,8 +192,13 @@ class IslandHandle(Handle):
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.weights.hold_own()
         self.rounds.land()
+
+        def load(*args: Any, **kwargs: Any) -> Any:
+            self.weights.give_up_own()  # what the checkpoint leaves out stays as it is shared
+            return original(*args, **kwargs)
+
         with self.groups.reading(self.engine):
-            result = super()._load_checkpoint(original, *args, **kwargs)
+            result = super()._load_checkpoint(load, *args, **kwargs)
         self.weights.note()
         return result
 
@@ -223,10 +228,14 @@ class IslandHandle(Handle):
 
         return take
 
-    def _restart(self) -> None:
+    def _restart(self, *, has_states: bool) -> None:
+        is_undivided = not int(self.engine.zero_optimization_stage())
+        if not has_states and is_undivided and self.shards.has_masters:
+            # At stage 0 DeepSpeed loads the model's copies only, and the next step undoes that.
+            self.engine.optimizer.refresh_fp32_params()
         self.loop.restart()
         self.channel.load_state_dict({})
-        self._state_of.restart()
+        self._state_of.restart(has_states=has_states)
 
 
 def _lies_on_cpu(setting: str, shards: Shards) -> bool:

@@ -80,9 +80,15 @@ class IslandState:
         kept = None if residual is None or island["kept"] is None else residual.read(island["kept"])
         return lambda: self._take(island, rule, kept, is_resized)
 
-    def restart(self) -> None:
-        """A checkpoint without our state was loaded: its weights are everybody's."""
-        self._islands.have_parted = False
+    def restart(self, *, has_states: bool) -> None:
+        """A checkpoint without our state was loaded: its weights are everybody's.
+
+        Args:
+            has_states: the optimizer's state and the schedule are the checkpoint's, too. Else they
+                are still each island's own, so gradients must not be averaged any more.
+        """
+        if has_states:
+            self._islands.have_parted = False
         self._islands.weights.capture()
         self._islands.rule.reset()
         if self._islands.kept is not None:

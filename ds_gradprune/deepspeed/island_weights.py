@@ -117,6 +117,13 @@ class IslandWeights:
             )
         self._hold(shared=False)
 
+    def give_up_own(self) -> None:
+        """The shared weights become the own ones, too. Collective: the island."""
+        if not self._are_equal:
+            self._islands.weights.reset_own()
+            self._shards.publish()
+            self.note()
+
     def leave_shared(self) -> None:
         """End: the model keeps the shared weights, residuals are given up. Collective: island."""
         self._hold(shared=True)

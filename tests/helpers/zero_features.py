@@ -189,16 +189,28 @@ def reloads(stage: int) -> dict[str, Any]:
     train(engine, 1, 5)
     engine.save_checkpoint(folder, tag="t")
     with handle.shared_weights():
-        saved = crc_of(weights_of(engine))
+        before = weights_of(engine)
+    saved = crc_of(before)
     answers = {}
     for name in ("load_optimizer_states", "load_module_only"):
         engine = make(PRUNED, stage=stage, dtype="bf16", seed=4)
-        engine.load_checkpoint(folder, **{name: name == "load_module_only"})
-        found = {"same": everywhere(crc_of(weights_of(engine)) == saved)}
-        found["step"] = [engine.gradprune.loop.step]
-        train(engine, 6, 9)
-        answers[name] = found | {"crcs": everywhere(engine.gradprune.parameters_crc())}
+        for when in ("fresh", "trained"):
+            engine.load_checkpoint(folder, **{name: name == "load_module_only"})
+            found = {"same": everywhere(crc_of(weights_of(engine)) == saved)}
+            found["step"] = [engine.gradprune.loop.step]
+            train(engine, 6, 6)
+            found["near"] = everywhere(_distance(weights_of(engine), before) < 0.1)
+            train(engine, 7, 9)
+            found["crcs"] = everywhere(engine.gradprune.parameters_crc())
+            answers[name, when] = found
     return answers
+
+
+def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """How far they are apart, where two random models are 1 apart."""
+    apart = sum(float((one[n] - other[n]).float().square().sum()) for n in one)
+    size = sum(float(other[n].float().square().sum()) for n in other)
+    return (apart / size) ** 0.5
 
 
 def compiled(stage: int) -> dict[str, Any]:
