@@ -165,7 +165,7 @@ async def _ask(port: int, body: dict[str, Any], seen: Seen, begun: float) -> Non
                 if "error" in event:
                     seen.errors += 1
                     return
-                if first is None:
+                if first is None and any(_said(choice) for choice in event["choices"]):
                     first = time.perf_counter() - begun
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
                 whole |= any(choice.get("finish_reason") for choice in event["choices"])
@@ -176,6 +176,11 @@ async def _ask(port: int, body: dict[str, Any], seen: Seen, begun: float) -> Non
         seen.tokens += tokens
     finally:
         writer.close()
+
+
+def _said(choice: dict[str, Any]) -> str:
+    """Text of a part: some servers open the stream with a part that has none."""
+    return str((choice.get("delta") or {}).get("content") or "")
 
 
 async def load(server: Server, model: str, clients: int, requests: int, tokens: int) -> Seen:

@@ -254,7 +254,7 @@ def test_models_whose_layers_forget_are_refused() -> None:
         num_key_value_heads=1,
         sliding_window=8,
     )
-    with pytest.raises(UnsupportedError, match="attend to all earlier tokens.*SlidingWindow"):
+    with pytest.raises(UnsupportedError, match=r"attend to all earlier tokens.*SlidingWindow"):
         Slots(MistralForCausalLM(config), 2, 16)
 
 

@@ -25,9 +25,9 @@ from textgen.generate import Replier, Sampling
 pytest.importorskip("fastapi", reason="needs the extra serve")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from labs.serve import Seen, _ask
-from textgen.serve import command
-from textgen.serve.template import PLAIN_TEMPLATE
+from labs.serve import Seen, _ask  # noqa: E402
+from textgen.serve import command  # noqa: E402
+from textgen.serve.template import PLAIN_TEMPLATE  # noqa: E402
 
 KEY = "a key of many letters"
 

@@ -196,9 +196,8 @@ class Api:
         assert isinstance(exc, RequestValidationError)
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return self._error(
-            "invalid", 400, f"{where}: {first['msg']}"[:300], "invalid_request_error"
-        )
+        message = f"{where}: {first['msg']}"[:300]
+        return self._error("invalid", 400, message, "invalid_request_error")
 
     async def _http_error(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)

@@ -70,9 +70,7 @@ class Batch:
         self._device = served.model.device
         penalty = getattr(served.model.generation_config, "repetition_penalty", None)
         self._penalty = (
-            RepetitionPenaltyLogitsProcessor(penalty)  # type: ignore[no-untyped-call]
-            if penalty not in (None, 1.0)
-            else None
+            RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
         )
 
     @property
@@ -175,9 +173,9 @@ class Batch:
         if row.sampling.temperature != 1.0:
             scores = TemperatureLogitsWarper(row.sampling.temperature)(given, scores)
         if row.top_k:
-            scores = TopKLogitsWarper(row.top_k)(given, scores)  # type: ignore[no-untyped-call]
+            scores = TopKLogitsWarper(row.top_k)(given, scores)
         if row.sampling.top_p < 1.0:
-            scores = TopPLogitsWarper(row.sampling.top_p)(given, scores)  # type: ignore[no-untyped-call]
+            scores = TopPLogitsWarper(row.sampling.top_p)(given, scores)
         chances = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(chances, 1, generator=row.random))
 

@@ -186,8 +186,7 @@ def _usual_threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) - 1)
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _port(text: str) -> int:

@@ -199,16 +199,7 @@ class Engine:
         current = self._batches[-1]
         jobs = self._admit(current)
         if jobs:
-            rows = [
-                Row(
-                    job.ids,
-                    job.sampling,
-                    Writer(current.served.tokenizer, job.stops),
-                    job,
-                    job.top_k,
-                )
-                for job in jobs
-            ]
+            rows = [_row(job, current.served) for job in jobs]
             self._work(current, lambda: current.join(rows), rows)
         for batch in self._batches:
             if batch.rows:
@@ -304,3 +295,8 @@ def _cut_short(job: Job, num_new: int) -> End:
     if job.cancelled:
         return End("cancelled", num_new)
     return End("timeout", num_new, "the reply took longer than the server allows")
+
+
+def _row(job: Job, served: Served) -> Row:
+    writer = Writer(served.tokenizer, job.stops)
+    return Row(job.ids, job.sampling, writer, job, job.top_k)

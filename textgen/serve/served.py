@@ -47,7 +47,7 @@ class Served:
         model.train(False)
         if torch.cuda.is_available():
             half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            model = model.to(device="cuda", dtype=half)  # type: ignore[call-overload]
+            torch.nn.Module.to(model, device="cuda", dtype=half)  # in place
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_TEMPLATE
         ends = getattr(model.generation_config, "eos_token_id", None)

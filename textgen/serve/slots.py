@@ -69,14 +69,14 @@ class Slots(Cache):
         return 0
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's part: keys and values of (rows, heads, places, width)."""
 
     is_compileable = False
     is_sliding = False
 
     def __init__(self, slots: Slots) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._owner = slots
         self.keys: Any = None
         self.values: Any = None
