@@ -172,8 +172,8 @@ class Crew:
             wire_bytes = statistics.fmean(sent) / steps
         rows = zip(*(answer["steps"] for answer in answers), strict=True)
         validations = zip(*(answer["validations"] for answer in answers), strict=True)
-        steps = [merge(row, self._place.num_hosts) for row in rows]
-        return Stretch(steps, [_mean(v) for v in validations], wire_bytes)
+        merged = [merge(row, self._place.num_hosts) for row in rows]
+        return Stretch(merged, [_mean(v) for v in validations], wire_bytes)
 
     def tell(self, command: dict[str, Any]) -> None:
         """The same command to all ranks."""
