@@ -1,6 +1,6 @@
 """Does doctor's forecast hold? Its step times beside those of real runs, on hosts behind links.
 
-    python -m labs.doctor --rates 100 --hosts 2 --model nano --text FILE --out results/doctor_202611
+    python -m labs.doctor --rates 10,100 --hosts 2,4 --model nano --text FILE --out results/doctor_202611
 
 For every rate a bed of its own: doctor, then real runs of launch/train.py over DeepSpeed's pdsh
 launcher, dense and at pinned densities, in rounds, with doctor between the rounds. Times are
@@ -34,7 +34,10 @@ WARMUP = 6
 SKIPPED = 4
 """Steps at the beginning of each part of a run that are not counted."""
 
-TOTALS_TEXT = "| link | step | forecast s | real s | error |\n| --- | --- | ---: | ---: | ---: |\n"
+TABLE_HEAD = (
+    "| hosts | link | step | forecast s | real s | error |\n"
+    "| ---: | ---: | --- | ---: | ---: | ---: |\n"
+)
 
 
 def configuration(setting: tuple[float, int] | None) -> dict[str, Any]:
@@ -90,13 +93,13 @@ def step_times(bed: Bed, name: str, options: argparse.Namespace, folder: Path) -
     return [line["step_time_s"] / line["steps"] for line in pruned[2:]]
 
 
-def measure(rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(rate: str, hosts: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One link: rows of forecast and real step times."""
     names = ["dense", *SETTINGS]
     found: dict[str, list[float]] = {name: [] for name in names}
     said: list[dict[str, Any]] = []
     with (
-        Bed(options.hosts, None if rate == "none" else f"{rate}mbit") as bed,
+        Bed(hosts, None if rate == "none" else f"{rate}mbit") as bed,
         tempfile.TemporaryDirectory() as folder,
     ):
         for _ in range(options.rounds):
@@ -113,6 +116,7 @@ def measure(rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         real_s, forecast_s = statistics.median(found[name]), statistics.median(forecasts)
         rows.append(
             {
+                "hosts": hosts,
                 "rate": rate,
                 "name": name,
                 "forecast_s": forecast_s,
@@ -134,7 +138,7 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     for row in rows:
         (low, high), (lower, upper) = row["forecasts_s"], row["quartiles_s"]
         lines.append(
-            f"| {row['rate']} Mbit/s | {row['name']} | {row['forecast_s']:.3f} ({low:.3f} to "
+            f"| {row['hosts']} | {row['rate']} Mbit/s | {row['name']} | {row['forecast_s']:.3f} ({low:.3f} to "
             f"{high:.3f}) | {row['real_s']:.3f} ({lower:.3f} to {upper:.3f}) | "
             f"{100 * row['error']:+.0f} % |"
         )
@@ -146,30 +150,41 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         check=True,
     ).stdout.strip()
     rates = ",".join(options.rates)
-    is_first = os.sched_getscheduler(0) != os.SCHED_OTHER
+    first = "chrt -r 1 " if os.sched_getscheduler(0) != os.SCHED_OTHER else ""
+    hosts = ",".join(map(str, options.hosts))
     return (
         "# Does doctor's forecast hold?\n\n"
-        f"`{'chrt -r 1 ' if is_first else ''}python -m labs.doctor --rates {rates} --hosts {options.hosts} --model {options.model} "
+        f"`{first}python -m labs.doctor --rates {rates} --hosts {hosts} --model {options.model} "
         f"--steps {options.steps} --rounds {options.rounds} --text FILE`, commit {commit}, "
         f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at "
         "the end. Forecast: median of doctor's runs before, between and after the rounds, with the "
         "least and the most. Real: median over steps, with quartiles. With `chrt` both go before "
-        "all other work of the machine.\n\n" + TOTALS_TEXT + "\n".join(lines) + "\n"
+        "all other work of the machine, so its load hardly counts. The hosts share the machine's "
+        "cores, two of four hosts each one.\n\n" + TABLE_HEAD + "\n".join(lines) + "\n"
     )
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
     """Measure, and write page and JSON."""
     parser = argparse.ArgumentParser(description="Compare doctor's forecast with real runs.")
     parser.add_argument("--rates", type=lambda text: text.split(","), default=["100"])
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--hosts", type=_numbers, default=[2])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--text", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = [row for rate in options.rates for row in measure(rate, options)]
+    rows = [
+        row
+        for hosts in options.hosts
+        for rate in options.rates
+        for row in measure(rate, hosts, options)
+    ]
     text = page(rows, options)
     print(text)
     if options.out:
