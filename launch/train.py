@@ -24,8 +24,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed.build_locks import stale_locks, warning
 from ds_gradprune.errors import GradPruneError
-from launch.support.build_locks import stale_locks, warning
 from launch.support.peers import TELL_LIMIT_S, AgreedFault, Peers, within
 from launch.support.place import Place, export_place, find_place, share_cores
 from launch.support.rendezvous import AbsentRanks

@@ -17,6 +17,7 @@ from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.config.load import read_config
 from ds_gradprune.deepspeed.agree import check_ranks
 from ds_gradprune.deepspeed.attach import attach, on_cpu
+from ds_gradprune.deepspeed.build_locks import SHM_OP, refuse_stale_shm_lock
 from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
 from ds_gradprune.deepspeed.shards import refused_by
@@ -111,6 +112,9 @@ def _has_islands(ds_config: dict[str, Any]) -> bool:
 
 def _open_comm(given: dict[str, Any]) -> None:
     """Open DeepSpeed's communication as `deepspeed.initialize` would."""
+    loads_shm = deepspeed.ops.__compatible_ops__.get(SHM_OP, False)
+    if not comm.is_initialized() and get_accelerator().device_name() == "cpu" and loads_shm:
+        refuse_stale_shm_lock()
     names = ("distributed_port", "dist_init_required")
     comm.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
-from launch.support.build_locks import UNUSED_OP
 from launch.support.peers import Peers, within
 from launch.support.place import Place
 from launch.support.rendezvous import meet
@@ -97,7 +97,7 @@ def skip_shm_op() -> None:
     """
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__[UNUSED_OP] = False
+    deepspeed.ops.__compatible_ops__[SHM_OP] = False
 
 
 def check_ds_config(ds_config: dict[str, Any]) -> Any:

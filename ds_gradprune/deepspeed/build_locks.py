@@ -14,26 +14,31 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-UNUSED_OP = "deepspeed_shm_comm"
-"""Never loaded here: see `start.skip_shm_op`."""
+from ds_gradprune.errors import UnsupportedError
+
+SHM_OP = "deepspeed_shm_comm"
+"""DeepSpeed loads it whenever it opens its communication on CPUs; only inference calls it."""
 
 LONGEST_BUILD_S = 900.0
 """Where processes cannot be looked at, and on a disk that hosts share: no compilation is longer."""
 
 
-def stale_locks(folder: Path | None = None, processes: Path = Path("/proc")) -> list[Path]:
+def stale_locks(
+    folder: Path | None = None, processes: Path = Path("/proc"), *, unused: str | None = SHM_OP
+) -> list[Path]:
     """The locks in torch's folder of extensions that nobody holds, in order.
 
     Args:
         folder: of the extensions; None: the one that torch uses here.
         processes: where the system lists its processes.
+        unused: an op that is not going to be loaded; its lock blocks nobody.
     """
     root = folder or Path(
         os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     )
     # One folder per op; by default one per Python and accelerator around them.
     locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
-    locks = [lock for lock in locks if lock.parent.name != UNUSED_OP]
+    locks = [lock for lock in locks if lock.parent.name != unused]
     return [lock for lock in locks if _is_stale(lock, processes)]
 
 
@@ -44,6 +49,17 @@ def warning(locks: list[Path]) -> str:
         f"warning: no process holds {listed}, so a compilation was killed there. A run that needs "
         f"that op waits for it for ever: rm {listed}"
     )
+
+
+def refuse_stale_shm_lock() -> None:
+    """DeepSpeed is about to load its shared-memory op: it would wait for this lock for ever.
+
+    Raises:
+        UnsupportedError: names the lock and how to remove it.
+    """
+    locks = [lock for lock in stale_locks(unused=None) if lock.parent.name == SHM_OP]
+    if locks:
+        raise UnsupportedError(warning(locks).removeprefix("warning: "))
 
 
 def _is_stale(lock: Path, processes: Path) -> bool:

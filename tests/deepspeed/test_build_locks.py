@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.support.build_locks import LONGEST_BUILD_S, stale_locks, warning
+from ds_gradprune.deepspeed.build_locks import (
+    LONGEST_BUILD_S,
+    refuse_stale_shm_lock,
+    stale_locks,
+    warning,
+)
+from ds_gradprune.errors import UnsupportedError
 
 
 def lock_in(folder: Path, age_s: float = 0.0, op: str = "fused_adam") -> Path:
@@ -51,3 +57,13 @@ def test_torchs_folder_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stale_locks() == []
     direct, deeper = lock_in(tmp_path), lock_in(tmp_path / "py311_cpu")
     assert stale_locks() == [direct, deeper]
+
+
+def test_a_start_that_would_wait_for_ever_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    refuse_stale_shm_lock()
+    path = lock_in(tmp_path / "py311_cpu", op="deepspeed_shm_comm")
+    with pytest.raises(UnsupportedError, match=f"no process holds {path}"):
+        refuse_stale_shm_lock()
