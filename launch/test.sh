@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Every check of the project: format, lint, types, tests. Makes .venv with the tools they need.
 #
-#   launch/test.sh [arguments of pytest, for example -m "not slow" or tests/test_config.py]
+#   launch/test.sh [arguments of pytest, for example -m "not slow" or tests/config]
+#
+# Without arguments the tests run in two processes side by side: those that start processes of their
+# own, whose time is mostly waiting, and all others.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -13,4 +16,21 @@ step() { printf '\n[test] %s\n' "$*"; "$@"; }
 step ruff format --check .
 step ruff check .
 step mypy
-step pytest "$@"
+if [ $# -gt 0 ]; then
+  step pytest "$@"
+  exit
+fi
+
+apart=(tests/launch tests/tools tests/labs)
+logs="$(mktemp -d)"
+printf '\n[test] pytest %s, beside all others\n' "${apart[*]}"
+pytest --durations=25 "${apart[@]}" >"$logs/apart" 2>&1 &
+first=$!
+pytest --durations=25 "${apart[@]/#/--ignore=}" >"$logs/others" 2>&1 &
+second=$!
+failed=0
+wait "$first" || failed=1
+wait "$second" || failed=1
+cat "$logs/apart" "$logs/others"
+rm -rf "$logs"
+[ "$failed" = 0 ] || { printf '\n[test] tests failed\n'; exit 1; }
