@@ -1,6 +1,6 @@
 """Does doctor's forecast hold? Its step times beside those of real runs, on hosts behind links.
 
-    python -m labs.doctor --rates 10,100 --hosts 2,4 --model nano --text FILE --out results/doctor_202611
+    python -m labs.doctor --rates 10,100 --hosts 2,4 --text FILE --out results/doctor_202611
 
 For every rate a bed of its own: doctor, then real runs of launch/train.py over DeepSpeed's pdsh
 launcher, dense and at pinned densities, in rounds, with doctor between the rounds. Times are
@@ -137,11 +137,15 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = []
     for row in rows:
         (low, high), (lower, upper) = row["forecasts_s"], row["quartiles_s"]
-        lines.append(
-            f"| {row['hosts']} | {row['rate']} Mbit/s | {row['name']} | {row['forecast_s']:.3f} ({low:.3f} to "
-            f"{high:.3f}) | {row['real_s']:.3f} ({lower:.3f} to {upper:.3f}) | "
-            f"{100 * row['error']:+.0f} % |"
-        )
+        cells = [
+            str(row["hosts"]),
+            f"{row['rate']} Mbit/s",
+            row["name"],
+            f"{row['forecast_s']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['real_s']:.3f} ({lower:.3f} to {upper:.3f})",
+            f"{100 * row['error']:+.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,

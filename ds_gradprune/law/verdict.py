@@ -6,7 +6,8 @@ codec, which no link changes, and its bytes. So the two are equally fast on a li
     rate = 8 * (dense bytes - pruned bytes) / (local time pruned - local time dense)
 
 which is the break-even rate: below it pruning is faster. Waiting for other hosts counts as time of
-the exchange, in both.
+the exchange, in both. A run without dense steps is compared with an estimate: its computation, and
+the dense bytes at the rate of the link that its exchanges show.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ PAYS = 0.8
 SKIPPED = 2
 """So many dense steps are not counted: the first ones allocate and compile."""
 
+DENSE_SHARE = 0.9
+"""A step is dense that sends this share of the dense bytes and more."""
+
 WANTED = 5
 """So many exchanges are behind each median."""
 
@@ -30,6 +34,14 @@ LEAST_S = 1e-6
 """Less than that is no measurable time."""
 
 _RAMP = "ramp"
+
+
+class Decided(Protocol):
+    """What is read of a `law.decision.Decision`."""
+
+    @property
+    def rate_bytes_per_s(self) -> float | None:
+        """The link's rate; None: unknown."""
 
 
 class Measured(Protocol):
@@ -52,6 +64,10 @@ class Measured(Protocol):
         """Of the interval; None: not seen from its start."""
 
     @property
+    def codec_time_s(self) -> float:
+        """Select, encode, decode, apply."""
+
+    @property
     def comm_time_s(self) -> float:
         """Waiting for the exchange."""
 
@@ -60,8 +76,16 @@ class Measured(Protocol):
         """Sent by this rank."""
 
     @property
+    def dense_bytes(self) -> int:
+        """What it would have sent without pruning, once in the interval."""
+
+    @property
     def nonfinite(self) -> bool:
         """Nothing was applied."""
+
+    @property
+    def decision(self) -> Decided:
+        """What holds next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +95,8 @@ class _Sample:
     step_s: float
     local_s: float
     wire_bytes: float
-    density: float
-    interval: int
+    density: float = 1.0
+    interval: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,7 @@ class Verdict:
         interval: optimizer steps per exchange.
         break_even_mbit: below this link rate pruning is faster, counted in payload; None: the codec
             took no measurable time, so there is none.
+        is_estimated: no dense step was seen.
     """
 
     dense_step_s: float
@@ -93,6 +118,7 @@ class Verdict:
     density: float
     interval: int
     break_even_mbit: float | None
+    is_estimated: bool = False
 
     @property
     def pays(self) -> bool:
@@ -106,9 +132,10 @@ class Verdict:
         edge = "no break-even"
         if self.break_even_mbit is not None:
             edge = f"break-even {self.break_even_mbit:.0f} Mbit/s"
+        about = " (estimated from the link's rate)" if self.is_estimated else ""
         return (
-            f"dense {self.dense_step_s:.2g} s a step, pruned {self.pruned_step_s:.2g} s (density "
-            f"{100 * self.density:.3g} %{every}), {edge}: {self._advice}"
+            f"dense {self.dense_step_s:.2g} s a step{about}, pruned {self.pruned_step_s:.2g} s "
+            f"(density {100 * self.density:.3g} %{every}), {edge}: {self._advice}"
         )
 
     @property
@@ -129,7 +156,7 @@ class FirstVerdict:
     """Collects the first exchanges of a run, and says its verdict once.
 
     A lower density costs less. So during the ramp the verdict is said only if pruning pays already;
-    else it waits for the first exchanges after the ramp. A run without dense steps has none.
+    else it waits for the first exchanges after the ramp.
     """
 
     def __init__(self) -> None:
@@ -155,20 +182,36 @@ class FirstVerdict:
         )
         if report.density == 1.0:
             self._skipped += 1
-            if self._skipped > SKIPPED and not self._pruned:
+            # What is sent in few bits, as in an unpruned warm-up, is no dense step.
+            is_dense = report.wire_bytes >= DENSE_SHARE * report.dense_bytes
+            if is_dense and self._skipped > SKIPPED and not self._pruned:
                 self._dense = [*self._dense, sample][-WANTED:]
             return None
         self._pruned = [*self._pruned, sample][-WANTED:]
-        if len(self._pruned) < WANTED or not self._dense:
+        if len(self._pruned) < WANTED:
             return None
-        verdict = judge(self._dense, self._pruned)
+        dense = self._dense or _estimated(report)
+        if not dense:
+            return None
+        verdict = judge(dense, self._pruned, is_estimated=not self._dense)
         if report.cause == _RAMP and not verdict.pays:
             return None
         self._is_said = True
         return verdict
 
 
-def judge(dense: Sequence[_Sample], pruned: Sequence[_Sample]) -> Verdict:
+def _estimated(report: Measured) -> list[_Sample]:
+    """A dense step, from the newest exchange; nothing where no rate is known."""
+    rate = report.decision.rate_bytes_per_s
+    if rate is None or report.step_time_s is None:
+        return []
+    local_s = (report.step_time_s - report.codec_time_s - report.comm_time_s) / report.steps
+    return [_Sample(local_s + report.dense_bytes / rate, local_s, report.dense_bytes)]
+
+
+def judge(
+    dense: Sequence[_Sample], pruned: Sequence[_Sample], *, is_estimated: bool = False
+) -> Verdict:
     """Compare medians of dense and pruned intervals; both hold at least one."""
     local_s = _median(pruned, "local_s") - _median(dense, "local_s")
     saved_bytes = _median(dense, "wire_bytes") - _median(pruned, "wire_bytes")
@@ -178,6 +221,7 @@ def judge(dense: Sequence[_Sample], pruned: Sequence[_Sample]) -> Verdict:
         density=pruned[-1].density,
         interval=pruned[-1].interval,
         break_even_mbit=break_even_mbit(local_s, saved_bytes),
+        is_estimated=is_estimated,
     )
 
 

@@ -11,6 +11,13 @@ from ds_gradprune.law.verdict import WANTED, FirstVerdict, Verdict, break_even_m
 
 
 @dataclass(frozen=True)
+class Next:
+    """What the verdict reads of a decision."""
+
+    rate_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Exchange:
     """What the verdict reads of a report."""
 
@@ -21,6 +28,9 @@ class Exchange:
     steps: int = 1
     cause: Cause = Cause.HOLD
     nonfinite: bool = False
+    codec_time_s: float = 0.0
+    dense_bytes: int = 40_000_000
+    decision: Next = Next()
 
 
 DENSE = Exchange(1.0, 4.1, 4.0, 40_000_000)
@@ -91,7 +101,18 @@ def test_slower_is_called_so() -> None:
     assert "does not pay here. Set gradient_pruning.enabled to false" in verdict.text
 
 
-def test_nothing_is_said_without_dense_steps_or_times() -> None:
+def test_without_dense_steps_one_is_estimated() -> None:
+    few_bits = Exchange(1.0, 0.9, 0.8, 5_000_000)
+    known = Exchange(
+        0.05, 3.0, 0.5, 2_000_000, steps=5, codec_time_s=0.5, decision=Next(10_000_000.0)
+    )
+    (verdict,) = (v for v in run(*[few_bits] * 9, *[known] * WANTED) if v)
+    assert verdict.dense_step_s == pytest.approx(0.4 + 4.0)
+    assert verdict.is_estimated
+    assert "dense 4.4 s a step (estimated from the link's rate), pruned 0.6 s" in verdict.text
+
+
+def test_nothing_is_said_without_dense_steps_and_rate_or_times() -> None:
     unknown = Exchange(0.05, None, 0.2, 2_000_000)
     failed = Exchange(0.05, 0.6, 0.2, 2_000_000, nonfinite=True)
     assert not any(run(*[PRUNED] * 20))
