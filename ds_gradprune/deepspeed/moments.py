@@ -43,6 +43,8 @@ def load_state(optimizer: Any, tensors: Sequence[torch.Tensor], saved: Mapping[s
     """
     _check(optimizer, tensors, saved)
     for tensor, moments in zip(tensors, saved["moments"], strict=True):
+        if not moments and tensor not in optimizer.state:
+            continue  # never stepped, here as there
         current = optimizer.state[tensor]
         for key in [key for key in current if key not in moments]:
             del current[key]

@@ -94,7 +94,7 @@ class Zero0:
                 self._hand_out(views, shard)
         if self.has_masters:
             for span in self._spans:
-                span.parameter.copy_(span.view(flats).view(span.parameter.shape))
+                span.parameter.data.copy_(span.view(flats).view(span.parameter.shape))
 
     def gradients(self) -> list[torch.Tensor]:
         """See `Shards.gradients`: nobody asks."""
@@ -132,7 +132,12 @@ class Zero0:
         return [tensor for group in groups for tensor in group]
 
     def _flats(self) -> list[torch.Tensor]:
-        return [tensor.detach().view(-1) for tensor in self._tensors()]
+        """What the optimizer steps, 1-D.
+
+        Autograd does not see writes through `data`. So an evaluation between a forward and its
+        backward, for which the shared weights come and go, is no change of what was saved.
+        """
+        return [tensor.data.view(-1) for tensor in self._tensors()]
 
     def _tensor_names(self) -> list[str]:
         of_flat: dict[int, list[str]] = {}

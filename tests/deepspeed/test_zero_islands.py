@@ -193,6 +193,12 @@ def test_weights_of_a_checkpoint_alone(features: Found, stage: int, name: str, w
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_an_evaluation_between_forward_and_backward(features: Found, stage: int) -> None:
+    for found in of_all(features, "between", str(stage)):
+        assert found["same"] == [True, True]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_compiled_engine(features: Found, stage: int) -> None:
     found = of_one(features, "compiled", str(stage))
     assert found["view"] == (True, True)

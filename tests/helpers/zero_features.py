@@ -232,6 +232,27 @@ def compiled(stage: int) -> dict[str, Any]:
     }
 
 
+def between(stage: int) -> dict[str, Any]:
+    """An evaluation between a forward and its backward changes nothing."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        ends = []
+        for evaluates in (False, True):
+            engine = make(PRUNED, stage=stage, dtype=dtype)
+            train(engine, 1, 4)
+            loss = engine(batch(5, 0, dist.get_rank()))
+            if evaluates:
+                engine.eval()
+                with torch.no_grad():
+                    engine(batch(9, 0, 0))
+                engine.train()
+            engine.backward(loss)
+            engine.step()
+            ends.append(crc_of(weights_of(engine)))
+        found.append(ends[0] == ends[1])
+    return {"same": found}
+
+
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unpruned": ({"stage": 2}, {"warmup": "unpruned"}),
     "every-4": ({"stage": 3}, {"sync_every": 4, "residual_decay": 0.9}),
@@ -295,4 +316,5 @@ FEATURES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "divided": (divided, (3,)),
     "reloads": (reloads, STAGES),
     "compiled": (compiled, STAGES),
+    "between": (between, STAGES),
 }
