@@ -42,6 +42,9 @@ class Seen:
         firsts: seconds to the first token, one per reply.
         tokens: of all replies.
         refused, errors, dropped: requests without a reply, by how that was told.
+        seconds: from the first request to the last answer.
+        rss_mb: most memory of the server seen in use.
+        cpu_s: processor time of the server meanwhile; unlike seconds, other programs do not add.
     """
 
     firsts: list[float] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Seen:
     dropped: int = 0
     seconds: float = 0.0
     rss_mb: float = 0.0
+    cpu_s: float = 0.0
 
     def figures(self) -> dict[str, Any]:
         """The contract's names."""
@@ -67,6 +71,8 @@ class Seen:
             "errors": self.errors,
             "rss_mb": round(self.rss_mb, 1),
             "seconds": round(self.seconds, 2),
+            "cpu_s": round(self.cpu_s, 2),
+            "tokens_per_cpu_s": round(self.tokens / self.cpu_s, 2) if self.cpu_s else None,
         }
 
 
@@ -121,6 +127,12 @@ class Server:
         text = Path(f"/proc/{self._process.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+)", text)
         return int(found[1]) / 1024 if found else 0.0
+
+    def cpu_s(self) -> float:
+        """Processor time so far."""
+        text = Path(f"/proc/{self._process.pid}/stat").read_text()
+        user, system = text.rsplit(")", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def _is_ready(self) -> bool:
         import urllib.request
@@ -201,13 +213,13 @@ async def load(server: Server, model: str, clients: int, requests: int, tokens: 
             }
             await ask(server.port, body, seen, 300.0)
 
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), server.cpu_s()
     tasks = [asyncio.create_task(client()) for _ in range(clients)]
     while not all(task.done() for task in tasks):
         await asyncio.wait(tasks, timeout=0.5)
         seen.rss_mb = max(seen.rss_mb, server.rss_mb())
     await asyncio.gather(*tasks)
-    seen.seconds = time.perf_counter() - begun
+    seen.seconds, seen.cpu_s = time.perf_counter() - begun, server.cpu_s() - cpu
     return seen
 
 

@@ -200,6 +200,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    if __package__ is None or __package__ == "":
+    if not __package__:
         sys.path[0] = str(Path(__file__).resolve().parents[2])
     sys.exit(main())
