@@ -1,6 +1,6 @@
 """A soft check of the documents' prose: sentences that are long, or that lean on a semicolon.
 
-    python docs/check_prose.py                     all documents: the root's, docs/, launch/README.md
+    python docs/check_prose.py                     all documents
     python docs/check_prose.py FILE ... --max 20   these files, 20 words a sentence
 
 Prints one line per finding, then a summary. The exit code is 1 if there are findings. Code blocks,

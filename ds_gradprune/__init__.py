@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_gradprune.errors import MissingDependencyError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["attach", "detach", "initialize", "register", "unregister"]
 

@@ -160,7 +160,7 @@ class Before:
 
     def __init__(self, numel: int, world_size: int) -> None:
         import torch
-        from ds_gradprune.islands import IslandSession  # type: ignore[attr-defined]
+        from ds_gradprune.islands import IslandSession  # type: ignore[import-not-found]
         from ds_gradprune.shared import SharedWeights  # type: ignore[import-not-found]
         from ds_gradprune.transport.base import Transport  # type: ignore[import-not-found]
 

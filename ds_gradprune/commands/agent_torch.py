@@ -91,6 +91,42 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def _exchange(
+    numels: list[int],
+    pruned: list[bool],
+    shards: int,
+    density: float,
+    decay: float | None,
+    islands: int,
+    value_bits: int,
+    points: list[RatePoint],
+    device: str,
+) -> dict[str, Any]:
+    """What an exchange costs, measured on a sample of the weights that one rank exchanges."""
+    sample, are_pruned = shapes.share_of(
+        numels, pruned, min(exchange_cost.SAMPLE_NUMEL, -(-sum(numels) // shards))
+    )
+    k = kept_per_chunk(density)
+    found = exchange_cost.measure_exchange(
+        sample,
+        are_pruned,
+        k=k,
+        islands=islands,
+        value_bits=value_bits,
+        decay=decay,
+        points=points,
+        device=device,
+    )
+    return {
+        "density": density,
+        "decay": decay,
+        "codec_s": sum(numels) / shards / sum(sample) * found.codec_s,
+        "payload_bytes": exchange_cost.payload_bytes(numels, pruned, k, value_bits),
+        "sample_bytes": exchange_cost.payload_bytes(sample, are_pruned, k, value_bits),
+        "emulated_s": list(found.emulated_s),
+    }
+
+
 def local(
     *,
     model: str,
@@ -138,35 +174,12 @@ def local(
             vocabulary=config.vocab_size,
             is_bf16=is_bf16,
         )
-    sample, are_pruned = shapes.share_of(
-        numels, pruned, min(exchange_cost.SAMPLE_NUMEL, -(-sum(numels) // shards))
-    )
-    factor = sum(numels) / shards / sum(sample)
     points = [RatePoint(i + 1, rate * 125e3, late_s) for i, (rate, late_s) in enumerate(links)]
-    exchanges = []
-    for density in densities:
-        k = kept_per_chunk(density)
-        for decay in decays:
-            found = exchange_cost.measure_exchange(
-                sample,
-                are_pruned,
-                k=k,
-                islands=islands,
-                value_bits=value_bits,
-                decay=decay,
-                points=points,
-                device=device,
-            )
-            exchanges.append(
-                {
-                    "density": density,
-                    "decay": decay,
-                    "codec_s": factor * found.codec_s,
-                    "payload_bytes": exchange_cost.payload_bytes(numels, pruned, k, value_bits),
-                    "sample_bytes": exchange_cost.payload_bytes(sample, are_pruned, k, value_bits),
-                    "emulated_s": list(found.emulated_s),
-                }
-            )
+    exchanges = [
+        _exchange(numels, pruned, shards, density, decay, islands, value_bits, points, device)
+        for density in densities
+        for decay in decays
+    ]
     return {
         "device": device,
         "threads": torch.get_num_threads(),

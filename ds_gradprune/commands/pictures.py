@@ -1,4 +1,7 @@
-"""Pictures of runs. Matplotlib is loaded when the first one is drawn."""
+"""Pictures of runs. Matplotlib is loaded when the first one is drawn.
+
+Longer than 300 lines: one figure, drawn panel after panel from top to bottom.
+"""
 
 from __future__ import annotations
 

@@ -14,10 +14,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ds_gradprune.config import GradientPruningConfig, load_block
 from ds_gradprune.deepspeed import checkpoint, compat
 from ds_gradprune.deepspeed.agree import check_ranks, raise_together
+from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.facts import facts_of
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle
 from ds_gradprune.deepspeed.groups import Groups
-from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards

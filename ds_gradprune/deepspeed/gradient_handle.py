@@ -22,7 +22,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import backend as backends
 from ds_gradprune.deepspeed import checkpoint
-from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.deepspeed.clock import Clock
+from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.law.signals import RankSignals

@@ -12,8 +12,6 @@ What is hooked (deepspeed 0.19.8, runtime/engine.py), all on the instance, all g
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +22,7 @@ from ds_gradprune import codec
 from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, monitor
+from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.idle import module_crc
 from ds_gradprune.deepspeed.losses import StepLosses
@@ -33,19 +32,6 @@ from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.wire.channel import Announcement, Channel
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Clock:
-    """Where time comes from; tests put a virtual one in.
-
-    Attributes:
-        now_s: seconds, monotonic.
-        sleep: waits so many seconds (only emulated links do).
-    """
-
-    now_s: Callable[[], float] = time.perf_counter
-    sleep: Callable[[float], object] = time.sleep
 
 
 class Handle:

@@ -21,6 +21,7 @@ from ds_gradprune.deepspeed.build_locks import SHM_OP, refuse_stale_shm_lock
 from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
 from ds_gradprune.deepspeed.shards import refused_by
+from ds_gradprune.deepspeed.trainers import join_trainers, leave_trainers
 from ds_gradprune.deepspeed.zero3_setup import confine, repartition
 from ds_gradprune.errors import ConfigError, UnsupportedError
 from ds_gradprune.wire.torchdist import TorchDistTransport
@@ -134,9 +135,10 @@ def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:
 def register() -> None:
     """Make `deepspeed.initialize` itself prune, for code that calls it (HF Trainer, Accelerate).
 
-    Twice is fine. Local.
+    Trainers that are made from now on rotate our files with their own. Twice is fine. Local.
     """
     deepspeed.initialize = initialize
+    join_trainers()
 
 
 def unregister() -> None:
@@ -144,6 +146,7 @@ def unregister() -> None:
     if deepspeed.initialize is not initialize and deepspeed.initialize is not _original:
         raise UnsupportedError("deepspeed.initialize was replaced after register; undo that first")
     deepspeed.initialize = _original
+    leave_trainers()
 
 
 def _call(given: inspect.BoundArguments) -> tuple[Any, Any, Any, Any]:

@@ -22,9 +22,10 @@ import torch
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint
+from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.consensus import InsideIsland
 from ds_gradprune.deepspeed.groups import Groups
-from ds_gradprune.deepspeed.handle import Clock, Handle
+from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.island_state import IslandState
 from ds_gradprune.deepspeed.island_weights import IslandWeights
 from ds_gradprune.deepspeed.rounds import Rounds

@@ -1,6 +1,8 @@
 """The kernels as Python functions: numpy arrays and addresses in, nothing allocated per call.
 
 `tables` says how memory is described. `kernels` gives the functions where they can be had.
+
+Longer than 300 lines: one wrapper per kernel, all over the same tables.
 """
 
 from __future__ import annotations

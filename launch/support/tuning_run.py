@@ -56,6 +56,7 @@ class TuningRun:
             self.model = add_adapters(self.model)
         self.data = self._read_data()
         weights = [[n, list(w.shape)] for n, w in self.model.named_parameters()]
+        self.counts = _counts(self.model)
         peers.check_alike({"tokens": self.data.digest, "parameters of the model": weights})
         self._together_on_first(lambda: write_json(self.folder.config, settings.ds_config))
         self.notes = Notes(self)
@@ -116,10 +117,10 @@ class TuningRun:
         )
 
     def _tell_start(self, settings: TuningSettings) -> None:
-        counts = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
         data = self.data
         self._say(
-            f"model {self.flags.model}: {sum(counts):,} parameters are trained; "
+            f"model {self.flags.model}: {self.counts[True]:,} parameters are trained, "
+            f"{self.counts[False]:,} are frozen; "
             f"{len(data.train):,} sequences, {len(data.evaluation)} for evaluation; "
             f"{self.peers.world_size} ranks"
         )
@@ -160,7 +161,8 @@ class TuningRun:
             "dense_bytes": totals.dense_bytes,
             "density_min": totals.density_min,
             "density_max": totals.density_max,
-            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "parameters": sum(self.counts.values()),
+            "trained_parameters": self.counts[True],
             "sequences": len(self.data.train),
             "stopped": state.global_step < self.flags.steps,
             "replies": [
@@ -265,6 +267,14 @@ def _arguments(settings: TuningSettings, place: Place) -> Any:
     except (TypeError, ValueError) as exc:
         reason = " ".join(str(exc).split())
         raise ConfigError(f"transformers refuses the configuration: {reason}") from exc
+
+
+def _counts(model: Any) -> dict[bool, int]:
+    """Number of parameters that are trained (true), and that are frozen; stage 3 or not."""
+    counts = {True: 0, False: 0}
+    for weight in model.parameters():
+        counts[weight.requires_grad] += getattr(weight, "ds_numel", weight.numel())
+    return counts
 
 
 def _median(seconds: list[float]) -> float | None:

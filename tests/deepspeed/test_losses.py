@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -87,5 +88,6 @@ def test_where_a_model_keeps_its_loss() -> None:
     value = loss(2.0)
     for output in (value, {"loss": value}, (value, 1), [value], SimpleNamespace(loss=value)):
         assert scalar_of(output) is not None
-    for output in ({}, (), None, torch.randn(3), torch.tensor(3), SimpleNamespace()):
-        assert scalar_of(output) is None
+    empties: list[Any] = [{}, (), None, torch.randn(3), torch.tensor(3), SimpleNamespace()]
+    for empty in empties:
+        assert scalar_of(empty) is None

@@ -150,9 +150,7 @@ def train(
     engine = make_engine(block, way, **options)
     trace: dict[str, Any] = run_steps(engine, 1, steps)
     handle = getattr(engine, "gradprune", None)
-    trace["residual_bytes"] = (
-        None if handle is None or handle.idle else handle.held_bytes
-    )
+    trace["residual_bytes"] = None if handle is None or handle.idle else handle.held_bytes
     return trace
 
 

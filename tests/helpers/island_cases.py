@@ -402,7 +402,6 @@ def island_refusals() -> dict[str, str]:
     """Each thing that islands do not support, and what is said about it."""
     deepspeed = start_deepspeed()
     import ds_gradprune
-    from ds_gradprune.deepspeed.initialize import create
     from ds_gradprune.deepspeed.groups import Groups
 
     def start(**arguments: Any) -> str:

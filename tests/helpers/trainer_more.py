@@ -211,12 +211,13 @@ def preference(stage: int = 0) -> dict[str, Any]:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=copy.deepcopy(config)
     )
-    # trl 1.16.0, trainer/utils.py, prepare_deepspeed: a copy of the same configuration, without an
+    # trl 1.16.0, models/utils.py, prepare_deepspeed: a copy of the same configuration, without an
     # optimizer, at stage 0 unless the policy is at stage 3.
     config.pop("optimizer")
+    config["zero_optimization"]["stage"] = stage if stage == 3 else 0
     other, *_ = deepspeed.initialize(model=reference, config=config)
     other.train(False)
-    before = [weight.detach().clone() for weight in reference.parameters()]
+    before = _held(reference)
     losses = []
     for step in range(6):
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
@@ -231,13 +232,18 @@ def preference(stage: int = 0) -> dict[str, Any]:
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
-    same = [bool(torch.equal(a, b)) for a, b in zip(before, reference.parameters(), strict=True)]
+    same = [bool(torch.equal(a, b)) for a, b in zip(before, _held(reference), strict=True)]
     return {
         "losses": losses,
         "density": engine.gradprune.report.density,
         "shared": engine.gradprune.parameters_crc(),
         "reference_is_untouched": all(same) and getattr(other, "gradprune", None) is None,
     }
+
+
+def _held(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What this rank holds of a model: at stage 3 its pieces."""
+    return [getattr(w, "ds_tensor", w).detach().clone() for w in model.parameters()]
 
 
 def _log_probability(engine: Any, text: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,7 @@ def reloads(stage: int) -> dict[str, Any]:
             found["near"] = everywhere(_distance(weights_of(engine), before) < 0.1)
             train(engine, 7, 9)
             found["crcs"] = everywhere(engine.gradprune.parameters_crc())
-            answers[name, when] = found
+            answers[f"{name}, {when}"] = found
     return answers
 
 

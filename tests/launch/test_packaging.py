@@ -27,7 +27,7 @@ def test_wheel_holds_what_a_user_imports_and_nothing_else(tmp_path: Path, repo_r
     assert {name.split("/")[0] for name in names} == {
         "ds_gradprune",
         "textgen",
-        "ds_gradprune-0.1.0.dist-info",
+        "ds_gradprune-0.2.0.dist-info",
     }
     built = {f"ds_gradprune/native/{path.name}" for path in repo_root.glob("ds_gradprune/native/*")}
     sources = {name for name in built if name.endswith((".cpp", ".h"))}

@@ -75,7 +75,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         "integration": ("follow_with_integration", {"folder": str(home / "integration")}),
         "by_hand": ("saved_by_hand", {"folder": str(home / "hand")}),
         "accelerate": ("accelerate_loop", {"folder": str(home / "accelerate")}),
-        "preference": ("preference", {}),
+        "preference_0": ("preference", {"stage": 0}),
+        "preference_3": ("preference", {"stage": 3}),
         "mistakes": ("mistakes", {"folder": str(home / "mistakes")}),
     }
     for mean in (True, False):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,8 @@ def ends(home: Path) -> dict[str, str]:
             "tune_all",
             {"runs": which},
             timeout_s=280,
-            env={"LOCAL_WORLD_SIZE": "2"},
+            # peft may lie on a path of the caller's own.
+            env={"LOCAL_WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert one == other
         return dict(one)
@@ -153,8 +156,9 @@ def test_adapters_are_trained_and_merged(ends: dict[str, str], home: Path) -> No
     assert ends["adapters"] == "done"
     found = result(home, "adapters")
     assert found["val_loss"] < found["val_loss_start"]
-    # Only adapters cross the wire: of 18,432 elements, 4 bytes each, and 24 steps.
-    assert found["dense_bytes"] < 24 * 4 * 20_000
+    # Only adapters cross the wire.
+    assert found["dense_bytes"] == 24 * 4 * found["trained_parameters"]
+    assert found["trained_parameters"] < 0.25 * found["parameters"]
     adapter = load_file(home / "adapters" / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapter)
     merged = load_file(home / "adapters" / "model" / "model.safetensors")
@@ -163,3 +167,22 @@ def test_adapters_are_trained_and_merged(ends: dict[str, str], home: Path) -> No
     changed = [name for name in base if not torch.equal(base[name], merged[name])]
     assert changed
     assert all("proj" in name for name in changed)
+
+
+@pytest.mark.slow
+def test_real_model_out_of_a_gguf_file(tmp_path: Path, repo_root: Path) -> None:
+    pytest.importorskip("gguf")
+    from launch.support.tuning_model import load_tuned, replies
+    from textgen.model import load_model, save_model
+
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_gradprune"
+    path = cached / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("labs/smollm2.sh fetches the model")
+    model, tokenizer = load_tuned(str(path))
+    question = ["What is the capital of France?"]
+    assert "Paris" in replies(model, tokenizer, question)[0]
+    save_model(model, tokenizer, tmp_path / "model")
+    again = load_model(str(tmp_path / "model"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])

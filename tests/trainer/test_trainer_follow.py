@@ -116,8 +116,9 @@ def test_accelerate_loop_with_short_steps(runs: Runs) -> None:
         assert torch.equal(value, other["final"][name])
 
 
-def test_preference_optimisation_with_a_reference_model(runs: Runs) -> None:
-    one, other = result(runs, "preference")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_preference_optimisation_with_a_reference_model(stage: int, runs: Runs) -> None:
+    one, other = result(runs, f"preference_{stage}")
     assert one["losses"][-1] < one["losses"][0]
     assert one["density"] == 205 / 4096
     assert one["shared"] == other["shared"]
