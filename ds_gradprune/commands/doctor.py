@@ -22,7 +22,7 @@ from ds_gradprune.commands.diagnosis import (
     emulated,
 )
 from ds_gradprune.commands.doctor_plan import Plan, decay_of, read_plan, settings_of
-from ds_gradprune.commands.flags import Parser, above_zero, count, not_negative, numbers
+from ds_gradprune.commands.flags import Parser, above_zero, count, not_negative, numbers, several
 from ds_gradprune.commands.forecast import Job, Link, Setting, exchange_bytes
 from ds_gradprune.commands.hostfile import HostLine, read_hostfile
 from ds_gradprune.commands.hosts import Hosts
@@ -56,7 +56,7 @@ def parser() -> Parser:
     add("--config", help="DeepSpeed's JSON file: batch, precision, ZeRO stage, our block")
     add("--rates", type=numbers, help="links to compare with, Mbit/s, as on their labels: 10,100")
     add("--latency-ms", type=not_negative, default=0.5, help="of emulated links (default: 0.5)")
-    add("--islands", type=count, default=2, help="hosts to emulate on one host (default: 2)")
+    add("--islands", type=several, default=2, help="hosts to emulate on one host (default: 2)")
     add(
         "--batch", type=count, help="sequences of a micro-step (default: the configuration's, or 4)"
     )

@@ -53,6 +53,13 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(sorted({above_zero(part) for part in text.split(",")}))
 
 
+def several(text: str) -> int:
+    """A whole number from 2 on, for argparse's `type`."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 2, got {text!r}")
+    return int(text)
+
+
 def count(text: str) -> int:
     """A whole number from 1 on, for argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:

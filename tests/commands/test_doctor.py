@@ -215,5 +215,7 @@ def test_exit_codes(
 
 
 def test_faults_have_their_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--islands", "1"]) == 2
+    assert "must be a whole number >= 2, got '1'" in capsys.readouterr().err
     assert cli.main(["doctor", "--rates", "fast"]) == 2
     assert "must be a number above 0, got 'fast'" in capsys.readouterr().err
