@@ -182,7 +182,7 @@ def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any]) -> No
     if found:
         raise UnsupportedError(
             f'{BLOCK}.prune = "update" keeps DeepSpeed inside islands and does not support '
-            f'{", ".join(found)}. Leave that out, or set prune to "gradient".'
+            f"{', '.join(found)}. Leave that out."
         )
 
 

@@ -85,9 +85,12 @@ def refused_by(ds_config: Mapping[str, Any]) -> list[str]:
         "offload_optimizer.super_offload": offloads["offload_optimizer"].get("super_offload")
         is True,
     }
+    tensors = _block(ds_config, "tensor_parallel")
     found = [f"zero_optimization.{name}" for name, is_present in checks.items() if is_present]
     if curriculum.get("enabled") is True:
         found.append("data_efficiency.data_sampling.curriculum_learning")
+    if _number(tensors, "autotp_size", 0) > 1:
+        found.append("tensor_parallel.autotp_size")
     return found
 
 

@@ -195,3 +195,4 @@ def test_what_islands_serve_is_not_refused() -> None:
     sampling = {"curriculum_learning": {"enabled": True}}
     found = refused_by({"data_efficiency": {"data_sampling": sampling}})
     assert found == ["data_efficiency.data_sampling.curriculum_learning"]
+    assert refused_by({"tensor_parallel": {"autotp_size": 2}}) == ["tensor_parallel.autotp_size"]

@@ -10,6 +10,7 @@ from tests.helpers.fork_ranks import Ranks
 from tests.helpers.zero_answers import Found, check_shares, kinds, of_all, of_one
 from tests.helpers.zero_cases import KINDS, STEPS
 from tests.helpers.zero_features import STAGES, WAYS
+from tests.helpers.zero_refusals import REFUSED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300)]
 
@@ -119,8 +120,9 @@ def test_optimizers_and_schedules_of_the_client(features: Found, stage: int) -> 
     check_shares(of_one(features, "clients", str(stage)), 6)
 
 
-def test_muon(features: Found) -> None:
-    check_shares(of_one(features, "muon", "0"), 6)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_muon(features: Found, stage: int) -> None:
+    check_shares(of_one(features, "muon", str(stage)), 6)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -203,3 +205,19 @@ def test_a_compiled_engine(features: Found, stage: int) -> None:
     found = of_one(features, "compiled", str(stage))
     assert found["view"] == (True, True)
     assert found["crcs"][:2] == found["crcs"][2:]
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refusals(cradle: Ranks) -> list[dict[str, str]]:
+    """Two islands of two ranks."""
+    return cradle.run(4, "tests.helpers.zero_refusals", "run_refusals")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_islands_cannot_serve_is_refused_by_name(refusals: Any, name: str) -> None:
+    for found in refusals:
+        assert found[name].startswith("UnsupportedError: ")
+        assert name in found[name]

@@ -88,7 +88,9 @@ def muon(stage: int) -> dict[str, Any]:
     """DeepSpeed's Muon for the matrices, without compiling it."""
     torch.compiler.set_stance("force_eager")
     parameters = {"lr": 2e-3, "muon_lr": 0.02, "adam_lr": 2e-3}
-    return shares(2, {"stage": stage, "optimizer": {"type": "Muon", "params": parameters}}, steps=6)
+    options = {"stage": stage, "optimizer": {"type": "Muon", "params": parameters}}
+    options |= {"zero": {"reduce_scatter": False}} if stage == 3 else {}
+    return shares(2, options, steps=6, warmup="unpruned" if stage == 2 else "dense")
 
 
 def without_sync(stage: int) -> dict[str, Any]:
@@ -306,7 +308,7 @@ FEATURES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "everything": (everything, STAGES),
     "adapters": (adapters, STAGES),
     "clients": (clients, STAGES),
-    "muon": (muon, (0,)),
+    "muon": (muon, (0, 2, 3)),
     "no_sync": (without_sync, (0, 1)),
     "batch": (resized_batch, (0, 2, 3)),
     "overflow": (overflows, STAGES),
