@@ -4,7 +4,7 @@
 
 For every rate a bed of its own: doctor, then real runs of launch/train.py over DeepSpeed's pdsh
 launcher, dense and at pinned densities, in rounds, with doctor between the rounds. Times are
-medians over steps and rounds. Needs root and what the bed needs. Writes a page and its JSON.
+means over steps and rounds. Needs root and what the bed needs. Writes a page and its JSON.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ def measure(rate: str, hosts: int, options: argparse.Namespace) -> list[dict[str
             said.append(doctor(bed, options))
             for name in names:
                 found[name] += step_times(bed, name, options, Path(folder))
-                print(f"{rate} {name} {statistics.median(found[name]):.3f}", flush=True)
+                print(f"{rate} {name} {statistics.fmean(found[name]):.3f}", flush=True)
         said.append(doctor(bed, options))
     rows = []
     for name in names:
         forecasts = [
             d["dense_step_s"] if name == "dense" else d["pruned_step_s"][name] for d in said
         ]
-        real_s, forecast_s = statistics.median(found[name]), statistics.median(forecasts)
+        real_s, forecast_s = statistics.fmean(found[name]), statistics.median(forecasts)
         rows.append(
             {
                 "hosts": hosts,
@@ -162,7 +162,7 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"--steps {options.steps} --rounds {options.rounds} --text FILE`, commit {commit}, "
         f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at "
         "the end. Forecast: median of doctor's runs before, between and after the rounds, with the "
-        "least and the most. Real: median over steps, with quartiles. With `chrt` both go before "
+        "least and the most. Real: mean over steps, with quartiles. With `chrt` both go before "
         "all other work of the machine, so its load hardly counts. The hosts share the machine's "
         "cores, two of four hosts each one.\n\n" + TABLE_HEAD + "\n".join(lines) + "\n"
     )
