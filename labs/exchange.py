@@ -9,6 +9,8 @@ measured beside this one.
 
 Transient memory is the highest resident set during the exchange, less that before it, less the
 encoded payloads. The last line of stdout is one JSON document.
+
+Longer than 300 lines: two builds, one measure.
 """
 
 from __future__ import annotations

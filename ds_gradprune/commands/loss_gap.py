@@ -101,12 +101,9 @@ def expected(setting: Setting, islands: int, numel: int) -> Gap | None:
     Returns:
         None: nothing was measured close to it.
     """
-    rows = [r for r in TABLE if r.islands == islands and r.interval == setting.interval]
-    rows = [r for r in rows if _apart(r.numel, numel) <= SIZE_FACTOR]
+    rows = _of_nearest_size(setting, islands, numel)
     if not rows:
         return None
-    nearest = min(_apart(r.numel, numel) for r in rows)
-    rows = [r for r in rows if _apart(r.numel, numel) == nearest]
     below = max((r for r in rows if r.density <= setting.density), key=_density, default=None)
     above = min((r for r in rows if r.density >= setting.density), key=_density, default=None)
     if below is None or above is None:
@@ -120,6 +117,14 @@ def expected(setting: Setting, islands: int, numel: int) -> Gap | None:
     share = math.log(setting.density / below.density) / math.log(above.density / below.density)
     gap = below.gap + share * (above.gap - below.gap)
     return Gap(gap, max(below.sigma, above.sigma), (below, above))
+
+
+def _of_nearest_size(setting: Setting, islands: int, numel: int) -> list[Measured]:
+    """Rows of the measured size that is closest; none where that is too far."""
+    rows = [r for r in TABLE if r.islands == islands and r.interval == setting.interval]
+    rows = [r for r in rows if _apart(r.numel, numel) <= SIZE_FACTOR]
+    nearest = min((_apart(r.numel, numel) for r in rows), default=1.0)
+    return [r for r in rows if _apart(r.numel, numel) == nearest]
 
 
 def nearest_measured(setting: Setting, numel: int) -> Measured:

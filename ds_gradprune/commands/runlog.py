@@ -157,37 +157,42 @@ def _mode(block: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Mode | None
 def _entries(lines: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
     entries, seconds = [], 0.0
     for line in lines:
-        steps = max(1, int(line.get("steps") or 1))
-        codec_s, wire_s = line.get("codec_time_s") or 0.0, line.get("comm_time_s") or 0.0
-        compute_s = line.get("compute_time_s")
-        total_s = line.get("step_time_s")
-        whole_s = (total_s or 0.0) if "density" not in line else 0.0
-        seconds += (compute_s or 0.0) + codec_s + wire_s + whole_s
-        decision = line.get("decision") or {}
-        rate, budget_s = decision.get("rate_bytes_per_s"), decision.get("budget_s")
-        entries.append(
-            Entry(
-                step=line["step"],
-                interval=steps,
-                seconds=seconds,
-                loss=line.get("loss"),
-                density=line.get("density"),
-                performance=line.get("performance"),
-                compute_s=None if compute_s is None else compute_s / steps,
-                codec_s=codec_s / steps,
-                wire_s=wire_s / steps,
-                hidden_s=(line.get("hidden_time_s") or 0.0) / steps,
-                whole_s=whole_s / steps,
-                wire_bytes=line.get("wire_bytes") or 0,
-                dense_bytes=line.get("dense_bytes") or 0,
-                link_mbit=None if rate is None else 8e-6 * rate,
-                cause=line.get("cause") or "",
-                next_density=decision.get("density"),
-                next_cause=decision.get("cause") or "",
-                budget_s=None if budget_s is None else budget_s / steps,
-            )
-        )
+        spent = {f: line.get(f) or 0.0 for f in ("compute_time_s", "codec_time_s", "comm_time_s")}
+        whole_s = (line.get("step_time_s") or 0.0) if "density" not in line else 0.0
+        seconds += sum(spent.values()) + whole_s
+        entries.append(_entry(line, seconds, whole_s))
     return tuple(entries)
+
+
+def _entry(line: dict[str, Any], seconds: float, whole_s: float) -> Entry:
+    """One line of the log, per optimizer step."""
+    steps = max(1, int(line.get("steps") or 1))
+    decision = line.get("decision") or {}
+
+    def each(value: float | None) -> float | None:
+        return None if value is None else value / steps
+
+    rate = decision.get("rate_bytes_per_s")
+    return Entry(
+        step=line["step"],
+        interval=steps,
+        seconds=seconds,
+        loss=line.get("loss"),
+        density=line.get("density"),
+        performance=line.get("performance"),
+        compute_s=each(line.get("compute_time_s")),
+        codec_s=each(line.get("codec_time_s")) or 0.0,
+        wire_s=each(line.get("comm_time_s")) or 0.0,
+        hidden_s=each(line.get("hidden_time_s")) or 0.0,
+        whole_s=whole_s / steps,
+        wire_bytes=line.get("wire_bytes") or 0,
+        dense_bytes=line.get("dense_bytes") or 0,
+        link_mbit=None if rate is None else 8e-6 * rate,
+        cause=line.get("cause") or "",
+        next_density=decision.get("density"),
+        next_cause=decision.get("cause") or "",
+        budget_s=each(decision.get("budget_s")),
+    )
 
 
 # ---- sums ----------------------------------------------------------------------------------------

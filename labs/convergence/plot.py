@@ -34,15 +34,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as exc:
-        raise MissingDependencyError(
-            "The picture needs matplotlib: pip install matplotlib; or give --no-plot."
-        ) from exc
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     picture, axis = pyplot.subplots(figsize=(9, 6))
     points = _ended(rows)
     kinds = list(dict.fromkeys(row["kind"] for row in points))
@@ -57,16 +49,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             label=kind,
         )
     best = frontier(rows)
+    _name_points(axis, points, best)
     axis.plot([r["bits_per_param"] for r in best], [r["gap_pct"] for r in best], "k-", lw=0.8)
-    for row in points:
-        axis.annotate(
-            row["method"],
-            (row["bits_per_param"], row["gap_pct"]),
-            fontsize=7,
-            color="k" if row in best else "grey",
-            xytext=(4, 4 if row in best else -10),
-            textcoords="offset points",
-        )
     axis.margins(x=0.2)
     for bits, gap in _TARGETS:
         axis.plot([bits / 3, bits], [gap, gap], "g-", lw=3, alpha=0.4)
@@ -79,3 +63,30 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.legend()
     picture.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(picture)
+
+
+def _name_points(
+    axis: Any, points: Sequence[dict[str, Any]], best: Sequence[dict[str, Any]]
+) -> None:
+    for row in points:
+        axis.annotate(
+            row["method"],
+            (row["bits_per_param"], row["gap_pct"]),
+            fontsize=7,
+            color="k" if row in best else "grey",
+            xytext=(4, 4 if row in best else -10),
+            textcoords="offset points",
+        )
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as exc:
+        raise MissingDependencyError(
+            "The picture needs matplotlib: pip install matplotlib; or give --no-plot."
+        ) from exc
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -31,36 +31,49 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (settings, _), run in dense.items():
         by_settings.setdefault(settings, []).append(run["val_loss"])
     best = min(statistics.fmean(losses) for losses in by_settings.values())
-    rows = []
-    for name in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == name]
-        pairs = [(run, dense[_settings(run), run["seed"]]) for run in own]
-        gaps = [_gap_pct(run["val_loss"], base["val_loss"]) for run, base in pairs]
-        averages = [(run.get(AVERAGED), base.get(AVERAGED)) for run, base in pairs]
-        loss = statistics.fmean(run["val_loss"] for run in own)
-        stops = [run["stopped_at"] for run in own if run["stopped_at"] is not None]
-        rows.append(
-            {
-                "method": name,
-                "kind": own[0]["kind"],
-                "bits_per_param": statistics.fmean(run["bits_per_param"] for run in own),
-                "val_loss": loss,
-                "gap_pct": statistics.fmean(gaps),
-                "gap_std": statistics.stdev(gaps) if len(gaps) > 1 else None,
-                "gap_error": statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
-                "seeds": len(own),
-                "gap_best_pct": _gap_pct(loss, best),
-                "gap_flushed_pct": statistics.fmean(
-                    _gap_pct(run["val_loss_flushed"], base["val_loss"]) for run, base in pairs
-                ),
-                "gap_averaged_pct": None
-                if any(None in pair for pair in averages)
-                else statistics.fmean(_gap_pct(*pair) for pair in averages),
-                "first_lab": any(run.get("first_lab", False) for run in own),
-                "stopped_at": min(stops) if stops else None,
-            }
-        )
-    return rows
+    return [
+        _row(name, [run for run in runs if run["method"] == name], dense, best)
+        for name in dict.fromkeys(run["method"] for run in runs)
+    ]
+
+
+def _row(
+    name: str,
+    own: list[dict[str, Any]],
+    dense: dict[tuple[str, Any], dict[str, Any]],
+    best: float,
+) -> dict[str, Any]:
+    """The row of one method."""
+    pairs = [(run, dense[_settings(run), run["seed"]]) for run in own]
+    gaps = [_gap_pct(run["val_loss"], base["val_loss"]) for run, base in pairs]
+    spread = statistics.stdev(gaps) if len(gaps) > 1 else None
+    loss = statistics.fmean(run["val_loss"] for run in own)
+    stops = [run["stopped_at"] for run in own if run["stopped_at"] is not None]
+    return {
+        "method": name,
+        "kind": own[0]["kind"],
+        "bits_per_param": statistics.fmean(run["bits_per_param"] for run in own),
+        "val_loss": loss,
+        "gap_pct": statistics.fmean(gaps),
+        "gap_std": spread,
+        "gap_error": None if spread is None else spread / len(gaps) ** 0.5,
+        "seeds": len(own),
+        "gap_best_pct": _gap_pct(loss, best),
+        "gap_flushed_pct": statistics.fmean(
+            _gap_pct(run["val_loss_flushed"], base["val_loss"]) for run, base in pairs
+        ),
+        "gap_averaged_pct": _averaged_pct(pairs),
+        "first_lab": any(run.get("first_lab", False) for run in own),
+        "stopped_at": min(stops, default=None),
+    }
+
+
+def _averaged_pct(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
+    """The gap of averaged weights; None where a run was made before it was measured."""
+    averages = [(run.get(AVERAGED), base.get(AVERAGED)) for run, base in pairs]
+    if any(None in pair for pair in averages):
+        return None
+    return statistics.fmean(_gap_pct(*pair) for pair in averages)
 
 
 def _gap_pct(loss: float, base: float) -> float:

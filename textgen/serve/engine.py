@@ -1,6 +1,8 @@
 """The queue and the thread that runs the model. Knows nothing of HTTP.
 
 Every request that was taken gets exactly one `End`, whatever happens to it.
+
+Longer than 300 lines: one engine thread and all that its requests may meet.
 """
 
 from __future__ import annotations
