@@ -50,8 +50,8 @@ def follow(trainer: Any) -> GradPruneCallback:
         The callback, first in the Trainer's list.
 
     Raises:
-        UnsupportedError: the Trainer trains without DeepSpeed, has made its engine already, or
-            miscounts the ranks.
+        UnsupportedError: the Trainer trains without DeepSpeed, has made its engine already,
+            miscounts the ranks, or holds a reference model that would be gathered over the link.
         ConfigError: the DeepSpeed configuration's `gradient_pruning` block is missing or wrong.
     """
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
@@ -60,13 +60,15 @@ def follow(trainer: Any) -> GradPruneCallback:
             "follow(trainer) needs a Trainer that trains with DeepSpeed. Pass deepspeed=... with a "
             f"{BLOCK} block to TrainingArguments, or a DeepSpeed plugin to accelerate."
         )
-    load_block(plugin.hf_ds_config.config)
+    config = load_block(plugin.hf_ds_config.config)
     _check_ranks(trainer.args)
     _keep_auto(plugin)
     handler = trainer.callback_handler
     ours = [each for each in handler.callbacks if isinstance(each, GradPruneCallback)]
     callback = ours[0] if ours else GradPruneCallback()
     callback.watch(trainer)
+    if config.enabled and config.prune == "update":
+        _check_references(trainer)
     # The Trainer's own list, in which the integrations of report_to come first.
     others = [each for each in handler.callbacks if each not in ours]
     handler.callbacks[:] = [callback, *others]
@@ -209,6 +211,26 @@ def _keep_auto(plugin: Any) -> None:
             original(key, *args, **kwargs)
 
     plugin.fill_match = fill_match
+
+
+def _check_references(trainer: Any) -> None:
+    """No other engine of the trainer may gather its weights over the slow link. Local.
+
+    TRL makes the engine of a reference model while the trainer itself is made.
+    """
+    for name, engine in vars(trainer).items():
+        if engine is trainer.model_wrapped or not hasattr(type(engine), "zero_optimization_stage"):
+            continue
+        if (
+            engine.zero_optimization_stage() == 3
+            and engine.mpu is None
+            and trainer.args.world_size > 1
+        ):
+            raise UnsupportedError(
+                f"trainer.{name} is an engine at ZeRO stage 3 whose weights are spread over all "
+                "hosts: each forward would gather them over the slow link. Call "
+                "ds_gradprune.register() before the trainer is made."
+            )
 
 
 def _check_ranks(args: Any) -> None:

@@ -116,6 +116,7 @@ def mistakes(folder: str) -> dict[str, str]:
     import deepspeed
     import transformers
 
+    import ds_gradprune
     from ds_gradprune.trainer import GradPruneCallback, follow
 
     def told(work: Any) -> str:
@@ -140,6 +141,13 @@ def mistakes(folder: str) -> dict[str, str]:
         config=ds_config(None) | _RESOLVED,
     )[0]
     heard["engine made before"] = told(lambda: follow(early))
+
+    apart = make_trainer(folder, {}, stage=3)
+    config = ds_config({}, 3) | _RESOLVED
+    config.pop("optimizer")
+    ds_gradprune.unregister()
+    apart.ref_model = deepspeed.initialize(model=tiny_model(), config=config)[0]
+    heard["reference made before"] = told(lambda: follow(apart))
 
     heard["miscounted"] = told(lambda: follow(make_trainer(folder, {}, use_cpu=False)))
     alone = make_trainer(folder, {}, max_steps=1, use_cpu=False, callbacks=(GradPruneCallback(),))

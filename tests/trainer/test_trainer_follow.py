@@ -133,6 +133,7 @@ def test_preference_optimisation_with_a_reference_model(stage: int, runs: Runs) 
         ("no block", "ConfigError: gradient_pruning must be present in the DeepSpeed configurat"),
         ("wrong block", 'warmup_stepz is not a known key. Did you mean "warmup_steps"?'),
         ("engine made before", "engine was made without gradient pruning. Call ds_gradprune.tra"),
+        ("reference made before", "trainer.ref_model is an engine at ZeRO stage 3 whose weights a"),
         ("miscounted", "counts 1 processes where the launcher started 2"),
         ("miscounted alone", "On CPUs pass use_cpu=True to TrainingArguments"),
     ],
