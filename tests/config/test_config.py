@@ -389,8 +389,9 @@ def test_exchange_follows_the_number_of_islands(exchange: str, islands: int, cho
     assert load({"exchange": exchange}).exchange_of(islands) == chosen
 
 
-def test_overlap_may_be_left_to_us_in_either_mode() -> None:
-    assert load({"prune": "gradient", "overlap": "auto"}).overlap == "auto"
+def test_overlap_is_refused_where_gradients_are_pruned() -> None:
+    with pytest.raises(ConfigError, match='overlap must be false with prune = "gradient"'):
+        load({"prune": "gradient", "overlap": "auto"})
 
 
 def test_window_counts_exchanges() -> None:
