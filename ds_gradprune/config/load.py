@@ -43,7 +43,10 @@ def load_block(
         raise ConfigError(f"the DeepSpeed configuration must be an object, got {shown(ds_config)}.")
     if BLOCK not in ds_config:
         near = difflib.get_close_matches(
-            BLOCK, [name_of(key) for key in ds_config], n=1, cutoff=0.6
+            BLOCK,
+            [name_of(key) for key in ds_config if key != "gradient_clipping"],
+            n=1,
+            cutoff=0.6,
         )
         hint = f' The key "{near[0]}" is not read: did you mean "{BLOCK}"?' if near else ""
         raise ConfigError(

@@ -34,12 +34,15 @@ from ds_gradprune.errors import UnsupportedError
 _FIELD = "gradient_pruning.island.ranks"
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 _LOCAL_SIZES = (
-    "LOCAL_WORLD_SIZE",
     "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
 )
-"""Where torchrun, deepspeed's launcher, Open MPI and MPICH say how many ranks a host has."""
+"""Where deepspeed's launcher, torchrun, Open MPI and MPICH say how many ranks a host has.
+
+Accelerate sets `LOCAL_WORLD_SIZE` to 1 on CPUs (state.py, 1.15.0): DeepSpeed comes first.
+"""
 
 _HOST_CHARS = 32
 _SEAT_BYTES = 256

@@ -183,7 +183,9 @@ class IslandHandle(Handle):
     def _consolidate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `save_16bit_model` and Accelerate save at ZeRO stage 3, which asks no state_dict."""
         with self.weights.shared():
-            return original(*args, **kwargs)
+            state = original(*args, **kwargs)
+            # On CPUs DeepSpeed's result may share the shard's memory, which leaving overwrites.
+            return state and {name: value.clone() for name, value in state.items()}
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.rounds.land()
