@@ -190,6 +190,9 @@ def main() -> None:
         for row in measure(rate, hosts, options)
     ]
     text = page(rows, options)
+    if options.out:
+        name = options.out.with_suffix(".json").name
+        text += f"\nAll numbers: [{name}]({name}).\n"
     print(text)
     if options.out:
         options.out.with_suffix(".md").write_text(text)
