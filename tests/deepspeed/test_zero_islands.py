@@ -74,11 +74,11 @@ def test_a_dense_exchange_is_plain_deepspeed(pairs: Found, singles: Found, kind:
 def test_shared_weights_are_equal_after_every_step(pairs: Found, singles: Found, kind: str) -> None:
     for islands in (singles, pairs):
         found = of_one(islands, kind, "shares")
-        check_shares(found, 14)
-        assert found["densities"] == [1.0] + 13 * [41 / 4096]
-        assert all(own == 2 * [True] + 12 * [False] for own in found["own"])
+        check_shares(found, 10)
+        assert found["densities"] == [1.0] + 9 * [41 / 4096]
+        assert all(own == 2 * [True] + 8 * [False] for own in found["own"])
         first, last = found["losses"]
-        assert last < first - 1.0
+        assert last < first - 0.5
 
 
 # ---- what people add -----------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_a_model_that_was_divided_among_all_ranks(features: Found) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_of_a_checkpoint_alone(features: Found, stage: int, name: str, when: str) -> None:
     """Moments and schedules stay the islands' own, so gradients are not averaged any more."""
-    found = of_one(features, "reloads", str(stage))[name, when]
+    found = of_one(features, "reloads", str(stage))[f"{name}, {when}"]
     # Plain DeepSpeed, too, loads nothing at stage 3 with load_module_only.
     is_loaded = (stage, name) != (3, "load_module_only")
     assert found["same"] == [is_loaded] * 4
@@ -197,7 +197,7 @@ def test_weights_of_a_checkpoint_alone(features: Found, stage: int, name: str, w
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_evaluation_between_forward_and_backward(features: Found, stage: int) -> None:
     for found in of_all(features, "between", str(stage)):
-        assert found["same"] == [True, True]
+        assert all(found["same"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

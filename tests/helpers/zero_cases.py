@@ -64,7 +64,7 @@ def warms_up(ranks: int, options: dict[str, Any]) -> dict[str, Any]:
 def shares(
     ranks: int,
     options: dict[str, Any],
-    steps: int = 14,
+    steps: int = 10,
     model: Callable[[], Any] | None = None,
     **block: Any,
 ) -> dict[str, Any]:
