@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from ds_gradprune.commands.runlog import Entry, Run
+from ds_gradprune.commands.runlog import Run
 
 BUSY = 1.25
 """Computation that takes so many times as long tells of busy hosts, not of the network."""
@@ -22,7 +22,7 @@ def decisions(run: Run) -> list[int]:
     found = {0, len(run.entries) - 1}
     for number, entry in enumerate(run.entries):
         after = run.entries[number + 1 : number + 2]
-        if entry.is_move and entry.next_cause != "ramp":
+        if entry.has_changed or (entry.is_move and entry.next_cause != "ramp"):
             found.add(number)
         if entry.next_cause != entry.cause and "warmup" in (entry.cause, entry.next_cause):
             found.add(number)
@@ -40,11 +40,11 @@ def why(run: Run, number: int) -> str:
     if entry.cause == "ramp" and cause == "hold":
         return "ramp ends"
     if cause == "over_budget":
-        return _over_budget(run, entry)
+        return _over_budget(run, number)
+    if entry.has_changed or cause == "network_changed":
+        return _exchange_changed(run, number)
     if cause == "budget_room":
         return "room in the budget" if run.budget_s is not None else "more can be sent"
-    if cause == "network_changed":
-        return _exchange_changed(run, number)
     return {
         "warmup": "dense warm-up",
         "ramp": "ramp begins" if entry.cause != "ramp" else "ramp",
@@ -54,20 +54,32 @@ def why(run: Run, number: int) -> str:
     }.get(cause, cause.replace("_", " "))
 
 
-def _over_budget(run: Run, entry: Entry) -> str:
-    if run.budget_s is not None:
-        return f"over the budget of {run.budget_s:g} s a step"
-    return "a step takes longer than it pays: sends less"
+def _over_budget(run: Run, number: int) -> str:
+    budget = None if run.budget_s is None else f"over the budget of {run.budget_s:g} s a step"
+    if not run.entries[number].has_changed:
+        return budget or "a step takes longer than it pays: sends less"
+    changed = _exchange_changed(run, number)
+    return changed if budget is None else f"{budget}, {changed}"
 
 
 def _exchange_changed(run: Run, number: int) -> str:
     entry = run.entries[number]
-    slower = entry.density is None or (entry.next_density or 0.0) < entry.density
+    slower = _is_slower(run, number)
     text = f"exchanges became {'slower' if slower else 'faster'}"
     factor = busier(run, number)
     if slower and factor is not None and factor >= BUSY:
         return f"{text}, and computation takes {factor:.1f} times as long: the hosts are busy"
     return text if entry.link_mbit is None else f"{text}: {entry.link_mbit:.3g} Mbit/s"
+
+
+def _is_slower(run: Run, number: int) -> bool:
+    """Which way the exchanges changed: by their rate, or else by what was decided."""
+    entry = run.entries[number]
+    before = run.entries[max(0, number - NOW) : number]
+    rates = [e.link_mbit for e in before if e.link_mbit is not None]
+    if rates and entry.link_mbit is not None and entry.link_mbit != statistics.median(rates):
+        return entry.link_mbit < statistics.median(rates)
+    return entry.density is None or (entry.next_density or 0.0) < entry.density
 
 
 def busier(run: Run, number: int) -> float | None:

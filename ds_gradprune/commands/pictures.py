@@ -95,6 +95,8 @@ def draw(runs: Sequence[Run]) -> Any:
     time.set_title("where the time goes" if single else "time of a step")
     for axis in (by_step, by_time, density, link, time):
         axis.grid(alpha=0.25)
+    if link.lines:
+        link.set_xlim(density.get_xlim())
     if single is None:
         handles, labels = by_step.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
@@ -173,8 +175,7 @@ def _dress_density(axis: Any, runs: Sequence[Run]) -> None:
     if not any(e.density is not None for run in runs for e in run.entries):
         _say_nothing(axis, "no run here prunes")
         return
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _use_log(axis)
     seen = {
         run.entries[n].next_cause for run in runs for n in decisions(run) if run.entries[n].is_move
     }
@@ -205,10 +206,10 @@ def _interval(axis: Any, runs: Sequence[Run]) -> None:
 def _link(axis: Any, run: Run, color: str) -> None:
     known = [e for e in run.entries if e.link_mbit is not None]
     axis.plot([e.step for e in known], [e.link_mbit for e in known], color=color, linewidth=1.2)
-    for number in decisions(run):
-        if run.entries[number].next_cause == "network_changed":
-            shade = CAUSES["network_changed"][1]
-            axis.axvline(run.entries[number].step, color=shade, linewidth=0.8, linestyle=":")
+    shade = CAUSES["network_changed"][1]
+    for entry in run.entries:
+        if entry.has_changed:
+            axis.axvline(entry.step, color=shade, linewidth=0.8, linestyle=":")
 
 
 def _dress_link(axis: Any, runs: Sequence[Run]) -> None:
@@ -220,17 +221,22 @@ def _dress_link(axis: Any, runs: Sequence[Run]) -> None:
         _say_nothing(axis, "no rate was measured")
         return
     if max(rates) > 20 * min(rates):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _use_log(axis)
     else:
         axis.set_ylim(bottom=0)
-    moved = any(
-        run.entries[n].next_cause == "network_changed" for run in runs for n in decisions(run)
-    )
-    if moved:
+    if any(e.has_changed for run in runs for e in run.entries):
         shade = CAUSES["network_changed"][1]
         line = axis.plot([], [], ":", color=shade, label="the law noticed a change")
         axis.legend(handles=line, fontsize=8, loc="best")
+
+
+def _use_log(axis: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _say_nothing(axis: Any, text: str) -> None:

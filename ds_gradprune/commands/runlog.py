@@ -43,6 +43,7 @@ class Entry:
         next_density: decided for the next exchange.
         next_cause: which rule decided.
         budget_s: of a step, as applied to the decision; None: none.
+        has_changed: the law noticed that exchanges cost something else than before.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Entry:
     next_density: float | None
     next_cause: str
     budget_s: float | None
+    has_changed: bool
 
     @property
     def step_s(self) -> float:
@@ -192,6 +194,7 @@ def _entry(line: dict[str, Any], seconds: float, whole_s: float) -> Entry:
         next_density=decision.get("density"),
         next_cause=decision.get("cause") or "",
         budget_s=each(decision.get("budget_s")),
+        has_changed=bool(decision.get("network_changed")),
     )
 
 

@@ -120,6 +120,18 @@ def test_a_slow_link_is_named_and_busy_hosts_are_not_one(tmp_path: Path) -> None
     assert "Mbit/s" not in found[BUSY - 1]
 
 
+def test_a_change_goes_the_way_of_the_rate(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "first", steps=60)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for step, mbit in ((45, 80.0), (50, 120.0)):
+        lines[step - 1]["decision"] |= {"network_changed": True, "rate_bytes_per_s": mbit * 125e3}
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    found = {run.entries[n].step: why(run, n) for n in decisions(run)}
+    assert found[45] == "exchanges became slower: 80 Mbit/s"
+    assert found[50] == "exchanges became faster: 120 Mbit/s"
+
+
 def test_a_budget_is_named_only_where_one_was_given(tmp_path: Path) -> None:
     assert words(tmp_path / "without")[109] == "more can be sent"
     assert words(tmp_path / "with", budget_s=0.5)[109] == "room in the budget"
@@ -130,9 +142,12 @@ def test_a_budget_is_named_only_where_one_was_given(tmp_path: Path) -> None:
         folder = write_run(tmp_path / name, budget_s=budget_s, steps=60)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         lines[49]["decision"] |= {"cause": "over_budget", "density": 0.01}
+        lines[54]["decision"] |= {"cause": "over_budget", "network_changed": True, "density": 0.01}
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         run = read_run(folder)
         assert why(run, 49) == text
+        changed = "exchanges became slower: 100 Mbit/s"
+        assert why(run, 54) == (changed if budget_s is None else f"{text}, {changed}")
 
 
 def test_an_interval_that_changes_is_a_decision(tmp_path: Path) -> None:
