@@ -132,6 +132,9 @@ def end_process(code: int) -> NoReturn:
     """
     if code == 0 and dist.is_available() and dist.is_initialized():
         within(LEAVE_LIMIT_S, dist.destroy_process_group)
+    mpi = sys.modules.get("mpi4py.MPI")
+    if code == 0 and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # mpirun takes a rank that leaves without it for a fault
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its reader is gone
             stream.flush()
