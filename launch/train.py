@@ -12,79 +12,25 @@ checkpoints, and result.json.
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":
     # The root instead of this folder: launch, textgen and ds_gradprune are found there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed.build_locks import stale_locks, warning
-from ds_gradprune.errors import GradPruneError
-from launch.support.peers import TELL_LIMIT_S, AgreedFault, Peers, within
-from launch.support.place import Place, export_place, find_place, share_cores
-from launch.support.rendezvous import AbsentRanks
+from launch.support.peers import Peers
 from launch.support.run import Run, say
+from launch.support.script import run_script
 from launch.support.settings import Settings, read_settings
-from launch.support.start import (
-    check_ds_config,
-    choose_accelerator,
-    connect,
-    end_process,
-    skip_shm_op,
-)
+from launch.support.start import check_ds_config, end_process, skip_shm_op
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    place, peers = Place(), None
-    try:
-        place = find_place(os.environ)
-        export_place(place, os.environ)
-        share_cores(place, os.environ)
-        choose_accelerator()
-        settings, timeout_s = _read(arguments)
-        peers = connect(place, timeout_s)
-        with peers.during("starting"):
-            _train(peers.together(settings), peers)
-    except GradPruneError as exc:
-        if isinstance(exc, (AgreedFault, AbsentRanks)):
-            tells = place.rank == exc.rank
-        else:
-            tells = peers.tells() if peers is not None else place.rank == 0
-        if tells:
-            say(f"error: {exc}")
-        if peers is not None:  # a launcher ends all ranks when one ends: first let it be said
-            within(TELL_LIMIT_S, lambda: peers.gather(None))
-        return 2
-    except KeyboardInterrupt:
-        if peers is None or peers.rank == 0:
-            say("Interrupted; nothing new was saved.")
-        return 130
-    return 0
-
-
-def _read(arguments: Sequence[str] | None) -> tuple[Callable[[], Settings], float]:
-    """The settings, or their fault when they are asked for; and how long ranks wait for others.
-
-    So a fault is told once, when all ranks are there.
-    """
-    try:
-        settings = read_settings(arguments)
-    except GradPruneError as exc:
-        fault = exc
-
-        def fail() -> Settings:
-            raise fault
-
-        return fail, GradientPruningConfig().timeout_s
-    return lambda: settings, settings.block.timeout_s
+    return run_script(arguments, read_settings, _train)
 
 
 def _train(settings: Settings, peers: Peers) -> None:
@@ -111,10 +57,6 @@ def _train(settings: Settings, peers: Peers) -> None:
             run.train()
     finally:
         settings.folder.release()
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What training scripts share: from the command line of a rank to its exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol, TypeVar
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.errors import GradPruneError
+from launch.support.peers import TELL_LIMIT_S, AgreedFault, Peers, within
+from launch.support.place import Place, export_place, find_place, share_cores
+from launch.support.rendezvous import AbsentRanks
+from launch.support.run import say
+from launch.support.start import choose_accelerator, connect
+
+
+class Configured(Protocol):
+    """Settings that hold our block."""
+
+    @property
+    def block(self) -> GradientPruningConfig:
+        """The checked block of the configuration."""
+        ...
+
+
+S = TypeVar("S", bound=Configured)
+
+
+def run_script(
+    arguments: Sequence[str] | None,
+    read: Callable[[Sequence[str] | None], S],
+    work: Callable[[S, Peers], None],
+) -> int:
+    """Find the rank's place, read the settings, do the work; returns the exit code. Collective.
+
+    Args:
+        arguments: the command line; None: the process's own.
+        read: its settings; raises GradPruneError.
+        work: collective.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    place, peers = Place(), None
+    try:
+        place = find_place(os.environ)
+        export_place(place, os.environ)
+        share_cores(place, os.environ)
+        choose_accelerator()
+        settings, timeout_s = _read(arguments, read)
+        peers = connect(place, timeout_s)
+        with peers.during("starting"):
+            work(peers.together(settings), peers)
+    except GradPruneError as exc:
+        _tell(exc, place, peers)
+        return 2
+    except KeyboardInterrupt:
+        if peers is None or peers.rank == 0:
+            say("Interrupted; nothing new was saved.")
+        return 130
+    return 0
+
+
+def _tell(exc: GradPruneError, place: Place, peers: Peers | None) -> None:
+    """Say a failure once, on the rank that knows best."""
+    if isinstance(exc, (AgreedFault, AbsentRanks)):
+        tells = place.rank == exc.rank
+    else:
+        tells = peers.tells() if peers is not None else place.rank == 0
+    if tells:
+        say(f"error: {exc}")
+    if peers is not None:  # a launcher ends all ranks when one ends: first let it be said
+        within(TELL_LIMIT_S, lambda: peers.gather(None))
+
+
+def _read(
+    arguments: Sequence[str] | None, read: Callable[[Sequence[str] | None], S]
+) -> tuple[Callable[[], S], float]:
+    """The settings, or their fault when they are asked for; and how long ranks wait for others.
+
+    So a fault is told once, when all ranks are there.
+    """
+    try:
+        settings = read(arguments)
+    except GradPruneError as exc:
+        fault = exc
+
+        def fail() -> S:
+            raise fault
+
+        return fail, GradientPruningConfig().timeout_s
+    return lambda: settings, settings.block.timeout_s
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
