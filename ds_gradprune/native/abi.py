@@ -46,10 +46,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         None,
         (*_TABLE, *_TABLE, *(_POINTER,) * 4, _POINTER, _LONG, _INT, _INT),
     ),
-    "gp_commit": (
-        None,
-        (*_TABLE, *_TABLE, *(_POINTER,) * 3, _INT, _FLOAT, _POINTER, _INT),
-    ),
     "gp_checksum": (ctypes.c_uint64, (_POINTER, _LONG, ctypes.c_uint64, _INT)),
 }
 

@@ -85,14 +85,6 @@ void gp_move(const Run* runs, int64_t num_runs, const Piece* pieces, int64_t num
               });
 }
 
-// block may be null: then nothing was sent.
-void gp_commit(const Run* runs, int64_t num_runs, const Piece* pieces, int64_t num_pieces,
-               float* residual, const int64_t* gradient, const int64_t* gradient_dense, int kind,
-               float inverse_scale, const Block* block, int threads) {
-  commit(runs, num_runs, pieces, num_pieces, residual, gradient, gradient_dense,
-         static_cast<Kind>(kind), inverse_scale, block, threads);
-}
-
 uint64_t gp_checksum(const float* array, int64_t count, uint64_t start, int threads) {
   return checksum(reinterpret_cast<const uint32_t*>(array), count, start, threads);
 }

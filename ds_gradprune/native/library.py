@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from ds_gradprune.native.abi import (
-    KINDS,
     blocks_of,
     load,
     num_kept,
@@ -260,46 +259,6 @@ class Kernels:
             blocks_of(rows, pieces, blocks),
             len(blocks),
             close,
-            threads,
-        )
-
-    def commit(
-        self,
-        rows: Longs,
-        pieces: Longs,
-        residual: Floats,
-        gradient: Longs,
-        gradient_dense: Longs,
-        inverse_scale: float,
-        block: Block | None,
-        *,
-        dtype: str = "float32",
-        threads: int = 1,
-    ) -> None:
-        """Residual += gradient * inverse_scale, then -= value * inverse_scale where sent.
-
-        Products are rounded first.
-
-        Args:
-            rows: table; of any k if nothing was sent.
-            pieces: table.
-            residual: (numel,) of the whole bucket.
-            gradient: addresses of the runs.
-            gradient_dense: addresses of the pieces.
-            inverse_scale: rounded to float32.
-            block: what was sent, its factor and `sent` unused; None: nothing.
-            dtype: of the gradient: "float32", "bfloat16" or "float16".
-            threads: at most so many work at once.
-        """
-        self._call.gp_commit(
-            *table(rows, 5),
-            *table(pieces, 2),
-            pointer(residual, np.float32),
-            pointer(gradient, np.int64, len(rows)),
-            pointer(gradient_dense, np.int64, len(pieces)),
-            KINDS[dtype],
-            inverse_scale,
-            None if block is None else blocks_of(rows, pieces, [block]),
             threads,
         )
 

@@ -1,4 +1,4 @@
-// What blocks do to a vector and to a residual, and the checksum of an array.
+// What blocks do to a vector, and the checksum of an array.
 #pragma once
 
 #include "common.h"
@@ -53,34 +53,6 @@ void scatter_add(const Run* runs, int64_t num_runs, const Piece* pieces, int64_t
               [&](int64_t piece, int64_t first, int64_t stop, int64_t dense) {
                 add_at(vector + pieces[piece].bucket_start + first, All{}, block.dense + dense,
                        stop - first, block.factor);
-              });
-}
-
-// residual += gradient * scale, then what was sent, if anything, leaves it.
-void commit(const Run* runs, int64_t num_runs, const Piece* pieces, int64_t num_pieces,
-            float* residual, const int64_t* gradient, const int64_t* gradient_dense, Kind kind,
-            float scale, const Block* block, int threads) {
-  auto keep = [&](int64_t address, int64_t first, float* owed, int64_t n) {
-    float scratch[kMaxRow];
-    for (int64_t start = 0; start < n; start += kMaxRow) {
-      const int64_t here = std::min(kMaxRow, n - start);
-      add_at(owed + start, All{}, widened(address, kind, first + start, here, scratch), here,
-             scale);
-    }
-  };
-  over_rows(runs, num_runs, threads, [&](int64_t line, int64_t first, int64_t stop) {
-    const Run& run = runs[line];
-    for (int64_t row = first; row < stop; ++row) {
-      float* owed = residual + run.bucket_start + row * run.row_numel;
-      keep(gradient[line], row * run.row_numel, owed, run.row_numel);
-      if (block) add_row(owed, run, row, block->indices, block->values, -scale);
-    }
-  });
-  over_pieces(pieces, num_pieces, threads,
-              [&](int64_t piece, int64_t first, int64_t stop, int64_t dense) {
-                float* owed = residual + pieces[piece].bucket_start + first;
-                keep(gradient_dense[piece], first, owed, stop - first);
-                if (block) add_at(owed, All{}, block->dense + dense, stop - first, -scale);
               });
 }
 

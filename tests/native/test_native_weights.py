@@ -109,34 +109,6 @@ def test_a_move_without_notes_must_be_whole(native: Kernels) -> None:
         native.move(rows, pieces, at, at, shared, None, [], close=False)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**-12, 2.0**7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sent", [True, False])
-def test_commit(native: Kernels, scale: float, dtype: torch.dtype, sent: bool) -> None:
-    """With a power of two as scale these are the bits of add_ and index_add_ with an alpha."""
-    rng = np.random.default_rng(0)
-    residual = rng.standard_normal(LAYOUT.numel, dtype=np.float32)
-    gradient = [t.to(dtype) for t in split(rng.standard_normal(LAYOUT.numel, dtype=np.float32))]
-    block = some_block(205, 1, lambda numel, seed: rng.standard_normal(numel, dtype=np.float32))
-    want = torch.from_numpy(residual.copy())
-    want.add_(torch.cat(gradient), alpha=1.0 / scale)
-    if sent:
-        apply_torch.scatter_add(want, block, -1.0 / scale)
-    rows, pieces, row_segments, piece_segments = tables(LAYOUT, 205)
-    native.commit(
-        rows,
-        pieces,
-        residual,
-        addresses(gradient, LAYOUT, rows, row_segments),
-        addresses(gradient, LAYOUT, pieces, piece_segments),
-        1.0 / scale,
-        as_given(block, None) if sent else None,
-        dtype=str(dtype).removeprefix("torch."),
-        threads=2,
-    )
-    assert np.array_equal(residual.view(np.uint32), want.numpy().view(np.uint32))
-
-
 @pytest.mark.parametrize("numel", [0, 1, 1000, 2**17, 2**20 + 5])
 def test_checksum_is_that_of_torch(native: Kernels, hard: Hard, numel: int) -> None:
     vector = hard(numel, 0)
