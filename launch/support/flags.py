@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ds_gradprune.errors import ConfigError
 
@@ -54,6 +55,15 @@ def name_or_path(text: str) -> str:
     """A name that may also be a path, unchanged; for argparse's `type`."""
     path(text)
     return text
+
+
+def given_flags(flags: argparse.Namespace, unlisted: Collection[str]) -> dict[str, Any]:
+    """Flag -> value, as plain JSON, without those in `unlisted` (attribute names). Pure."""
+    return {
+        f"--{name.replace('_', '-')}": str(value) if isinstance(value, Path) else value
+        for name, value in vars(flags).items()
+        if name not in unlisted
+    }
 
 
 def _at_least(least: int, text: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError
-from launch.support.flags import ScriptParser, name_or_path, natural, path, positive
+from launch.support.flags import ScriptParser, given_flags, name_or_path, natural, path, positive
 from launch.support.run_folder import RunFolder
 from launch.support.start import read_ds_config
 from textgen.corpus import open_text
@@ -81,11 +81,8 @@ class Settings:
 
     def facts(self) -> dict[str, Any]:
         """What must be equal on all ranks, as plain JSON. Pure."""
-        flags = {
-            f"--{name.replace('_', '-')}": str(value) if isinstance(value, Path) else value
-            for name, value in vars(self.flags).items()
-            if name not in ("config", "text", "local_rank")  # what is in them is compared
-        }
+        # Of files the content is compared, not the path.
+        flags = given_flags(self.flags, ("config", "text", "local_rank"))
         return flags | self.ds_config | {BLOCK: self.block.model_dump(mode="json")}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import run_processes
+from tests.helpers.ranks import results_of, run_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -80,7 +80,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a case -> its results on both ranks."""
     cases = two_rank_cases(tmp_path_factory.mktemp("two"))
     ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=350)
-    return lambda name: _results(ranks, name)
+    return lambda name: results_of(ranks, name)
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +92,7 @@ def one() -> Any:
         "refusals": ("refusals", {}),
     }
     ranks = run_processes(1, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=100)
-    return lambda name: _results(ranks, name)[0]
-
-
-def _results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
-    missing = [
-        f"rank {r}: {list(done.values())[-1]}" for r, done in enumerate(ranks) if name not in done
-    ]
-    assert not missing, "an earlier case failed\n" + "\n".join(missing)
-    results = [done[name] for done in ranks]
-    for rank, result in enumerate(results):
-        assert not (isinstance(result, str) and "Traceback" in result), f"rank {rank}: {result}"
-    return results
+    return lambda name: results_of(ranks, name)[0]
 
 
 def test_disabled_is_byte_for_byte_deepspeed(two: Any) -> None:
@@ -169,7 +158,7 @@ def test_resume_at_any_step_equals_the_unbroken_run(tmp_path: Any) -> None:
     cases = {str(at): ("resume_at", arguments | {"at": at}) for at in (13, 5)}
     ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases})
     for start in (5, 13):
-        resumed = _results(ranks, str(start))
+        resumed = results_of(ranks, str(start))
         for rank in range(2):
             for what in ("crcs", "losses", "reports", "random"):
                 assert resumed[rank][what] == unbroken[rank][what][start:], what

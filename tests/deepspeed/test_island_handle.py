@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import run_processes
+from tests.helpers.ranks import results_of, run_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -85,18 +85,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a case -> its results on both ranks."""
     cases = two_island_cases(tmp_path_factory.mktemp("two"))
     ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=350)
-    return lambda name: _results(ranks, name)
-
-
-def _results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
-    missing = [
-        f"rank {r}: {list(done.values())[-1]}" for r, done in enumerate(ranks) if name not in done
-    ]
-    assert not missing, "an earlier case failed\n" + "\n".join(missing)
-    results = [done[name] for done in ranks]
-    for rank, result in enumerate(results):
-        assert not (isinstance(result, str) and "Traceback" in result), f"rank {rank}: {result}"
-    return results
+    return lambda name: results_of(ranks, name)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -214,9 +203,9 @@ def test_resume_at_any_step_equals_the_unbroken_run(tmp_path: Any, kind: str) ->
     for at in places:
         cases[str(at)] = ("resume_islands_at", arguments | {"at": at})
     ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=300)
-    unbroken = _results(ranks, "whole")
+    unbroken = results_of(ranks, "whole")
     for at in places:
-        for rank, resumed in enumerate(_results(ranks, str(at))):
+        for rank, resumed in enumerate(results_of(ranks, str(at))):
             for what in ("crcs", "shared", "losses", "draws"):
                 assert resumed[what] == unbroken[rank][what][at:], what
             last = 0 if kind == "overlap" else len(resumed["reports"])
@@ -294,7 +283,7 @@ def test_one_island_trains_as_deepspeed_does() -> None:
         "alone": ("alone", {}),
     }
     (rank,) = run_processes(1, "tests.helpers.ds_main", "run_all", {"cases": cases})
-    idle, plain, alone = (_results([rank], name)[0] for name in cases)
+    idle, plain, alone = (results_of([rank], name)[0] for name in cases)
     assert alone == {"idle": True, "same": True, "report": None}
     assert idle["crcs"] == plain["crcs"]
     assert idle["reports"] == []

@@ -123,6 +123,18 @@ def _collect(processes: list[subprocess.Popen[str]], timeout_s: float) -> list[s
     return outputs
 
 
+def results_of(ranks: list[dict[str, Any]], name: str) -> list[Any]:
+    """What every rank gave for a case; fails if it did not get there, or ended with a traceback."""
+    missing = [
+        f"rank {r}: {list(done.values())[-1]}" for r, done in enumerate(ranks) if name not in done
+    ]
+    assert not missing, "an earlier case failed\n" + "\n".join(missing)
+    results = [done[name] for done in ranks]
+    for rank, result in enumerate(results):
+        assert not (isinstance(result, str) and "Traceback" in result), f"rank {rank}: {result}"
+    return results
+
+
 class VirtualClock:
     """Time as data: every look at it costs `tick_s`, sleeping moves it on.
 
