@@ -264,20 +264,6 @@ class DecisionLog:
         )
 
 
-def progress_line(report: StepReport) -> str:
-    """One line for a user: step, loss, density, megabytes sent, the link's rate."""
-    rate = report.decision.rate_bytes_per_s
-    parts = [
-        f"step {report.step}",
-        "loss unknown" if report.loss is None else f"loss {report.loss:.4g}",
-        "dense" if report.density == 1.0 else f"density {100 * report.density:.3g} %",
-        f"{report.wire_bytes / 1e6:.3g} MB sent",
-    ]
-    if rate is not None:
-        parts.append(f"link {rate * 8e-6:.3g} Mbit/s")
-    return ", ".join(parts)
-
-
 def _expected_s(report: StepReport) -> float | None:
     """How long a step takes from now on: what the law expects, or else what was measured."""
     if report.decision.predicted_step_s is not None:

@@ -15,7 +15,7 @@ import pytest
 
 from ds_gradprune.config import load_block
 from ds_gradprune.deepspeed import monitor
-from ds_gradprune.deepspeed.monitor import DecisionLog, StepLog, progress_line, read_log
+from ds_gradprune.deepspeed.monitor import DecisionLog, StepLog, read_log
 from ds_gradprune.law.decision import Cause, Decision
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.train.report import StepReport
@@ -340,11 +340,3 @@ def test_without_a_prediction_the_measured_time_of_a_step_counts() -> None:
     ((level, text),) = told({"step_time_budget_s": 0.3}, of)
     assert level == "WARNING"
     assert "a step takes 0.4 s. Raise" in text
-
-
-def test_a_line_of_progress() -> None:
-    assert progress_line(report()) == (
-        "step 7, loss 3.25, density 5 %, 2.5 MB sent, link 100 Mbit/s"
-    )
-    unknown = report(loss=None, density=1.0, decision_rate_bytes_per_s=None)
-    assert progress_line(unknown) == "step 7, loss unknown, dense, 2.5 MB sent"
