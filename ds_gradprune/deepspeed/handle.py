@@ -29,6 +29,7 @@ from ds_gradprune.deepspeed.losses import StepLosses
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.law.schedule import target_at
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.law.verdict import FirstVerdict
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.wire.channel import Announcement, Channel
@@ -74,6 +75,7 @@ class Handle:
         self._is_first = seat.is_first
         self._log = monitor.StepLog(config.log_path if self._is_first else None)
         self._decisions = monitor.DecisionLog(config)
+        self._verdict = FirstVerdict()
         self.hooks = Hooks(engine)
         self.hooks.keep(engine.register_forward_pre_hook(self._before_forward))
         self.hooks.keep(engine.register_forward_hook(self._after_forward))
@@ -230,6 +232,8 @@ class Handle:
             target = target_at(self.config, report.step)
             monitor.write_events(self.engine, report, target=target)
             self._decisions.tell(report)
+            if (verdict := self._verdict.see(report)) is not None:
+                monitor.say_verdict(verdict)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -283,6 +287,7 @@ class Handle:
             return result
         if take is None:
             self._restart(has_states=resumes and load_lr_scheduler_states)
+            self._verdict = FirstVerdict()
         else:
             take()
             self._log.rewind(self.loop.step)

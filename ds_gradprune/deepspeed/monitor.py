@@ -19,12 +19,16 @@ from typing import Any, BinaryIO
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.law.decision import Cause
+from ds_gradprune.law.verdict import Verdict
 from ds_gradprune.train.report import StepReport
 
 logger = logging.getLogger(__name__)
 
 decisions_logger = logging.getLogger("ds_gradprune.decisions")
 """One INFO line for every change of density, with its reason; a WARNING for a hopeless budget."""
+
+deepspeed_logger = logging.getLogger("DeepSpeed")
+"""DeepSpeed's own, which shows INFO unless somebody silences it."""
 
 MAX_BYTES = 64 * 2**20
 """A log's file is closed and a new one begun when it would grow beyond."""
@@ -223,6 +227,19 @@ def write_events(
             if value is not None and math.isfinite(value)
         ]
     )
+
+
+def say_verdict(verdict: Verdict) -> None:
+    """Say whether pruning pays: a WARNING where it does not. Every run shows it.
+
+    Where nobody asked for our decisions, good news go to DeepSpeed's own logger, which speaks.
+    """
+    if not verdict.pays:
+        decisions_logger.warning(verdict.text)
+    elif decisions_logger.isEnabledFor(logging.INFO):
+        decisions_logger.info(verdict.text)
+    else:
+        deepspeed_logger.info("gradient pruning: %s", verdict.text)
 
 
 class DecisionLog:

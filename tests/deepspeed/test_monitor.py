@@ -18,6 +18,7 @@ from ds_gradprune.deepspeed import monitor
 from ds_gradprune.deepspeed.monitor import DecisionLog, StepLog, read_log
 from ds_gradprune.law.decision import Cause, Decision
 from ds_gradprune.law.signals import StepSignals
+from ds_gradprune.law.verdict import Verdict
 from ds_gradprune.train.report import StepReport
 
 
@@ -333,6 +334,32 @@ def test_a_budget_that_is_met_or_unknown_is_not_warned_of(
     config: dict[str, Any], of: StepReport
 ) -> None:
     assert told(config, of) == []
+
+
+@pytest.mark.parametrize(
+    ("pruned_s", "level", "heard"),
+    [
+        (1.0, logging.INFO, [("ds_gradprune.decisions", "INFO")]),
+        (1.0, logging.NOTSET, [("DeepSpeeds", "INFO")]),
+        (3.0, logging.NOTSET, [("ds_gradprune.decisions", "WARNING")]),
+    ],
+)
+def test_a_verdict_is_always_heard(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    pruned_s: float,
+    level: int,
+    heard: list[tuple[str, str]],
+) -> None:
+    verdict = Verdict(2.0, pruned_s, 0.05, 1, 80.0)
+    # DeepSpeed's own lets nothing through to the root, where the test listens.
+    monkeypatch.setattr(monitor, "deepspeed_logger", logging.getLogger("DeepSpeeds"))
+    monitor.deepspeed_logger.setLevel(logging.INFO)
+    caplog.handler.setLevel(logging.INFO)
+    caplog.set_level(level, monitor.decisions_logger.name)
+    monitor.say_verdict(verdict)
+    assert [(record.name, record.levelname) for record in caplog.records] == heard
+    assert verdict.text in caplog.text
 
 
 def test_without_a_prediction_the_measured_time_of_a_step_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def test_two_ranks_train_over_pruned_gradients(unbroken: tuple[Path, str], here:
     assert f"step {STEPS}/{STEPS}  loss " in shown
     assert all(field in shown for field in ("  P ", "  density ", "  sent ", "  time "))
     assert shown.count(f"step {STEPS}/{STEPS}") == 1  # one rank speaks
+    assert len(re.findall(r"dense [\d.]+ s a step.* pruned [\d.]+ s \(density 10 %\)", shown)) == 1
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert kept == ["latest", "step00000020", "step00000024"]
 
