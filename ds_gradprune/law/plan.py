@@ -259,7 +259,7 @@ def _up(view: _View) -> Choice | None:
     cause, why = Cause.BUDGET_ROOM, "there is room"
     if view.change is not None:
         cause = Cause.NETWORK_CHANGED
-        why = f"the network became {view.change}{view.prices.rate_text}"
+        why = f"exchanges became {view.change}{view.prices.rate_text}"
     text = f"{why}: step {view.now_s:.3f} s of {view.budget_s:.3f} s"
     return Choice(view.best, cause, text)
 
@@ -269,7 +269,7 @@ def _stay(view: _View) -> Choice:
     if view.now_s <= view.budget_s:
         text = f"step {view.now_s:.3f} s within {view.budget_s:.3f} s"
         return Choice(view.k, Cause.HOLD, text)
-    text = f"step {view.now_s:.3f} s, over its budget of {view.budget_s:.3f} s"
+    text = f"step {view.now_s:.3f} s, over {view.budget}"
     least_s = view.prices.step_s(view.k_min)
     if least_s > view.budget_s:
         text += f", which cannot be met: {least_s:.3f} s at density.min"

@@ -112,7 +112,7 @@ def update(
     reason = choice.text
     if net.change is not None and choice.cause is not Cause.NETWORK_CHANGED:
         rate = "" if prices is None else prices.rate_text
-        reason += f"; the network became {net.change}{rate}"
+        reason += f"; exchanges became {net.change}{rate}"
     density = choice.k / CHUNK_NUMEL
     decision = Decision(
         step=step,

@@ -82,7 +82,7 @@ def update(
     after = StepwiseState(state.density, window, alarms, locals_s, steps_s, change or state.change)
     choice, going_on = _decide(config, after, signals, p, budget_s)
     density, reason = choice.k / CHUNK_NUMEL, choice.text
-    reason += "" if change is None else f"; the network became {change}"
+    reason += "" if change is None else f"; exchanges became {change}"
     steps_s = steps_s if density == state.density else ()
     decision = Decision(
         signals.step + 1, density, choice.cause, reason, p, budget_s, change is not None
@@ -118,7 +118,8 @@ def _decide(
     if step_s <= budget_s:
         text = f"{learned}, step {step_s:.3f} s within {budget_s:.3f} s"
         return _adjust(state, signals, k, less, budget_s - step_s, text)
-    text = f"step {step_s:.3f} s over its budget of {budget_s:.3f} s"
+    kind = "an automatic" if config.step_time_budget_s is None else "the"
+    text = f"step {step_s:.3f} s over {kind} budget of {budget_s:.3f} s"
     if numel < CONFIRM_STEPS and state.change != "slower":
         return _hold(k, f"{text} in {numel} of {CONFIRM_STEPS} steps"), state.change
     going_on = state.change if state.change == "slower" else None
@@ -141,7 +142,7 @@ def _adjust(
         is_sure = len(state.step_times_s) >= CONFIRM_STEPS
         text = f"{text}, and {more_s:.3f} s more at {name(less)}"
         return _hold(k, text), None if is_sure else state.change
-    text = f"{text}, and {more_s:.3f} s more on the faster network: {move(k, less)}"
+    text = f"{text}, and {more_s:.3f} s more on the faster link: {move(k, less)}"
     return Choice(less, Cause.NETWORK_CHANGED, text), state.change
 
 

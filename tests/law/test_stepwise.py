@@ -142,7 +142,7 @@ def test_reasons_carry_the_numbers() -> None:
     _, decision = decide(make_state(losses=RISING))
     assert decision.reason == "P -2.67 misses its target 0: density 0.0500 -> 0.0715"
     _, decision = decide(make_state(step_times_s=(0.9, 0.9)), step_time_s=0.9)
-    assert decision.reason == "step 0.900 s over its budget of 0.300 s: density 0.0500 -> 0.0352"
+    assert decision.reason == "step 0.900 s over the budget of 0.300 s: density 0.0500 -> 0.0352"
 
 
 # ---- which step times count ----------------------------------------------------------------------
@@ -219,8 +219,8 @@ def test_faster_network_prunes_less_while_it_fits() -> None:
     assert (decision.cause, k_of(decision)) == (CHANGED, UP)
     assert decision.network_changed
     assert state.change == "faster"
-    assert "0.002 s more on the faster network" in decision.reason
-    assert decision.reason.endswith("; the network became faster")
+    assert "0.002 s more on the faster link" in decision.reason
+    assert decision.reason.endswith("; exchanges became faster")
     state, decision = decide(state, k=UP, comm_time_s=0.004)  # and on, without another alarm
     assert (decision.cause, k_of(decision)) == (CHANGED, math.ceil(UP / 0.7))
     assert not decision.network_changed
@@ -265,7 +265,7 @@ def test_slower_network_prunes_more_on_a_single_time_until_it_fits() -> None:
     state, decision = decide(state, comm_time_s=0.4, step_time_s=0.56)
     assert (decision.cause, k_of(decision)) == (OVER, DOWN)
     assert (decision.network_changed, state.change) == (True, "slower")
-    assert decision.reason.endswith("density 0.0500 -> 0.0352; the network became slower")
+    assert decision.reason.endswith("density 0.0500 -> 0.0352; exchanges became slower")
     state, decision = decide(state, k=DOWN, comm_time_s=0.3, step_time_s=0.46)
     assert decision.cause is OVER
     k = k_of(decision)
@@ -279,7 +279,7 @@ def test_change_is_told_whatever_the_rule_and_forgotten_in_warm_up() -> None:
         state = make_state(alarm=alarmed(0.4), **fields)
         _, decision = decide(state, comm_time_s=0.4, **signals)
         assert decision.network_changed
-        assert "; the network became slower" in decision.reason
+        assert "; exchanges became slower" in decision.reason
     state = make_state(alarm=alarmed(0.004))
     after, decision = decide(state, make_config(warmup_steps=100), comm_time_s=0.004)
     assert decision.network_changed
