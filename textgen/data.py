@@ -3,7 +3,7 @@
 A token file is a flat array of little-endian integers (`tokens.bin`) beside a small description
 (`tokens.json`). The description is written last, so a folder that has one is complete. Which
 windows a step uses is a pure function of (seed, step, micro step, rank): a resumed run needs no
-state but its step count.
+state but its step count, and its place in the data if its number of ranks has changed.
 """
 
 from __future__ import annotations
@@ -128,6 +128,25 @@ class ValidationBatch:
     num_sequences: int
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in the data a run stands.
+
+    Attributes:
+        step: optimizer steps done by then.
+        epoch: the epoch that the next step takes its windows from.
+        used: windows of that epoch that are used up.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    used: int = 0
+
+
+START = Position()
+"""Of a new run."""
+
+
 class TokenData:
     """Training and validation sequences of one token file, memory-mapped.
 
@@ -177,6 +196,30 @@ class TokenData:
                 "text or a smaller batch."
             )
 
+    def position(
+        self,
+        step: int,
+        windows_per_step: int,
+        since: Position = START,
+    ) -> Position:
+        """Where a run stands after `step` steps.
+
+        Args:
+            step: optimizer steps done, >= `since.step`.
+            windows_per_step: sequences per optimizer step since `since`, over all ranks.
+            since: see `sample_batch`.
+
+        Raises:
+            DataError: the text is shorter than one global batch.
+        """
+        self.check_batch(windows_per_step)
+        steps = step - since.step
+        steps_left = (self.num_windows - since.used) // windows_per_step
+        if steps < steps_left:
+            return Position(step, since.epoch, since.used + steps * windows_per_step)
+        more, position = divmod(steps - steps_left, self.num_windows // windows_per_step)
+        return Position(step, since.epoch + 1 + more, position * windows_per_step)
+
     def sample_batch(
         self,
         step: int,
@@ -186,6 +229,7 @@ class TokenData:
         micro_batch: int,
         rank: int,
         world_size: int,
+        since: Position = START,
     ) -> torch.Tensor:
         """The sequences one rank trains on in one micro step.
 
@@ -199,6 +243,7 @@ class TokenData:
             micro_batch: sequences per rank and micro step.
             rank: 0 .. world_size - 1.
             world_size: number of ranks.
+            since: where the batch size became what it is; the beginning if it never changed.
 
         Returns:
             (micro_batch, seq_len) int64, on the CPU.
@@ -209,10 +254,9 @@ class TokenData:
         Local: no rank needs to ask another.
         """
         windows_per_step = micro_steps * micro_batch * world_size
-        self.check_batch(windows_per_step)
-        epoch, position = divmod(step, self.num_windows // windows_per_step)
-        order, shift = self._epoch(epoch)
-        first = position * windows_per_step + (micro_step * world_size + rank) * micro_batch
+        at = self.position(step, windows_per_step, since)
+        order, shift = self._epoch(at.epoch)
+        first = at.used + (micro_step * world_size + rank) * micro_batch
         begins = order[first : first + micro_batch] * self.seq_len + shift
         return _rows(self._train, begins, self.seq_len)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from textgen.data import TokenData
+from textgen.data import START, Position, TokenData
 from textgen.progress import Progress
 
 
@@ -31,6 +31,7 @@ class Plan:
         world_size: number of processes.
         eval_every: validate every so many steps; None: at the start and the end only.
         save_every: save every so many steps; None: at the end only.
+        since: where in the data the number of processes became what it is.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Plan:
     world_size: int = 1
     eval_every: int | None = None
     save_every: int | None = None
+    since: Position = START
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ def _step(engine: Any, data: TokenData, plan: Plan, done: int) -> StepRecord:
             micro_batch=micro_batch,
             rank=plan.rank,
             world_size=plan.world_size,
+            since=plan.since,
         ).to(engine.device)
         torch.manual_seed(_position_seed(plan.seed, done, micro_step, plan.rank))
         loss = engine(input_ids=tokens, labels=tokens).loss

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig
-from launch.support.checkpoints import load_checkpoint, save_checkpoint, whole_weights
-from launch.support.peers import Peers, StopSwitch
-from launch.support.run_folder import RunFolder, write_json
-from launch.support.settings import Settings
+from textgen.data import START, Position
+
+from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
+from .lost import standing
+from .peers import Peers, StopSwitch
+from .run_folder import RunFolder, write_json
+from .settings import Settings
 
 logger = logging.getLogger("ds_gradprune")
 
@@ -38,7 +41,8 @@ class Run:
             )
             handle = getattr(self.engine, "gradprune", None)
             self.handle = None if handle is None or handle.idle else handle
-            self.done, self.val_losses = self._resume() if self.flags.resume else (0, [])
+            self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
+        peers.standing = self._standing
         self._tell_start(settings.block)
 
     # ---- before the first step -----------------------------------------------------------------
@@ -49,7 +53,6 @@ class Run:
             "--model": self.flags.model,
             "--text": None if self.flags.text is None else str(self.flags.text),
             "--seed": self.flags.seed,
-            "world size": self.peers.world_size,
             "train_micro_batch_size_per_gpu": world_config.train_micro_batch_size_per_gpu,
             "gradient_accumulation_steps": world_config.gradient_accumulation_steps,
             "optimizer.type": settings.ds_config["optimizer"].get("type"),
@@ -103,13 +106,24 @@ class Run:
         peers.together(lambda: self.data.check_batch(world_config.train_batch_size))
         return model
 
-    def _resume(self) -> tuple[int, list[tuple[int, float]]]:
+    def _resume(self) -> tuple[Position, list[tuple[int, float]]]:
         """Load the newest checkpoint. Collective."""
         state = load_checkpoint(self.engine, self.folder)
-        done = int(state["steps"])
+        since = Position(*state["position"])
         if self.handle is None and self.peers.rank == 0:
-            self.folder.rewind_log(done)
-        return done, [(int(step), float(loss)) for step, loss in state["val_losses"]]
+            self.folder.rewind_log(since.step)
+        if state["world_size"] != self.peers.world_size:
+            self._say(
+                f"note: {state['world_size']} ranks have trained so far, now "
+                f"{self.peers.world_size}: a step takes {self._windows_per_step()} sequences"
+            )
+        return since, [(int(step), float(loss)) for step, loss in state["val_losses"]]
+
+    def _windows_per_step(self) -> int:
+        """Sequences per optimizer step, over all ranks."""
+        micro_steps: int = self.engine.gradient_accumulation_steps()
+        micro_batch: int = self.engine.train_micro_batch_size_per_gpu()
+        return micro_steps * micro_batch * self.peers.world_size
 
     def _tell_start(self, block: GradientPruningConfig) -> None:
         self._say(
@@ -117,8 +131,8 @@ class Run:
             f"{self.data.meta.num_tokens:,} tokens from {self.data.meta.source}; "
             f"{self.peers.world_size} ranks"
         )
-        if self.done:
-            self._say(f"resumed after step {self.done}")
+        if self.since.step:
+            self._say(f"resumed after step {self.since.step}")
         if not block.enabled:
             self._say(f"{BLOCK}.enabled is false: plain DeepSpeed")
 
@@ -131,12 +145,13 @@ class Run:
 
         switch = StopSwitch(self.peers)
         switch.listen()
-        progress = Progress(self.flags.steps, self.done, enabled=self.peers.rank == 0)
+        progress = Progress(self.flags.steps, self.since.step, enabled=self.peers.rank == 0)
         self._messages.show = progress.note
         plan = train.Plan(
             steps=self.flags.steps,
             seed=self.flags.seed,
-            done=self.done,
+            done=self.since.step,
+            since=self.since,
             rank=self.peers.rank,
             world_size=self.peers.world_size,
             eval_every=self.flags.eval_every,
@@ -162,14 +177,24 @@ class Run:
 
     def _save(self, result: Any) -> None:
         """A checkpoint that `--resume` continues from. Collective."""
-        state = {"steps": result.steps, "val_losses": list(result.val_losses)}
+        position = self.data.position(result.steps, self._windows_per_step(), self.since)
+        state = {
+            "position": dataclasses.astuple(position),
+            "world_size": self.peers.world_size,
+            "val_losses": list(result.val_losses),
+        }
         with self.peers.during("saving a checkpoint"):
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
+
+    def _standing(self) -> str:
+        """How far the run has come, for the error that ends it. Local."""
+        folder = self.folder
+        return standing(self.steps_done, self.peers.hosts, folder.checkpoints, folder.newest())
 
     def _log_step(self, record: Any) -> None:
         """Where pruning runs it writes the log itself; elsewhere it gets the plain numbers."""
         if self.handle is None and self.peers.rank == 0:
-            self.folder.append_log(asdict(record))
+            self.folder.append_log(dataclasses.asdict(record))
 
     def _fields(self) -> dict[str, str]:
         report = None if self.handle is None else self.handle.report

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ds_gradprune.errors import DataError
 from textgen import data as module
-from textgen.data import TokenData, read_meta, write_tokens
+from textgen.data import START, Position, TokenData, read_meta, write_tokens
 
 SEQ_LEN = 8
 FROZEN = [268, 292, 60, 604, 228, 524, 820, 380]
@@ -96,7 +96,14 @@ def test_absent_token_file_is_refused(tmp_path: Path) -> None:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def windows(data: TokenData, steps: range, micro_steps: int, micro_batch: int, world: int) -> list:
+def windows(
+    data: TokenData,
+    steps: range,
+    micro_steps: int,
+    micro_batch: int,
+    world: int,
+    since: Position = START,
+) -> list:
     """First tokens of all windows of some steps, over all ranks."""
     begins = []
     for step in steps:
@@ -109,6 +116,7 @@ def windows(data: TokenData, steps: range, micro_steps: int, micro_batch: int, w
                     micro_batch=micro_batch,
                     rank=rank,
                     world_size=world,
+                    since=since,
                 )
                 assert rows.shape == (micro_batch, SEQ_LEN)
                 assert rows.dtype == torch.int64
@@ -157,6 +165,30 @@ def test_batches_depend_on_the_position_alone(folder: Path) -> None:
     all_steps = [windows(walked, range(step, step + 1), 2, 2, 2) for step in range(40)]
     for step in (39, 0, 15):  # out of order, epochs apart
         assert windows(jumped, range(step, step + 1), 2, 2, 2) == all_steps[step]
+
+
+def test_runs_of_changing_size_use_every_window_of_an_epoch_once(folder: Path) -> None:
+    """2 -> 3 -> 1 -> 4 ranks: what one size has not used, the next one uses."""
+    data, since, begins = TokenData(folder, SEQ_LEN, 7), Position(), list[int]()
+    for world, steps in ((2, 2), (3, 1), (1, 3), (4, 1)):
+        begins += windows(data, range(since.step, since.step + steps), 1, 1, world, since)
+        since = data.position(since.step + steps, world, since)
+    assert since == Position(7, 0, 14)
+    rest = data.num_windows - 14
+    begins += windows(data, range(7, 7 + rest), 1, 1, 1, since)
+    assert len(set(begins)) == len(begins) == data.num_windows
+    assert len({begin % SEQ_LEN for begin in begins}) == 1
+    # The next epoch begins as if the size had never changed.
+    assert data.position(7 + rest, 1, since) == Position(7 + rest, 1, 0)
+
+
+@given(steps=st.integers(0, 100), at=st.integers(0, 100), world=st.integers(1, 6))
+def test_a_position_taken_over_by_a_run_of_the_same_size_changes_nothing(
+    folder: Path, steps: int, at: int, world: int
+) -> None:
+    data = TokenData(folder, SEQ_LEN, 3)
+    since = data.position(at, world)
+    assert data.position(at + steps, world, since) == data.position(at + steps, world)
 
 
 def test_seeds_and_epochs_order_the_windows_differently(folder: Path) -> None:
