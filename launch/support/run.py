@@ -9,13 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig
+from launch.support.checkpoints import load_checkpoint, save_checkpoint, whole_weights
+from launch.support.peers import Peers, StopSwitch
+from launch.support.run_folder import RunFolder, write_json
+from launch.support.settings import Settings
 from textgen.data import START, Position
-
-from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
-from .lost import standing
-from .peers import Peers, StopSwitch
-from .run_folder import RunFolder, write_json
-from .settings import Settings
 
 logger = logging.getLogger("ds_gradprune")
 
@@ -42,7 +40,6 @@ class Run:
             handle = getattr(self.engine, "gradprune", None)
             self.handle = None if handle is None or handle.idle else handle
             self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
-        peers.standing = self._standing
         self._tell_start(settings.block)
 
     # ---- before the first step -----------------------------------------------------------------
@@ -185,11 +182,6 @@ class Run:
         }
         with self.peers.during("saving a checkpoint"):
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
-
-    def _standing(self) -> str:
-        """How far the run has come, for the error that ends it. Local."""
-        folder = self.folder
-        return standing(self.steps_done, self.peers.hosts, folder.checkpoints, folder.newest())
 
     def _log_step(self, record: Any) -> None:
         """Where pruning runs it writes the log itself; elsewhere it gets the plain numbers."""
