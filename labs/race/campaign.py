@@ -3,7 +3,7 @@
 One round after the other; in a round every method in turn, beginning with another one each time, so
 that what else the machine does falls on all of them alike. All methods of a round have the same
 seed. For a method whose loss does not depend on the link, a round is one unshaped run, which gives
-the loss, and a short stretch at each rate, which gives the times. Ours runs in full at each rate.
+the loss, and a short stretch at each rate, which gives the times. Ours and rounds run in full at each rate.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def execute(
     for number in range(plan.rounds):
         turn = number % len(plan.methods)
         for method in [*plan.methods[turn:], *plan.methods[:turn]]:
-            for rate in plan.rates if method.adaptive else [None]:
+            for rate in plan.rates if method.runs_at_rates else [None]:
                 if (method.name, rate, number) in known:
                     continue
                 shown = "" if rate is None else f" at {rate}"
@@ -139,7 +139,7 @@ def execute(
                 with crew(place, method.name, plan.recipe, data, seed=number) as ranks:
                     ranks.set_rate(rate)
                     runs = [_whole(plan, method, rate, number, ranks)]
-                    if not method.adaptive:
+                    if not method.runs_at_rates:
                         runs += _short(plan, method, number, ranks, say)
                 yield runs
 

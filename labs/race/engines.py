@@ -114,6 +114,13 @@ def ds_config(method: Method, recipe: Recipe) -> dict[str, Any]:
         }
         if method.prune == "update":
             block["island"] = {"ranks": recipe.ranks_per_host}
+        if method.sync_every is not None:
+            block |= {
+                "sync_every": method.sync_every,
+                "value_bits": 2,
+                "warmup": "unpruned",
+                "overlap": "auto",
+            }
         block |= json.loads(recipe.block or "{}")
         if method.adaptive:
             block["step_time_budget_s"] = recipe.budget_s

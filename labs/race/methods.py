@@ -25,14 +25,19 @@ DEFAULT = (
     "onebit_adam",
     "zeroone_adam",
     "islands_0.01",
+    "rounds_5",
     "ours",
     "ours_update",
 )
 
+ROUND_DENSITY = 0.03125
+"""Of rounds: 128 elements of a chunk, see LOG.md, 2026-11-27."""
+
 KNOWN = (
     f"{DENSE}, dense_bf16, ddp_fp32, fp16_hook, bf16_hook, powersgd_RANK (1, 4, 16, ...), "
     "topk_DENSITY (0.05, ...), onebit_adam, zeroone_adam, "
-    "zeroone_adam_INTERVAL (1, 2, 4, ...), islands_DENSITY (0.01, ...), ours, ours_update"
+    "zeroone_adam_INTERVAL (1, 2, 4, ...), islands_DENSITY (0.01, ...), rounds_INTERVAL (5, ...), "
+    "rounds_INTERVAL_DENSITY, ours, ours_update"
 )
 
 
@@ -49,6 +54,8 @@ class Method:
         density: fixed share of elements that our reducer sends; None: it prunes nothing, or the
             density is adaptive.
         interval: of 0/1 Adam, most steps from one exchange to the next; 1 unless asked for.
+        sync_every: of islands that exchange in rounds; None: they exchange in every step. They
+            begin unpruned, hide their exchange, and send values of 2 bits.
         adaptive: our controller chooses the density, so the loss depends on the link.
         prune: what our reducer prunes; "update": every rank is an island.
     """
@@ -59,6 +66,7 @@ class Method:
     rank: int | None = None
     density: float | None = None
     interval: int | None = None
+    sync_every: int | None = None
     adaptive: bool = False
     prune: Literal["gradient", "update"] = "gradient"
 
@@ -66,6 +74,11 @@ class Method:
     def prunes(self) -> bool:
         """Our reducer is at work."""
         return self.adaptive or self.density is not None
+
+    @property
+    def runs_at_rates(self) -> bool:
+        """It is run in full at each rate, because its loss or its first steps depend on the link."""
+        return self.adaptive or self.sync_every is not None
 
     @property
     def begins_dense(self) -> bool:
@@ -99,6 +112,8 @@ def parse_method(name: str) -> Method:
     """
     if name in _FIXED:
         return _FIXED[name]
+    if name.startswith("rounds_"):
+        return _rounds(name)
     match = re.fullmatch(r"(powersgd|topk|islands|zeroone_adam)_(\d+(?:\.\d+)?)", name)
     if match is not None:
         kind, number = match[1], float(match[2])
@@ -111,6 +126,14 @@ def parse_method(name: str) -> Method:
         if kind == "zeroone_adam" and number >= 1 and number == int(number):
             return Method(name, "simulated", interval=int(number))
     raise ConfigError(f"--methods must name some of {KNOWN}; got {name!r}.")
+
+
+def _rounds(name: str) -> Method:
+    match = re.fullmatch(r"rounds_([1-9]\d*)(?:_(0\.\d+))?", name)
+    density = float(match[2] or ROUND_DENSITY) if match is not None else 0.0
+    if match is None or density == 0.0:
+        raise ConfigError(f"--methods must name some of {KNOWN}; got {name!r}.")
+    return Method(name, "deepspeed", density=density, sync_every=int(match[1]), prune="update")
 
 
 def parse_methods(text: str) -> list[Method]:

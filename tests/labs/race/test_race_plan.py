@@ -56,7 +56,7 @@ def test_every_default_method_is_known() -> None:
     "name",
     [
         *("dense", "topk_0", "topk_1.5", "islands_1", "powersgd_1.5", "powersgd_0"),
-        *("zeroone_adam_0", "onebit_adam_2", ""),
+        *("zeroone_adam_0", "onebit_adam_2", "rounds_0", "rounds_2_0.0", ""),
     ],
 )
 def test_unknown_methods_are_refused_with_the_known_ones(name) -> None:
@@ -77,6 +77,16 @@ def test_a_static_density_leaves_the_controller_no_room() -> None:
     assert islands == block | {"prune": "update", "island": {"ranks": 1}}
     assert ds_config(parse_method("dense_bf16"), RECIPE)["communication_data_type"] == "bf16"
     assert ds_config(parse_method("dense_fp32"), RECIPE)["gradient_pruning"] == {"enabled": False}
+
+
+def test_rounds_begin_unpruned_and_run_at_every_rate() -> None:
+    rounds = parse_method("rounds_5")
+    block = ds_config(rounds, RECIPE)["gradient_pruning"]
+    assert (block["sync_every"], block["warmup"], block["overlap"]) == (5, "unpruned", "auto")
+    assert block["density"] == {"initial": 0.03125, "min": 0.03125, "max": 0.03125}
+    assert rounds.runs_at_rates
+    assert parse_method("rounds_2_0.25").density == 0.25
+    assert not parse_method("islands_0.01").runs_at_rates
 
 
 def test_stage_ranks_and_block_reach_deepspeeds_configuration() -> None:
