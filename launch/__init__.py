@@ -1,1 +1,1 @@
-"""Scripts that train, reply and report, and the shell scripts that prepare a machine for them."""
+"""Scripts that start training and replies. Their imports are relative: `textgen/launch` is this."""

@@ -15,14 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not __package__:
     # The root instead of this folder: launch, textgen and ds_gradprune are found there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "launch"
 
-from launch.support.peers import Peers
-from launch.support.script import run_script
-from launch.support.start import check_ds_config, end_process, skip_shm_op
-from launch.support.tuning_settings import TuningSettings, read_tuning_settings
+from .support.peers import Peers
+from .support.script import run_script
+from .support.start import check_ds_config, end_process, skip_shm_op
+from .support.tuning_settings import TuningSettings, read_tuning_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +44,9 @@ def _tune(settings: TuningSettings, peers: Peers) -> None:
     skip_shm_op()
     deepspeed.init_distributed()
     peers.together(lambda: check_ds_config(settings.ds_config))
-    from launch.support.tuning_run import TuningRun
     from textgen.model import quiet_transformers
+
+    from .support.tuning_run import TuningRun
 
     quiet_transformers()
     try:

@@ -18,12 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not __package__:
     # The root instead of this folder: launch, textgen and ds_gradprune are found there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "launch"
 
 from ds_gradprune.errors import ConfigError, GradPruneError
-from launch.support.flags import ScriptParser
+
+from .support.flags import ScriptParser
 
 if TYPE_CHECKING:
     from textgen.generate import Replier, Sampling

@@ -16,16 +16,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not __package__:
     # The root instead of this folder: launch, textgen and ds_gradprune are found there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "launch"
 
 from ds_gradprune.deepspeed.build_locks import stale_locks, warning
-from launch.support.peers import Peers
-from launch.support.run import Run, say
-from launch.support.script import run_script
-from launch.support.settings import Settings, read_settings
-from launch.support.start import check_ds_config, end_process, skip_shm_op
+
+from .support.peers import Peers
+from .support.run import Run, say
+from .support.script import run_script
+from .support.settings import Settings, read_settings
+from .support.start import check_ds_config, end_process, skip_shm_op
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -11,12 +12,24 @@ from pathlib import Path
 from ds_gradprune.errors import ConfigError, MissingDependencyError
 
 TARGETS = {
-    "train": ("launch.train", "textgen"),
-    "finetune": ("launch.finetune", "textgen"),
-    "reply": ("launch.reply", "textgen"),
+    "train": ("textgen.launch.train", "textgen"),
+    "finetune": ("textgen.launch.finetune", "textgen,finetune"),
+    "reply": ("textgen.launch.reply", "textgen"),
     "serve": ("textgen.serve.command", "textgen,serve"),
 }
 """Command -> module with `main(arguments) -> exit code`, and the extra with what it imports."""
+
+NEEDS = {
+    "train": ("deepspeed", "transformers"),
+    "finetune": ("deepspeed", "transformers", "accelerate"),
+    "reply": ("transformers",),
+    "serve": ("transformers", "fastapi", "uvicorn"),
+}
+"""Command -> packages that it cannot do without."""
+
+
+SHIPPED = Path(str(resources.files("ds_gradprune"))) / "ds_configs"
+"""Configurations to start from."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -34,22 +47,14 @@ def run(name: str, arguments: Sequence[str]) -> int:
         ConfigError: `--config` names neither a file nor a shipped configuration.
     """
     target, extra = TARGETS[name]
-    root = Path(__file__).resolve().parents[2]
-    if (root / target.split(".")[0]).is_dir() and str(root) not in sys.path:
-        sys.path.insert(0, str(root))  # a checkout, started from another folder
-    try:
-        module = importlib.import_module(target)
-    except ModuleNotFoundError as exc:
-        missing = exc.name or target
-        if target == missing or target.startswith(f"{missing}."):
+    for package in NEEDS[name]:
+        if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(
-                f"ds-gradprune {name} needs {target}, which is not installed here. Run it in a "
-                f'checkout of ds_gradprune, after pip install -e ".[deepspeed,{extra}]".'
-            ) from exc
-        raise MissingDependencyError(
-            f"ds-gradprune {name} needs {missing}, which is not installed. Run: pip install "
-            f'"ds_gradprune[deepspeed,{extra}]"'
-        ) from exc
+                f"ds-gradprune {name} needs {package}, which is not installed. Run: pip install "
+                f'"ds_gradprune[deepspeed,{extra}]"'
+            )
+    module = importlib.import_module(target)
+    sys.argv[0] = f"ds-gradprune {name}"  # what --help calls it
     code: int = module.main(with_shipped_config(arguments))
     leave = getattr(module, "end_process", None)  # threads of gloo may outlive the interpreter
     if leave is not None:
@@ -74,9 +79,8 @@ def shipped_config(name: str) -> str:
     """
     if "/" in name or "." in name or Path(name).exists():
         return name
-    folder = Path(str(resources.files("ds_gradprune"))) / "ds_configs"
-    path = folder / f"{name}.json"
+    path = SHIPPED / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
+        known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
         raise ConfigError(f"--config must be a file or one of {known}, got {name!r}.")
     return str(path)

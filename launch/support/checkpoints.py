@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ds_gradprune.errors import CheckpointError, GradPruneError, NonFiniteError
-from launch.support.peers import Peers
-from launch.support.run_folder import RunFolder, checkpoint_tag
+
+from .peers import Peers
+from .run_folder import RunFolder, checkpoint_tag
 
 _WRITER = re.compile(r"inline_container|PytorchStreamWriter|file write failed|enforce fail", re.I)
 """torch.save hides a full disk behind a RuntimeError of its file writer."""

@@ -25,7 +25,8 @@ from ds_gradprune.errors import (
     TransportError,
     TransportTimeout,
 )
-from launch.support.place import Place
+
+from .place import Place
 
 T = TypeVar("T")
 

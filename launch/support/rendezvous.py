@@ -22,7 +22,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_gradprune.errors import TransportError, TransportTimeout
-from launch.support.place import Place
+
+from .place import Place
 
 PREFIX = "ds_gradprune/roll_call"
 FIRST_NAP_S, LONGEST_NAP_S = 0.02, 0.5

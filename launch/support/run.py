@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig
-from launch.support.checkpoints import load_checkpoint, save_checkpoint, whole_weights
-from launch.support.peers import Peers, StopSwitch
-from launch.support.run_folder import RunFolder, write_json
-from launch.support.settings import Settings
 from textgen.data import START, Position
+
+from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
+from .peers import Peers, StopSwitch
+from .run_folder import RunFolder, write_json
+from .settings import Settings
 
 logger = logging.getLogger("ds_gradprune")
 

@@ -9,11 +9,12 @@ from typing import NoReturn, Protocol, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import GradPruneError
-from launch.support.peers import TELL_LIMIT_S, AgreedFault, Peers, within
-from launch.support.place import Place, export_place, find_place, share_cores
-from launch.support.rendezvous import AbsentRanks
-from launch.support.run import say
-from launch.support.start import choose_accelerator, connect
+
+from .peers import TELL_LIMIT_S, AgreedFault, Peers, within
+from .place import Place, export_place, find_place, share_cores
+from .rendezvous import AbsentRanks
+from .run import say
+from .start import choose_accelerator, connect
 
 
 class Configured(Protocol):

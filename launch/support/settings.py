@@ -11,10 +11,11 @@ from typing import Any
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError
-from launch.support.flags import ScriptParser, given_flags, name_or_path, natural, path, positive
-from launch.support.run_folder import RunFolder
-from launch.support.start import read_ds_config
 from textgen.corpus import open_text
+
+from .flags import ScriptParser, given_flags, name_or_path, natural, path, positive
+from .run_folder import RunFolder
+from .start import read_ds_config
 
 
 def parser() -> ScriptParser:

@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
-from launch.support.peers import Peers, within
-from launch.support.place import Place
-from launch.support.rendezvous import meet
+
+from .peers import Peers, within
+from .place import Place
+from .rendezvous import meet
 
 LEAVE_LIMIT_S = 5.0
 """So long threads of the process group may take to end; one that waits for a dead peer does not."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ds_gradprune.errors import DataError, MissingDependencyError
-from launch.support.tuning_data import chat_text
+
+from .tuning_data import chat_text
 
 LORA_RANK = 16
 """Columns of an adapter; its scale is twice that, as in most published recipes."""

@@ -16,14 +16,15 @@ from ds_gradprune.config import BLOCK
 from ds_gradprune.errors import ConfigError
 from ds_gradprune.train.report import Totals
 from ds_gradprune.trainer import follow
-from launch.support.checkpoints import whole_weights
-from launch.support.peers import Peers, StopSwitch
-from launch.support.place import Place
-from launch.support.run_folder import write_json
-from launch.support.tuning_data import TuningData, collate, read_data
-from launch.support.tuning_model import add_adapters, load_tuned, pad_id_of, replies
-from launch.support.tuning_settings import TuningSettings
 from textgen.model import save_model
+
+from .checkpoints import whole_weights
+from .peers import Peers, StopSwitch
+from .place import Place
+from .run_folder import write_json
+from .tuning_data import TuningData, collate, read_data
+from .tuning_model import add_adapters, load_tuned, pad_id_of, replies
+from .tuning_settings import TuningSettings
 
 logger = logging.getLogger("ds_gradprune")
 

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_gradprune.commands.dispatch import SHIPPED
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError
-from launch.support.flags import ScriptParser, given_flags, name_or_path, natural, path, positive
-from launch.support.run_folder import RunFolder
-from launch.support.start import read_ds_config
-from launch.support.tuning_data import read_prompts
-from launch.support.tuning_model import check_model
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "finetune_ethernet.json"
+from .flags import ScriptParser, given_flags, name_or_path, natural, path, positive
+from .run_folder import RunFolder
+from .start import read_ds_config
+from .tuning_data import read_prompts
+from .tuning_model import check_model
+
+DEFAULT_CONFIG = SHIPPED / "finetune_ethernet.json"
 
 LEARNING_RATE = {False: 2e-5, True: 2e-4}
 """For "lr": "auto", without and with --lora: adapters start at zero and bear ten times as much."""

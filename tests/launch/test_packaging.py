@@ -1,4 +1,7 @@
-"""What a wheel holds: the product, its native sources, the example package, and no laboratory."""
+"""What a wheel holds: the product, its native sources, the example package, and no laboratory.
+
+It is unpacked into an empty folder, and its commands run there.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_gradprune.cli import COMMANDS
+
 
 @pytest.mark.slow
 def test_wheel_holds_what_a_user_imports_and_nothing_else(tmp_path: Path, repo_root: Path) -> None:
@@ -17,7 +22,8 @@ def test_wheel_holds_what_a_user_imports_and_nothing_else(tmp_path: Path, repo_r
     source.mkdir()
     for name in ("ds_gradprune", "textgen", "launch", "labs", "tools"):
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(repo_root / name, source / name, ignore=ignore)
+        shutil.copytree(repo_root / name, source / name, ignore=ignore, symlinks=True)
+    shutil.copytree(repo_root / "ds_configs", source / "ds_configs")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(repo_root / name, source)
     words = ["wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
@@ -34,3 +40,17 @@ def test_wheel_holds_what_a_user_imports_and_nothing_else(tmp_path: Path, repo_r
     assert "ds_gradprune/native/kernels.cpp" in sources
     assert sources <= set(names)
     assert "ds_gradprune/py.typed" in names
+    shipped = {
+        f"ds_gradprune/{path.relative_to(repo_root)}" for path in repo_root.glob("ds_configs/*")
+    }
+    assert shipped <= set(names)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    for command in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", "ds_gradprune", command, "--help"],
+            cwd=tmp_path / "installed",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert f"usage: ds-gradprune {command} " in done.stdout, done.stderr
