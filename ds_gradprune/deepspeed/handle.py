@@ -22,7 +22,7 @@ from ds_gradprune import codec
 from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, monitor
-from ds_gradprune.deepspeed.clock import Clock
+from ds_gradprune.deepspeed.clock import Clock, after_device
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.idle import module_crc
 from ds_gradprune.deepspeed.losses import StepLosses
@@ -69,7 +69,7 @@ class Handle:
         self.config = config
         self.channel = channel
         self.clock = clock
-        self.loop = Loop(config, clock.now_s)
+        self.loop = Loop(config, after_device(clock.now_s, engine.device))
         self.losses = StepLosses()
         self._seat = seat
         self._is_first = seat.is_first

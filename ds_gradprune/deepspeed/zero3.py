@@ -87,6 +87,9 @@ class Zero3:
             lot.append(parameter)
         if lot:
             self._refresh(lot)
+        if not get_accelerator().resolves_data_dependency():
+            # DeepSpeed gathers on a stream of its own, which does not wait for these writes.
+            get_accelerator().synchronize()
 
     @torch.no_grad()
     def gradients(self) -> list[torch.Tensor]:

@@ -120,6 +120,7 @@ class SlowMomentum:
 
     def __init__(self, strength: float, decay: float) -> None:
         self._drifts: list[torch.Tensor] = []
+        self._kept: torch.Tensor | None = None
         self._current: torch.Tensor | None = None
         self._decay = decay
         self._share = strength * (1.0 - decay)
@@ -136,22 +137,31 @@ class SlowMomentum:
             self._drifts.append(torch.zeros(0))
         if self._drifts[index].shape != store.shape:
             self._drifts[index] = torch.zeros_like(store)
-        self._current = self._drifts[index][start:stop].mul_(self._decay)
+        elif self._drifts[index].device != store.device:  # as a checkpoint was read
+            self._drifts[index] = self._drifts[index].to(store.device)
+        self._kept = self._current = self._drifts[index][start:stop].mul_(self._decay)
 
     @torch.no_grad()
     def note(self, block: SparseBlock, factor: float) -> None:
         """See `OuterRule`."""
-        assert self._current is not None
-        scatter_add(self._current, block, factor * self._share)
+        scatter_add(self._beside(block.device), block, factor * self._share)
 
     @torch.no_grad()
     def note_dense(self, move: torch.Tensor) -> None:
         """See `OuterRule`."""
-        assert self._current is not None
-        self._current.add_(move.mul(self._share))
+        self._beside(move.device).add_(move.mul(self._share))
 
+    @torch.no_grad()
     def drift(self) -> torch.Tensor | None:
         """See `OuterRule`."""
+        if self._kept is not None and self._current is not None and self._current is not self._kept:
+            self._kept.copy_(self._current)
+        return self._current
+
+    def _beside(self, device: torch.device) -> torch.Tensor:
+        """The bucket's average on the device of what moves it: itself, or a copy."""
+        assert self._current is not None
+        self._current = self._current.to(device)
         return self._current
 
     def reset(self) -> None:

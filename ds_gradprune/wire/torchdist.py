@@ -81,6 +81,10 @@ class TorchDistTransport(Transport):
         config = dist.get_backend_config(group)
         self._on_device = "cpu" not in config
         self._on_nccl = "nccl" in config
+        # Noted here: a call may be started in a thread of its own, which begins on device 0.
+        self._device = (
+            torch.device("cuda", torch.cuda.current_device()) if self._on_device else None
+        )
 
     def start_all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
         """See `Transport.start_all_gather`. Collective."""
@@ -131,8 +135,8 @@ class TorchDistTransport(Transport):
     def _staged(
         self, operation: str, collective: Callable[..., Any], send: torch.Tensor, out: torch.Tensor
     ) -> Work:
-        arrived = torch.empty(out.shape, dtype=torch.uint8, device="cuda")
-        pieces = [(collective, arrived.view(-1), send.to("cuda").view(-1))]
+        arrived = torch.empty(out.shape, dtype=torch.uint8, device=self._device)
+        pieces = [(collective, arrived.view(-1), send.to(self._device).view(-1))]
         return self._start(operation, pieces, [(out, arrived)])
 
     def _start(
