@@ -193,7 +193,7 @@ def _entry(line: dict[str, Any], seconds: float, whole_s: float) -> Entry:
         cause=line.get("cause") or "",
         next_density=decision.get("density"),
         next_cause=decision.get("cause") or "",
-        budget_s=each(decision.get("budget_s")),
+        budget_s=decision.get("budget_s"),
         has_changed=bool(decision.get("network_changed")),
     )
 

@@ -106,10 +106,13 @@ def _order_faults(path: str, steps: Sequence[int]) -> list[str]:
 
 
 def _window_faults(config: GradientPruningConfig, total_steps: int) -> list[str]:
-    """One loss enters the window in every step, or, between islands, at every exchange."""
+    """One loss enters the window in every step, or, between islands, at every exchange.
+
+    The window is meant in steps, so it holds fewer losses then.
+    """
     alone = max(0, total_steps - config.warmup_steps)
     num_losses = total_steps - alone + alone // config.sync_every
-    if config.window_size < num_losses:
+    if config.window_losses(config.sync_every) < num_losses:
         return []
     run = f"{total_steps} steps"
     if num_losses < total_steps:

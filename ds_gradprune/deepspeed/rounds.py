@@ -69,6 +69,7 @@ class Rounds:
     def end_step(self) -> None:
         """The optimizer has stepped: land what is due, begin what is due. Collective."""
         loop = self._handle.loop
+        loop.stepped()
         if self._begun is not None and loop.exchange_step >= self._begun.lands_after:
             self.land()
         if loop.is_due:

@@ -29,6 +29,7 @@ def aggregate(
     timed_density: float | None,
     dense_bytes: int,
     hidden_share: float = 0.0,
+    interval: int = 1,
 ) -> StepSignals:
     """All ranks' signals of one step as one record.
 
@@ -39,6 +40,7 @@ def aggregate(
             none.
         dense_bytes: what one rank would have sent in the exchange before without pruning.
         hidden_share: an exchange travels during this share of the computation.
+        interval: optimizer steps behind the times.
 
     Returns:
         The record; equal on all ranks, since all have the same headers.
@@ -57,6 +59,7 @@ def aggregate(
         wire_bytes=max(rank.wire_bytes for rank in ranks),
         dense_bytes=0 if times is None else dense_bytes,
         skew_time_s=None if times is None else times.skew_s,
+        interval=interval,
     )
 
 

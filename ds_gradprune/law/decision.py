@@ -12,6 +12,9 @@ from ds_gradprune.law.stats import Within
 Density = Annotated[float, Within(1.0 / CHUNK_NUMEL, 1.0)]
 """Kept elements over all elements."""
 
+Interval = Annotated[int, Within(1)]
+"""Optimizer steps from one exchange to the next."""
+
 KeptElements = Annotated[int, Within(1, CHUNK_NUMEL)]
 """Kept elements per chunk; CHUNK_NUMEL is dense."""
 
@@ -48,7 +51,7 @@ class Decision:
     """What holds for one exchange.
 
     Attributes:
-        step: the step this decision applies to (the one after the signals it was made from).
+        step: the step that the exchange follows which this decision applies to.
         density: kept / all in pruned segments, in (0, 1]; a multiple of 1 / CHUNK_NUMEL. 1.0 means
             that everything is sent.
         cause: which rule decided.
@@ -56,8 +59,9 @@ class Decision:
         performance: P(t); None while the window is not full.
         budget_s: the step time budget that was applied, seconds; None while unknown.
         network_changed: the change detector fired on the signals of this decision.
-        predicted_step_s: what the model expects of this step, seconds; None: nothing was predicted.
+        predicted_step_s: what the model expects of a step, seconds; None: nothing was predicted.
         rate_bytes_per_s: the link's rate as the model sees it; None while unknown.
+        interval: optimizer steps from the exchange before to this one.
     """
 
     step: int
@@ -69,6 +73,7 @@ class Decision:
     network_changed: bool
     predicted_step_s: float | None = None
     rate_bytes_per_s: float | None = None
+    interval: Interval = 1
 
 
 def move(before: int, after: int) -> str:

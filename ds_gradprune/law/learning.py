@@ -27,6 +27,9 @@ multiples of it, so one tolerance serves every M. Losses that are correlated ove
 losses after. That is right for finding a loss of quality, and wrong for judging whether a change
 helped. For that `recent` takes the newest losses alone, as a smaller window with its own noise.
 
+**Rare exchanges.** Islands tell one loss per exchange, the mean over its steps. The window is meant
+in steps, so it holds fewer of them then (`GradientPruningConfig.window_losses`).
+
 A clean linear descent gives 2M/(M-1) (literal) or 2(M+1-w)/(M-1) (edge): near 2 and 1.5 for a large
 M. A plateau gives 0, plus or minus noise, whatever the loss's own noise. A rise is negative.
 """
@@ -69,23 +72,29 @@ def is_usable(loss: float | None) -> bool:
 
 
 def observe(
-    window: LossWindow, loss: float | None, *, window_size: int, form: Form
+    window: LossWindow,
+    loss: float | None,
+    *,
+    window_size: int,
+    form: Form,
+    most: int | None = None,
 ) -> tuple[LossWindow, float | None]:
     """Take in one step's loss.
 
     Args:
-        window: the losses before the step.
-        loss: the step's loss, mean over micro-steps and ranks. None or a value that is not usable
+        window: the losses before the exchange.
+        loss: that of its steps, mean over micro-steps and ranks. None or a value that is not usable
             does not enter the window; P then comes from the losses that are there.
         window_size: M, >= 4.
         form: which formula.
+        most: the window keeps so many losses and one; None: M and one.
 
     Returns:
         The window after the step, and P(t) in [-10, 10], or None while fewer than M+1 losses are
         known. P is 0 where mean - min is below 1e-6 * max(1, |mean|).
     """
     if loss is not None and is_usable(loss):
-        window = LossWindow((*window.losses, loss)[-(window_size + 1) :])
+        window = LossWindow((*window.losses, loss)[-((most or window_size) + 1) :])
     return window, recent(window, window_size + 1, form=form)
 
 

@@ -77,8 +77,9 @@ def judge(
     target: float,
     window_size: int,
     form: Form,
+    steps: int = 1,
 ) -> tuple[ArmState, Verdict]:
-    """Take in one step's loss.
+    """Take in the loss of one exchange.
 
     Args:
         arm: what is known so far.
@@ -88,8 +89,9 @@ def judge(
         is_spike: it leapt up, see `outliers`.
         is_nonfinite: some gradient or loss of the step is not finite.
         target: what P must reach.
-        window_size: M.
+        window_size: M, in losses.
         form: which formula.
+        steps: optimizer steps that the loss is the mean of.
 
     Returns:
         The new state, and what was found.
@@ -97,7 +99,7 @@ def judge(
     text = _known(p, target, len(window.losses), window_size)
     if is_nonfinite:
         return arm._replace(guard=GUARD_STEPS), Verdict(None, text)
-    guard = max(0, arm.guard - 1)
+    guard = max(0, arm.guard - steps)
     if not is_known:
         return arm if guard == arm.guard else arm._replace(guard=guard), Verdict(None, text)
     if is_spike:

@@ -22,7 +22,7 @@ from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Bytes, Change, Count, Samples, Within, is_time, median
 
 UP_STEPS = 12
-"""Exchanges at a density before it rises without a change of the network."""
+"""Steps at a density before it rises without a change of the network."""
 
 FORMER_STEPS = 12
 """Exchanges in which an alarm "slower" may turn out to have been stalls."""
@@ -195,9 +195,16 @@ def _sizes(
 
 
 def prices_of(
-    config: GradientPruningConfig, network: Network, computes_s: tuple[float, ...]
+    config: GradientPruningConfig, network: Network, computes_s: tuple[float, ...], interval: int
 ) -> Prices | None:
-    """What things cost now; None while something is unknown."""
+    """What things cost now; None while something is unknown.
+
+    Args:
+        config: the validated block.
+        network: what is known of the exchanges.
+        computes_s: computation of the last steps.
+        interval: optimizer steps from one exchange to the next.
+    """
     cost, state = network.cost, network.state
     if cost is None or not computes_s or not state.sizes:
         return None
@@ -227,5 +234,6 @@ def prices_of(
         bytes_per_k=bytes_per_k,
         dense_bytes=float(state.dense_bytes),
         dense_factor=factor,
-        hide_s=config.hidden_share * ordered[len(ordered) // 2],
+        hide_s=config.delay_steps * ordered[len(ordered) // 2],
+        interval=interval,
     )

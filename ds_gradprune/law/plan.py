@@ -7,7 +7,9 @@ The density moves
 - to dense when a dense step fits the budget or is faster than what pruning offers, unless
   density.min = density.max pins the density,
 
-at once after a change of the network, otherwise after a handful of exchanges at a density.
+at once after a change of the network, otherwise after a handful of steps at a density. Where an
+exchange comes every H steps, H times fewer of them are waited for, but as many as it takes to see
+anything at all: 2 to fall, 3 to rise, 6 to refine.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from typing import NamedTuple
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.law import link_cost
-from ds_gradprune.law.decision import Cause, Choice, KeptElements
+from ds_gradprune.law.decision import Cause, Choice, Interval, KeptElements
 from ds_gradprune.law.network import UP_STEPS, Network
 from ds_gradprune.law.prices import Prices
+from ds_gradprune.law.schedule import patience
 from ds_gradprune.law.stats import Change, Count
 
 UP_SHARE = 1.25
@@ -33,7 +36,10 @@ SOON_STEPS, UP_SHARE_SOON = 3, 1.5
 """Exchanges after a move that suffice to rise again, if so much more fits: it was too timid."""
 
 REFINE_STEPS = 2 * link_cost.WINDOW_STEPS
-"""Within so many exchanges after a move the plan may be refined."""
+"""Within so many steps after a move the plan may be refined."""
+
+REFINE_LEAST = 6
+"""Exchanges behind a refinement where they are rare."""
 
 DOWN_MARGIN = 0.8
 """Standard deviations: the density falls when fewer than these are left to the budget."""
@@ -42,7 +48,7 @@ WRONG_STEPS = 2
 """Exchanges after a move that suffice when the budget is plainly missed: the move was too bold."""
 
 DOWN_STEPS = 5
-"""Exchanges at a density before it falls without a change of the network."""
+"""Steps at a density before it falls without a change of the network."""
 
 CHEAPER = 0.95
 """Dense must take less than this share of a pruned step to be called cheaper."""
@@ -56,17 +62,19 @@ class PlanState(NamedTuple):
         steps: exchanges since it moved.
         is_refined: its last move was a small rise. The exchanges before it are about as large, so
             they count as evidence, and there is nothing left to refine.
+        interval: optimizer steps from one exchange to the next.
     """
 
     k: KeptElements
     steps: Count = UP_STEPS
     is_refined: bool = False
+    interval: Interval = 1
 
     def after(self, choice: Choice) -> PlanState:
         """The state once a choice is in force."""
         if choice.cause is Cause.HOLD:
-            return PlanState(choice.k, self.steps + 1, self.is_refined)
-        return PlanState(choice.k, 0, 1.0 <= choice.k / self.k < UP_SHARE)
+            return self._replace(k=choice.k, steps=self.steps + 1)
+        return PlanState(choice.k, 0, 1.0 <= choice.k / self.k < UP_SHARE, self.interval)
 
 
 class _View(NamedTuple):
@@ -180,21 +188,27 @@ def _evidence(state: PlanState, network: Network) -> int:
 def _may_fall(state: PlanState, network: Network, *, is_late: bool, is_guarded: bool) -> bool:
     if network.change is not None:
         return True
-    is_fresh = not state.is_refined and state.steps < WRONG_STEPS + DOWN_STEPS
-    patience = WRONG_STEPS if is_fresh and is_late else DOWN_STEPS
-    return _evidence(state, network) >= patience and not is_guarded
+    usual = patience(DOWN_STEPS, state.interval, WRONG_STEPS)
+    is_fresh = not state.is_refined and state.steps < WRONG_STEPS + usual
+    wanted = WRONG_STEPS if is_fresh and is_late else usual
+    return _evidence(state, network) >= wanted and not is_guarded
 
 
 def _may_rise(state: PlanState, network: Network) -> bool:
-    if network.change == "faster" or _evidence(state, network) >= UP_STEPS:
+    if network.change == "faster" or _evidence(state, network) >= _up_exchanges(state):
         return True
     return _is_soon(state, network)
 
 
 def _is_soon(state: PlanState, network: Network) -> bool:
     """The plan has moved lately, and a few exchanges have shown what came of it."""
-    is_fresh = not state.is_refined and state.steps < UP_STEPS
-    return is_fresh and SOON_STEPS <= _evidence(state, network) < UP_STEPS
+    usual = _up_exchanges(state)
+    is_fresh = not state.is_refined and state.steps < usual
+    return is_fresh and SOON_STEPS <= _evidence(state, network) < usual
+
+
+def _up_exchanges(state: PlanState) -> int:
+    return patience(UP_STEPS, state.interval, SOON_STEPS)
 
 
 def _share(state: PlanState, network: Network) -> float:
@@ -203,8 +217,12 @@ def _share(state: PlanState, network: Network) -> float:
         return UP_SHARE_CHANGED
     if _is_soon(state, network):
         return UP_SHARE_SOON
-    can_refine = not state.is_refined and state.steps < REFINE_STEPS
-    is_known = _evidence(state, network) >= link_cost.WINDOW_STEPS
+    least, most = (
+        patience(steps, state.interval, REFINE_LEAST)
+        for steps in (link_cost.WINDOW_STEPS, REFINE_STEPS)
+    )
+    can_refine = not state.is_refined and state.steps < most
+    is_known = _evidence(state, network) >= least
     return UP_SHARE_REFINED if can_refine and is_known else UP_SHARE
 
 

@@ -36,12 +36,21 @@ from ds_gradprune.law.network import NetworkState
 from ds_gradprune.law.plan import PlanState
 from ds_gradprune.law.prices import Prices, ladder
 from ds_gradprune.law.progress_model import best_k
-from ds_gradprune.law.schedule import first_decision, scheduled, target_at
+from ds_gradprune.law.schedule import (
+    first_decision,
+    next_exchange,
+    patience,
+    scheduled,
+    target_at,
+)
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Seconds, keep_last
 
 COMPUTE_STEPS = 32
-"""Computation times behind their median: one step in five may have a straggler."""
+"""Steps whose computation times are behind their median: one in five may have a straggler."""
+
+COMPUTE_LEAST = 5
+"""Times of several steps each that suffice."""
 
 
 class PredictiveState(NamedTuple):
@@ -76,9 +85,8 @@ def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
         State and decision.
     """
     decision = first_decision(config)
-    return PredictiveState(
-        decision.density, PlanState(kept_per_chunk(config.density.initial))
-    ), decision
+    planned = PlanState(kept_per_chunk(config.density.initial), interval=config.sync_every)
+    return PredictiveState(decision.density, planned), decision
 
 
 def update(
@@ -92,18 +100,19 @@ def update(
         signals: what all ranks agreed on in `signals.step`.
 
     Returns:
-        The new state, and the decision for step `signals.step + 1`.
+        The new state, and the decision for the next exchange.
     """
+    planned = state.plan._replace(interval=config.sync_every)
+    interval = planned.interval
     net = network.observe(state.network, signals)
-    compute_s = signals.compute_time_s if signals.timed_density is not None else None
-    computes_s = keep_last(state.compute_times_s, compute_s, COMPUTE_STEPS)
-    heard = _listen(config, state, signals)
-    prices = network.prices_of(config, net, computes_s)
+    computes_s = _computes(state, signals, interval)
+    heard = _listen(config, state, signals, interval)
+    prices = network.prices_of(config, net, computes_s, interval)
     budget_s = _budget_s(config, state, prices, signals.step)
-    step, arm, planned = signals.step + 1, state.arm, state.plan
+    step, arm = next_exchange(config, signals.step, interval), state.arm
     choice = scheduled(config, step)
     if choice is None:
-        arm, verdict = _ask_arm(config, state, signals, heard)
+        arm, verdict = _ask_arm(config, state, signals, heard, interval)
         wanted = plan.choose(config, planned, net, prices, budget_s, is_guarded=arm.guard > 0)
         if signals.nonfinite and net.change is None:
             wanted = Choice(plan.inside(config, planned.k), Cause.HOLD, "")
@@ -124,10 +133,20 @@ def update(
         network_changed=net.change is not None,
         predicted_step_s=None if prices is None else prices.step_s(choice.k),
         rate_bytes_per_s=None if prices is None else 1.0 / prices.seconds_per_byte,
+        interval=interval,
     )
     return PredictiveState(
         density, planned, heard.window, heard.lows, arm, computes_s, net.state
     ), decision
+
+
+def _computes(state: PredictiveState, signals: StepSignals, interval: int) -> tuple[float, ...]:
+    """Computation of a step, the last ones, oldest first."""
+    compute_s = signals.compute_time_s
+    if signals.timed_density is None or compute_s is None:
+        return state.compute_times_s
+    most = patience(COMPUTE_STEPS, interval, COMPUTE_LEAST)
+    return keep_last(state.compute_times_s, compute_s / signals.interval, most)
 
 
 class _Heard(NamedTuple):
@@ -140,19 +159,29 @@ class _Heard(NamedTuple):
     leapt_up: bool
 
 
-def _listen(config: GradientPruningConfig, state: PredictiveState, signals: StepSignals) -> _Heard:
+def _listen(
+    config: GradientPruningConfig, state: PredictiveState, signals: StepSignals, interval: int
+) -> _Heard:
     """Clip the loss, put it into the window, and look at P."""
     loss, leapt_up, lows = None if signals.nonfinite else signals.loss, False, state.lows
     if loss is not None:
         loss, leapt_up, lows = outliers.clip(state.window.losses, lows, loss)
     window, p = learning.observe(
-        state.window, loss, window_size=config.window_size, form=config.performance_form
+        state.window,
+        loss,
+        window_size=config.window_losses(interval),
+        form=config.performance_form,
+        most=config.window_size,
     )
     return _Heard(window, lows, p, learning.is_usable(loss), leapt_up)
 
 
 def _ask_arm(
-    config: GradientPruningConfig, state: PredictiveState, signals: StepSignals, heard: _Heard
+    config: GradientPruningConfig,
+    state: PredictiveState,
+    signals: StepSignals,
+    heard: _Heard,
+    interval: int,
 ) -> tuple[ArmState, Verdict]:
     """What the losses ask for."""
     return loss_arm.judge(
@@ -163,8 +192,9 @@ def _ask_arm(
         is_spike=heard.leapt_up,
         is_nonfinite=signals.nonfinite,
         target=target_at(config, signals.step),
-        window_size=config.window_size,
+        window_size=config.window_losses(interval),
         form=config.performance_form,
+        steps=interval,
     )
 
 

@@ -1,10 +1,11 @@
 """What a density would cost, and the highest one that the budget affords.
 
-The model of one step: computation + codec(k) + overhead + seconds_per_byte * bytes(k), where both
-are straight lines: a payload is a header, the dense segments, and so many bits per kept element; a
-codec selects, and then takes so long per kept element. A dense step has its own bytes and its own,
-small, work beside the exchange. Its collective moves a byte in another time than the gather does:
-that is a factor, which is measured.
+The model of one step: computation + (codec(k) + exposed exchange) / interval. An exchange takes
+overhead + seconds_per_byte * bytes(k), and hides behind the computation of the steps that it
+travels through. Codec and bytes are straight lines: a payload is a header, the dense segments, and
+so many bits per kept element; a codec selects, and then takes so long per kept element. A dense
+step has its own bytes and its own, small, work beside the exchange. Its collective moves a byte in
+another time than the gather does: that is a factor, which is measured.
 
 The allowance for communication is what the budget leaves. Exchanges and computation scatter, so the
 law leaves `MARGIN` standard deviations of the two together. It spends the rest: a lower density
@@ -47,6 +48,7 @@ class Prices(NamedTuple):
         dense_bytes: of a dense exchange.
         dense_factor: seconds per byte of a dense exchange over those of a pruned one.
         hide_s: of a pruned exchange, so long it may travel while the computation goes on.
+        interval: optimizer steps that share an exchange.
     """
 
     compute_s: float
@@ -62,6 +64,7 @@ class Prices(NamedTuple):
     dense_bytes: float
     dense_factor: float
     hide_s: float = 0.0
+    interval: int = 1
 
     def comm_s(self, k: int) -> float:
         """Of an exchange with k kept elements per chunk; CHUNK_NUMEL: dense."""
@@ -72,17 +75,18 @@ class Prices(NamedTuple):
     def local_s(self, k: int) -> float:
         """Of a typical step, without its exchange."""
         if k == CHUNK_NUMEL:
-            return self.compute_s + self.dense_codec_s
-        return self.compute_s + self.codec_s + self.codec_per_k_s * k
+            return self.compute_s + self.dense_codec_s / self.interval
+        interval = self.interval
+        return self.compute_s + self.codec_s / interval + self.codec_per_k_s * k / interval
 
     def exposed_s(self, k: int) -> float:
-        """What an exchange adds to a step: all of it, less what hides behind the computation."""
+        """What an exchange is waited for: all of it, less what hides behind the computation."""
         hidden_s = 0.0 if k == CHUNK_NUMEL else self.hide_s
         return max(0.0, self.comm_s(k) - hidden_s)
 
     def step_s(self, k: int) -> float:
         """Of a typical step."""
-        return self.local_s(k) + self.exposed_s(k)
+        return self.local_s(k) + self.exposed_s(k) / self.interval
 
     @property
     def rate_text(self) -> str:
@@ -97,7 +101,9 @@ class Prices(NamedTuple):
     def margin_s(self, k: int) -> float:
         """What `fits` wants above `step_s` where only the exchange scatters, and a hair."""
         exposes = self.exposed_s(k) > 0.0
-        return MARGIN * self.noise * self.comm_s(k) * exposes + 1e-6 * self.step_s(k)
+        return MARGIN * self.noise * self.comm_s(k) * exposes / self.interval + 1e-6 * self.step_s(
+            k
+        )
 
     def fits(self, k: int, budget_s: float, margin: float = MARGIN) -> bool:
         """A step with k stays within the budget, `margin` standard deviations included."""
@@ -106,7 +112,7 @@ class Prices(NamedTuple):
         if step_s > budget_s:
             return False
         spread_s = min(self.spread_s, _SPREAD_MOST * (budget_s - self.compute_s))
-        return step_s + margin * hypot(self.noise * comm_s, spread_s) <= budget_s
+        return step_s + margin * hypot(self.noise * comm_s / self.interval, spread_s) <= budget_s
 
     def affordable_k(self, budget_s: float, k_min: int, k_max: int) -> int:
         """The highest k that fits, on the ladder; k_min if none does."""
@@ -115,8 +121,10 @@ class Prices(NamedTuple):
         # codec takes per kept element is counted with what its bytes take.
         least_s = self.overhead_s + self.seconds_per_byte * self.fixed_bytes
         codec_share = self.codec_per_k_s / (self.seconds_per_byte * self.bytes_per_k)
-        allowance_s = budget_s + self.hide_s - self.compute_s - self.codec_s
+        interval = self.interval
+        allowance_s = interval * budget_s + self.hide_s - interval * self.compute_s - self.codec_s
         allowance_s += codec_share * least_s
+        spread_s *= interval
         b = 1.0 + codec_share
         a = b * b - _squared(MARGIN * self.noise)
         square = allowance_s * allowance_s - _squared(MARGIN * spread_s)

@@ -1,4 +1,9 @@
-"""What goes by the step number alone: warm-up, ramp, and the targets of P(t)."""
+"""What goes by the step number alone: warm-up, ramp, the targets of P(t), and patience.
+
+Between islands an exchange may come every `sync_every` steps. The law's patience is meant in steps,
+because what it waits for is learning, or time that passes. So where exchanges are rare it waits for
+few of them.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,7 @@ def first_decision(config: GradientPruningConfig) -> Decision:
         performance=None,
         budget_s=config.step_time_budget_s,
         network_changed=False,
+        interval=config.sync_every,
     )
 
 
@@ -61,6 +67,30 @@ def _ramp_k(config: GradientPruningConfig, position: int) -> int:
     share = (position - 1) / (config.ramp_steps - 1)
     exact = CHUNK_NUMEL * first * arithmetic.power(last / first, share)
     return max(least, min(most, math.ceil(round(exact * _GRID) / _GRID)))
+
+
+def next_exchange(config: GradientPruningConfig, step: int, interval: int) -> int:
+    """The step that the next exchange follows; in the warm-up the next step.
+
+    The exchange that passes the ramp's end counts as at that end, so that none is skipped.
+
+    Args:
+        config: the validated block.
+        step: the step that the last exchange followed, counted from 1.
+        interval: optimizer steps from one exchange to the next.
+    """
+    position = step - config.warmup_steps
+    if position < 0 or interval == 1:
+        return step + 1
+    ahead, ramp_end = position + interval, max(1, config.ramp_steps)
+    if position < ramp_end:
+        ahead = min(ahead, ramp_end)
+    return config.warmup_steps + ahead
+
+
+def patience(steps: int, interval: int, least: int) -> int:
+    """So many exchanges are as long as `steps` steps, but never fewer than `least`."""
+    return max(least, -(-steps // interval))
 
 
 def target_at(config: GradientPruningConfig, step: int) -> float:

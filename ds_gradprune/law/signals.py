@@ -51,6 +51,7 @@ class StepSignals:
         wire_bytes: bytes one rank sent in the timed exchange, maximum over ranks.
         dense_bytes: bytes one rank would have sent in it without pruning; 0: unknown.
         skew_time_s: how long the first to arrive waited for the last; None when unknown.
+        interval: optimizer steps whose times these are; they are sums over them.
     """
 
     step: int
@@ -64,3 +65,4 @@ class StepSignals:
     wire_bytes: int
     dense_bytes: int
     skew_time_s: float | None = None
+    interval: int = 1

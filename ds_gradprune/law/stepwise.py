@@ -22,12 +22,22 @@ from ds_gradprune.law import alarm, learning
 from ds_gradprune.law.alarm import AlarmState
 from ds_gradprune.law.decision import Cause, Choice, Decision, Density, move, name
 from ds_gradprune.law.learning import LossWindow
-from ds_gradprune.law.schedule import first_decision, scheduled, target_at
+from ds_gradprune.law.schedule import (
+    first_decision,
+    next_exchange,
+    patience,
+    scheduled,
+    target_at,
+)
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Change, Seconds, is_time, keep_last, median
 
 STEP_FACTOR, CONFIRM_STEPS = 0.7, 3
-"""One move of the density, and the step times behind it unless the network has changed."""
+"""One move of the density, and the steps whose times are behind it unless the network has changed.
+"""
+
+CONFIRM_LEAST, LOCAL_LEAST = 2, 5
+"""Times of several steps each that suffice where exchanges are rare."""
 
 BUDGET_FACTOR, LOCAL_STEPS = 1.1, 16
 """Without a budget of the user's: so many times the median of a rank's own work, of so many."""
@@ -64,18 +74,21 @@ def update(
 ) -> tuple[StepwiseState, Decision]:
     """Take in one step's signals and decide for the step after it; see `law.update`."""
     loss = None if signals.nonfinite else signals.loss
-    form = config.performance_form
-    window, p = learning.observe(state.window, loss, window_size=config.window_size, form=form)
+    form, interval = config.performance_form, config.sync_every
+    window_size = config.window_losses(interval)
+    window, p = learning.observe(state.window, loss, window_size=window_size, form=form)
     alarms, change, locals_s = state.alarm, None, state.local_times_s
     if signals.timed_density is not None:
         alarms, change = alarm.watch(alarms, signals.comm_time_s, signals.wire_bytes)
         codec_s = signals.codec_time_s if is_time(signals.codec_time_s) else 0.0
         local_s = signals.compute_time_s
-        local_s = local_s + codec_s if is_time(local_s) else None
-        locals_s = keep_last(locals_s, local_s, LOCAL_STEPS)
+        local_s = (local_s + codec_s) / signals.interval if is_time(local_s) else None
+        locals_s = keep_last(locals_s, local_s, patience(LOCAL_STEPS, interval, LOCAL_LEAST))
     steps_s = state.step_times_s if change is None else ()
     if signals.timed_density == state.density:
-        steps_s = keep_last(steps_s, signals.step_time_s, CONFIRM_STEPS)
+        step_s = signals.step_time_s
+        step_s = None if step_s is None else step_s / signals.interval
+        steps_s = keep_last(steps_s, step_s, _confirming(interval))
     budget_s = config.step_time_budget_s
     if budget_s is None and locals_s:
         budget_s = BUDGET_FACTOR * median(locals_s)
@@ -85,7 +98,14 @@ def update(
     reason += "" if change is None else f"; exchanges became {change}"
     steps_s = steps_s if density == state.density else ()
     decision = Decision(
-        signals.step + 1, density, choice.cause, reason, p, budget_s, change is not None
+        next_exchange(config, signals.step, interval),
+        density,
+        choice.cause,
+        reason,
+        p,
+        budget_s,
+        change is not None,
+        interval=interval,
     )
     return after._replace(density=density, step_times_s=steps_s, change=going_on), decision
 
@@ -98,7 +118,7 @@ def _decide(
     budget_s: float | None,
 ) -> tuple[Choice, Change | None]:
     """The rules in their order, and the change that is still to be adjusted to."""
-    choice = scheduled(config, signals.step + 1)
+    choice = scheduled(config, next_exchange(config, signals.step, config.sync_every))
     if choice is not None:
         return choice, None
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
@@ -117,17 +137,25 @@ def _decide(
     step_s, numel = median(state.step_times_s), len(state.step_times_s)
     if step_s <= budget_s:
         text = f"{learned}, step {step_s:.3f} s within {budget_s:.3f} s"
-        return _adjust(state, signals, k, less, budget_s - step_s, text)
+        wanted = _confirming(config.sync_every)
+        return _adjust(state, signals, k, less, budget_s - step_s, text, wanted)
     kind = "an automatic" if config.step_time_budget_s is None else "the"
     text = f"step {step_s:.3f} s over {kind} budget of {budget_s:.3f} s"
-    if numel < CONFIRM_STEPS and state.change != "slower":
-        return _hold(k, f"{text} in {numel} of {CONFIRM_STEPS} steps"), state.change
+    wanted = _confirming(config.sync_every)
+    if numel < wanted and state.change != "slower":
+        return _hold(k, f"{text} in {numel} of {wanted} steps"), state.change
     going_on = state.change if state.change == "slower" else None
     return Choice(more, Cause.OVER_BUDGET, f"{text}: {move(k, more)}"), going_on
 
 
 def _adjust(
-    state: StepwiseState, signals: StepSignals, k: int, less: int, room_s: float, text: str
+    state: StepwiseState,
+    signals: StepSignals,
+    k: int,
+    less: int,
+    room_s: float,
+    text: str,
+    wanted: int,
 ) -> tuple[Choice, Change | None]:
     """Both hold: prune less if a faster network allows it."""
     if state.change != "faster" or less == k:
@@ -137,13 +165,19 @@ def _adjust(
         return _hold(k, text), state.change
     # Headers and dense segments do not grow with k: this is the most that the next step can take.
     dense_growth = signals.dense_bytes / signals.wire_bytes
-    more_s = ((dense_growth if less == CHUNK_NUMEL else less / k) - 1.0) * signals.comm_time_s
+    growth = dense_growth if less == CHUNK_NUMEL else less / k
+    more_s = (growth - 1.0) * signals.comm_time_s / signals.interval
     if more_s > room_s:
-        is_sure = len(state.step_times_s) >= CONFIRM_STEPS
+        is_sure = len(state.step_times_s) >= wanted
         text = f"{text}, and {more_s:.3f} s more at {name(less)}"
         return _hold(k, text), None if is_sure else state.change
     text = f"{text}, and {more_s:.3f} s more on the faster link: {move(k, less)}"
     return Choice(less, Cause.NETWORK_CHANGED, text), state.change
+
+
+def _confirming(interval: int) -> int:
+    """Step times behind a move."""
+    return patience(CONFIRM_STEPS, interval, CONFIRM_LEAST)
 
 
 def _hold(k: int, text: str) -> Choice:

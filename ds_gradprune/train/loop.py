@@ -25,7 +25,7 @@ from ds_gradprune.law.state import from_plain, to_plain
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.train.stopwatch import Stopwatch
 
-FORMAT = 2
+FORMAT = 3
 """Of the state in a checkpoint."""
 
 
@@ -35,6 +35,7 @@ class Timed:
 
     Attributes:
         density: kept / all, as used.
+        steps: optimizer steps whose computation was measured with it.
         compute_time_s: None: not seen from its start.
         codec_time_s: select, encode, decode, apply.
         comm_time_s: waiting for the exchange.
@@ -43,6 +44,7 @@ class Timed:
     """
 
     density: float
+    steps: int
     compute_time_s: float | None
     codec_time_s: float
     comm_time_s: float
@@ -58,6 +60,7 @@ class LoopState:
         step: finished optimizer steps.
         last_exchange: the step that the last exchange followed; 0: none yet.
         reported: the step that the last finished exchange followed.
+        measured: steps that were finished when it was.
         agreement: running crc of decisions and of hashes of the weights.
         law: state of the law.
         decision: what holds for the next exchange.
@@ -69,6 +72,7 @@ class LoopState:
     step: int
     last_exchange: int
     reported: int
+    measured: int
     agreement: int
     law: law.State
     decision: Decision
@@ -96,23 +100,19 @@ class Loop:
     def __init__(self, config: GradientPruningConfig, clock: Callable[[], float]) -> None:
         self._config = config
         self._every = config.sync_every if config.prune == "update" else 1
-        self._law_config = config
-        if config.step_time_budget_s is not None and self._every > 1:
-            # The law compares its budget with the time from one exchange to the next.
-            budget_s = config.step_time_budget_s * self._every
-            self._law_config = config.model_copy(update={"step_time_budget_s": budget_s})
         self.stopwatch = Stopwatch(clock)
-        self.step = self.last_exchange = self._reported = self._agreement = 0
+        self.step = self.last_exchange = self._reported = self._measured = self._agreement = 0
+        self._has_stepped = False
         self.totals = Totals()
         self.report: StepReport | None = None
         self._timed: Timed | None = None
-        self._law, self.decision = law.start(self._law_config)
+        self._law, self.decision = law.start(config)
 
     def restart(self) -> None:
         """As before the first step: nothing is known."""
-        state, decision = law.start(self._law_config)
+        state, decision = law.start(self._config)
         empty = Stopwatch(lambda: 0.0).state_dict()
-        self.take(LoopState(0, 0, 0, 0, state, decision, None, Totals(), empty))
+        self.take(LoopState(0, 0, 0, 0, 0, state, decision, None, Totals(), empty))
 
     @property
     def exchange_step(self) -> int:
@@ -128,14 +128,20 @@ class Loop:
         """The step's first forward begins; further calls in the same step change nothing."""
         self.stopwatch.start()
 
+    def stepped(self) -> None:
+        """The optimizer has stepped in the step under way."""
+        self._has_stepped = True
+
     def begin_exchange(self) -> None:
-        """An exchange follows the step under way."""
+        """An exchange follows the step under way, whose optimizer has stepped."""
+        self.stepped()
         self.last_exchange = self.exchange_step
 
     def end_step(self) -> None:
         """The optimizer has stepped, and whatever exchange there was has begun or is over."""
         self.stopwatch.pause()
         self.step += 1
+        self._has_stepped = False
 
     def signals(
         self, loss: float | None, *, nonfinite: bool = False, written: bool = False
@@ -148,13 +154,10 @@ class Loop:
             written: somebody else has written this rank's weights.
         """
         timed = self._timed
-        compute_s = None if timed is None else timed.compute_time_s
-        if self._every > 1 and self.last_exchange <= self._config.warmup_steps:
-            compute_s = None  # of single dense steps: not those of an interval
         return RankSignals(
             loss=loss,
             nonfinite=nonfinite,
-            compute_time_s=compute_s,
+            compute_time_s=None if timed is None else timed.compute_time_s,
             codec_time_s=0.0 if timed is None else timed.codec_time_s,
             comm_time_s=0.0 if timed is None else timed.comm_time_s,
             wire_bytes=0 if timed is None else timed.wire_bytes,
@@ -163,7 +166,11 @@ class Loop:
         )
 
     def finish_exchange(
-        self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int
+        self,
+        ranks: Sequence[RankSignals],
+        *,
+        wire_bytes: int,
+        dense_bytes: int,
     ) -> StepReport:
         """The exchange that was begun is over: decide for the next one.
 
@@ -177,24 +184,20 @@ class Loop:
         """
         used, before, step = self.decision, self._timed, self.last_exchange
         times, is_seen = self.stopwatch.lap()
+        finished = self.step + self._has_stepped
         timed = Timed(
             used.density,
+            max(1, finished - self._measured),
             times.compute_s if is_seen else None,
             times.codec_s,
             times.wire_s + times.hidden_s,
             wire_bytes,
             dense_bytes,
         )
-        signals = aggregate(
-            step,
-            ranks,
-            None if before is None else before.density,
-            0 if before is None else before.dense_bytes,
-            0.0 if before is None or before.density == 1.0 else self._config.hidden_share,
-        )
-        self._law, self.decision = law.update(self._law_config, self._law, self._ahead(signals))
+        signals = self._aggregate(step, ranks, before)
+        self._law, self.decision = law.update(self._config, self._law, signals)
         steps, self._reported = step - self._reported, step
-        self._timed = timed
+        self._timed, self._measured = timed, finished
         self._agree(struct.pack("<Id", self.decision.step, self.decision.density))
         self.report = StepReport(
             step=step,
@@ -234,6 +237,7 @@ class Loop:
             "step": self.step,
             "last_exchange": self.last_exchange,
             "reported": self._reported,
+            "measured": self._measured,
             "agreement": self._agreement,
             "law": law.to_plain(self._law),
             "decision": to_plain(self.decision),
@@ -259,8 +263,9 @@ class Loop:
             int(state["step"]),
             int(state["last_exchange"]),
             int(state["reported"]),
+            int(state["measured"]),
             int(state["agreement"]),
-            law.restore(self._law_config, state["law"]),
+            law.restore(self._config, state["law"]),
             from_plain(Decision, state["decision"]),
             None if timed is None else from_plain(Timed, timed),
             from_plain(Totals, state["totals"]),
@@ -270,7 +275,7 @@ class Loop:
     def take(self, state: LoopState) -> None:
         """Continue from a state; its report is not kept."""
         self.step, self.last_exchange = state.step, state.last_exchange
-        self._reported = state.reported
+        self._reported, self._measured = state.reported, state.measured
         self._agreement = state.agreement
         self._law, self.decision = state.law, state.decision
         self._timed, self.totals = state.timed, state.totals
@@ -282,15 +287,14 @@ class Loop:
     def _agree(self, data: bytes) -> None:
         self._agreement = zlib.crc32(data, self._agreement)
 
-    def _ahead(self, signals: StepSignals) -> StepSignals:
-        """The signals as of the step before the next exchange: the law decides for the one after.
-
-        The exchange that passes the ramp's end is decided for that end, so that none is skipped.
-        """
-        position = signals.step - self._config.warmup_steps
-        if position < 0 or self._every == 1:
-            return signals
-        ahead, ramp_end = position + self._every, max(1, self._config.ramp_steps)
-        if position < ramp_end:
-            ahead = min(ahead, ramp_end)
-        return dataclasses.replace(signals, step=self._config.warmup_steps + ahead - 1)
+    def _aggregate(
+        self, step: int, ranks: Sequence[RankSignals], before: Timed | None
+    ) -> StepSignals:
+        """What all ranks said as one record; the times are of the exchange before."""
+        if before is None:
+            return aggregate(step, ranks, None, 0)
+        hidden_steps = 0 if before.density == 1.0 else self._config.delay_steps
+        share = min(1.0, hidden_steps / before.steps)
+        return aggregate(
+            step, ranks, before.density, before.dense_bytes, share, interval=before.steps
+        )

@@ -394,11 +394,29 @@ def test_overlap_is_refused_where_gradients_are_pruned() -> None:
         load({"prune": "gradient", "overlap": "auto"})
 
 
-def test_window_counts_exchanges() -> None:
-    block = {"prune": "update", "sync_every": 16, "warmup_steps": 100, "window_size": 128}
-    assert load(block, total_steps=100 + 16 * 29).window_size == 128
-    with pytest.raises(ConfigError, match="less than the run's 128 exchanges in 548 steps"):
-        load(block, total_steps=100 + 16 * 28)
+def test_window_counts_steps_of_which_islands_tell_one_loss_per_exchange() -> None:
+    block = {"prune": "update", "sync_every": 16, "warmup_steps": 8, "window_size": 128}
+    assert load(block, total_steps=8 + 16 * 9).window_size == 128
+    with pytest.raises(ConfigError, match="less than the run's 16 exchanges in 136 steps"):
+        load(block, total_steps=8 + 16 * 8)
+
+
+@pytest.mark.parametrize(
+    ("window_size", "interval", "losses"),
+    [
+        (128, 1, 128),
+        (128, 2, 64),
+        (130, 4, 33),
+        (128, 8, 16),
+        (128, 32, 16),
+        (4, 1, 4),
+        (10, 5, 10),
+    ],
+)
+def test_window_in_losses_is_never_so_short_that_noise_hides_a_rise(
+    window_size: int, interval: int, losses: int
+) -> None:
+    assert load({"window_size": window_size}).window_losses(interval) == losses
 
 
 # --- one message ----------------------------------------------------------------------------------
