@@ -29,6 +29,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from ds_gradprune.deepspeed.crowd import warn_of_crowd
 from ds_gradprune.errors import UnsupportedError
 
 _FIELD = "gradient_pruning.island.ranks"
@@ -160,7 +161,10 @@ class Groups:
     def __init__(self, ranks: int | None = None) -> None:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
-        self.num_shards = ranks_per_island(_gather(Seat.here()), ranks)
+        seats = _gather(Seat.here())
+        self.num_shards = ranks_per_island(seats, ranks)
+        if self._rank == 0:
+            warn_of_crowd(seats, self.num_shards)
         self.num_islands = self._world_size // self.num_shards
         self.island, self.shard = divmod(self._rank, self.num_shards)
         self.everyone: Any = groups._clone_world_group()

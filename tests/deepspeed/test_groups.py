@@ -12,6 +12,7 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.filterwarnings("default")
 
 from ds_gradprune.deepspeed import groups  # noqa: E402
+from ds_gradprune.deepspeed.crowd import crowd  # noqa: E402
 from ds_gradprune.deepspeed.groups import Seat, ranks_per_island  # noqa: E402
 
 
@@ -42,6 +43,17 @@ def test_given_ranks_win_over_hosts() -> None:
     assert ranks_per_island(seats(3, 1), 2) == 2
     scattered = [Seat(0, 2, "a"), Seat(0, 2, "b"), Seat(1, 2, "a"), Seat(1, 2, "b")]
     assert ranks_per_island(scattered, 1) == 1
+
+
+def test_islands_that_share_a_hosts_link_are_warned_of() -> None:
+    """Two ranks of each host crossed the network, and not one word said so."""
+    assert crowd(seats(2, 2), 2) is None
+    assert crowd(seats(4), 1) is None
+    assert crowd(seats(1, 1), 1) is None
+    text = crowd(seats(2, 2), 1)
+    assert text is not None
+    assert text.startswith("the 2 ranks of a host form 2 islands, and each sends its own exchange")
+    assert "3 islands" in (crowd(seats(3, 3), 1) or "")
 
 
 def test_given_ranks_must_divide_all() -> None:
