@@ -36,7 +36,7 @@ from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout, kept_per_chunk
 from ds_gradprune.bucket.select import select
 from ds_gradprune.codec.places import places_bytes
 from ds_gradprune.law.signals import RankSignals
-from labs.race.page import commit, machine
+from labs.machine import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = RankSignals(3.0, False, 0.1, 0.01, 0.02, 100_000, 0)

@@ -32,10 +32,11 @@ from ds_gradprune.errors import ConfigError
 from labs.control import page
 from labs.control.bed import Route, Trip, drive, summarize
 from labs.control.page import markdown_table, text_table
+from labs.machine import machine
 from labs.race.command import LEARNING_RATES, answer, make_recipe, open_place, say
 from labs.race.crew import ROOT, crew
 from labs.race.methods import parse_methods
-from labs.race.page import machine, setting
+from labs.race.page import setting
 from labs.race.plots import load_pyplot
 from textgen.model import SIZES
 from textgen.prepare import prepare

@@ -15,7 +15,8 @@ from labs.control import page, replay, traces
 from labs.control.campaign import HOSTS, follow, run_all
 from labs.control.laws import NAMES
 from labs.control.traces import BEGIN_STEPS
-from labs.race.page import machine, setting
+from labs.machine import machine
+from labs.race.page import setting
 from labs.race.plots import load_pyplot
 
 DRAWN = ("predictive", "stepwise", "seed_0.7", "model_cusum")

@@ -13,6 +13,10 @@ A finished run is one line of convergence_runs.jsonl beside --out. A run that is
 again, by whichever grid, so a grid can be stopped at any time, and widened. Beside --out lie the
 page (.md) and the picture (.png). Every run takes one thread; --jobs 2 makes two at a time.
 
+With --device cuda the islands train on the accelerator. The product exchanges on the host, or with
+--exchange-device cuda on the accelerator. A run's key names the device, unless it is the CPU.
+`labs.convergence.campaign` makes the runs of many grids there, side by side.
+
 The last line of stdout is one JSON document: {"rows": [{"method", "bits_per_param", "val_loss",
 "gap_pct", "gap_std", "gap_error", "seeds", ...}]}, dense included.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,8 @@ class Setting:
         workers: simulated ranks, one per host.
         steps: optimizer steps.
         seed: of weights and data.
+        device: where the workers train.
+        exchange_device: where the product exchanges; the same device, or the host.
     """
 
     gpt: Gpt
@@ -30,23 +33,26 @@ class Setting:
     workers: int
     steps: int
     seed: int
+    device: str = "cpu"
+    exchange_device: str = "cpu"
 
     def decayed(self) -> torch.Tensor:
         """(numel,) 1.0 for elements of matrices, 0.0 for those of vectors."""
-        return torch.cat([torch.full((s.numel(),), float(len(s) > 1)) for s in self.gpt.shapes])
+        parts = [torch.full((s.numel(),), float(len(s) > 1)) for s in self.gpt.shapes]
+        return torch.cat(parts).to(self.device)
 
 
 class Simulation(abc.ABC):
     """N workers in one process.
 
     Attributes:
-        shared: (1, numel), the weights that are evaluated; always this tensor, changed in place.
+        shared: (1, numel), the weights that are evaluated.
         received_bits: by one worker, after warm-up, so far.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.shared = setting.gpt.initial(setting.seed)[None]
+        self.shared = setting.gpt.initial(setting.seed)[None].to(setting.device)
         self.received_bits = 0.0
 
     @abc.abstractmethod
@@ -80,8 +86,16 @@ class SharedGradient(Simulation):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.adam = AdamW(1, setting.decayed(), setting.train)
-        self._joint = Gradients(setting.gpt, 1)
-        self.apart = Gradients(setting.gpt, setting.workers)
+
+    @functools.cached_property
+    def _joint(self) -> Gradients:
+        """One worker with everyone's sequences."""
+        return Gradients(self.setting.gpt, 1, self.setting.device)
+
+    @functools.cached_property
+    def apart(self) -> Gradients:
+        """All workers, each with its own."""
+        return Gradients(self.setting.gpt, self.setting.workers, self.setting.device)
 
     def dense_step(self, tokens: torch.Tensor, lr: float) -> float:
         """AdamW on the mean gradient: one worker with everyone's sequences."""
@@ -103,9 +117,13 @@ class DenseSimulation(SharedGradient):
 
     def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
         """See `Simulation.step`; bits are those of a ring all-reduce of fp32."""
+        self.count(step)
+        return self.dense_step(tokens, lr)
+
+    def count(self, step: int) -> None:
+        """Count the bits of a step."""
         if step >= self.setting.train.warmup_steps:
             self.received_bits += ring_bits(32.0 * self.setting.gpt.numel, self.setting.workers)
-        return self.dense_step(tokens, lr)
 
 
 class Accumulated(Simulation):

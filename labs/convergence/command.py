@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,11 @@ from ds_gradprune.errors import ConfigError, GradPruneError
 from labs.convergence import page, plot
 from labs.convergence.base import Setting
 from labs.convergence.gpt import HAS_BF16_PRODUCTS, Gpt
-from labs.convergence.grid import Grid, Method, read_grid
+from labs.convergence.grid import Grid, Method, Train, read_grid
 from labs.convergence.store import Store, keys_of
 from labs.convergence.table import comparable, rows_of
 from labs.convergence.text import Text
-from labs.convergence.trial import run_trial
+from labs.convergence.trial import can_stack, run_stack, run_trial
 
 RUNS = "convergence_runs.jsonl"
 """Finished runs of all grids whose --out lies in one folder: a dense run serves them all."""
@@ -62,6 +62,11 @@ def main(description: str | None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. S - 1")
     parser.add_argument("--out", type=Path, required=True, help="JSON; page and picture beside it")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one process each")
+    parser.add_argument("--device", default="cpu", help="where the workers train")
+    parser.add_argument("--exchange-device", default="cpu", help="where the product exchanges")
+    parser.add_argument(
+        "--stored", action="store_true", help="make no run: a page of what is there"
+    )
     parser.add_argument("--no-plot", action="store_true", help="no picture, needs no matplotlib")
     options = parser.parse_args()
     try:
@@ -81,7 +86,15 @@ def run_grid(options: argparse.Namespace) -> dict[str, Any]:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     store = Store(options.out.with_name(RUNS))
     every = [
-        _wanted(options, grid, method, seed, text.digest)
+        wanted_run(
+            grid,
+            method,
+            steps=options.steps,
+            workers=options.workers,
+            seed=seed,
+            text=text.digest,
+            device=options.device,
+        )
         for seed in range(options.seeds)
         for method in grid.with_dense()
     ]
@@ -96,6 +109,12 @@ def run_grid(options: argparse.Namespace) -> dict[str, Any]:
             result = _publish(options, grid, text, ready)
 
     publish()
+    if options.stored:
+        if not result:
+            raise ConfigError(
+                [f"--stored needs a dense run of the grid in {store.path}, got none."]
+            )
+        return result
     missing = {number: wanted for number, wanted in enumerate(every) if number not in runs}
     for number, run in _made(options, grid, missing):
         store.add(run)
@@ -105,12 +124,9 @@ def run_grid(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _wanted(
-    options: argparse.Namespace, grid: Grid, method: Method, seed: int, digest: str
-) -> Wanted:
-    key, first_key = keys_of(
-        grid, method, steps=options.steps, workers=options.workers, seed=seed, text=digest
-    )
+def wanted_run(grid: Grid, method: Method, *, seed: int, **where: Any) -> Wanted:
+    """A run of the grid; `where` as `store.keys_of` takes it."""
+    key, first_key = keys_of(grid, method, seed=seed, **where)
     return Wanted(method, seed, key, first_key)
 
 
@@ -126,11 +142,12 @@ def _made(
     options: argparse.Namespace, grid: Grid, missing: dict[int, Wanted]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Make runs, in order with one job, else as they end."""
-    make = functools.partial(make_run, grid, options.text, options.steps, options.workers)
+    where = (options.device, options.exchange_device)
+    make = functools.partial(make_runs, grid, options.text, options.steps, options.workers, *where)
     if options.jobs == 1:
         torch.set_num_threads(1)
         for number, wanted in missing.items():
-            yield number, make(wanted)
+            yield number, make([wanted])[0]
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
@@ -138,31 +155,67 @@ def _made(
     )
     with contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
-        numbers = {pool.submit(make, wanted): number for number, wanted in missing.items()}
+        numbers = {pool.submit(make, [wanted]): number for number, wanted in missing.items()}
         for future in as_completed(numbers):
-            yield numbers[future], future.result()
+            yield numbers[future], future.result()[0]
 
 
-def make_run(grid: Grid, path: Path, steps: int, workers: int, wanted: Wanted) -> dict[str, Any]:
-    """One run and everything that its record says, in this process."""
+def make_runs(
+    grid: Grid,
+    path: Path,
+    steps: int,
+    workers: int,
+    device: str,
+    exchange_device: str,
+    wanted: Sequence[Wanted],
+) -> list[dict[str, Any]]:
+    """Runs and everything that their records say, in this process; side by side if they can."""
     text = _text(path, grid.model.context)
-    train = grid.train_of(wanted.method)
     gpt = Gpt(grid.model, text.vocab_size)
-    figures = run_trial(Setting(gpt, train, workers, steps, wanted.seed), wanted.method, text)
+    trains = [grid.train_of(one.method) for one in wanted]
+    settings = [
+        Setting(gpt, train, workers, steps, one.seed, device, exchange_device)
+        for one, train in zip(wanted, trains, strict=True)
+    ]
+    methods = [one.method for one in wanted]
+    if len(wanted) > 1 and all(can_stack(method) for method in methods):
+        figures = run_stack(settings, methods, text)
+    else:
+        figures = [run_trial(*pair, text) for pair in zip(settings, methods, strict=True)]
+    runs = zip(wanted, trains, figures, strict=True)
+    return [_record(one, gpt.numel, workers, device, train, own) for one, train, own in runs]
+
+
+def _record(
+    wanted: Wanted,
+    numel: int,
+    workers: int,
+    device: str,
+    train: Train,
+    figures: dict[str, Any],
+) -> dict[str, Any]:
+    where = {} if device == "cpu" else {"environment": page.environment()}
     return {
         "key": wanted.key,
         "method": wanted.method.name,
         "seed": wanted.seed,
-        "numel": gpt.numel,
+        "numel": numel,
         **figures,
         "kind": wanted.method.label,
         "settings": wanted.method.settings(),
         "train": train.model_dump(),
         "load": os.getloadavg()[0],
-        "commit": page.environment()["commit"],
+        "commit": page.commit_of_this(),
         "workers": workers,
+        "device": device_name(device),
+        **where,
         "has_bf16_products": HAS_BF16_PRODUCTS,
     }
+
+
+def device_name(device: str) -> str:
+    """What trained, for the record: "cpu", or the accelerator's name."""
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -188,7 +241,8 @@ def _publish(
         "text": {"digest": text.digest, "vocab_size": text.vocab_size},
         "run_s": sum(run["run_s"] for run in runs),
         "cpu_s": sum(run["cpu_s"] for run in runs),
-        "environment": page.environment(),
+        "environment": runs[0].get("environment") or page.environment(),
+        "device": runs[0].get("device", "cpu"),
         "grid": json.loads(options.grid.read_text(encoding="utf-8")),
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

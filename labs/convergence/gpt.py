@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from labs.convergence.grid import Model
+from labs.convergence.recorded import Recorded
 
 
 class Gpt:
@@ -80,7 +81,7 @@ class Gpt:
         workers, batch, length = tokens.shape
         context, width, heads = length - 1, self.shape.n_embd, self.shape.n_head
         table, places, *rest = weights
-        shift = torch.arange(workers)[:, None, None] * self.vocab_size
+        shift = torch.arange(workers, device=tokens.device)[:, None, None] * self.vocab_size
         stream = F.embedding(tokens[..., :-1] + shift, table.flatten(0, 1))
         stream = (stream + places[:, None, :context]).view(workers, batch * context, width)
         for at in range(0, len(rest) - 1, 6):
@@ -100,13 +101,14 @@ class Gpt:
 
 
 HAS_BF16_PRODUCTS = "AVX512" in torch.backends.cpu.get_cpu_capability()
-"""Without AVX-512 PyTorch multiplies bf16 matrices eighty times slower than fp32 ones."""
+"""Of the processor. Without AVX-512 PyTorch multiplies bf16 matrices eighty times slower than fp32
+ones."""
 
 
 class _BmmBfloat16(torch.autograd.Function):
     """A batched product of bfloat16 factors, there and back; everything around it stays fp32.
 
-    Where the processor has no such product the rounded factors are multiplied as fp32 and the
+    Where a processor has no such product the rounded factors are multiplied as fp32 and the
     result is rounded: the same but for the order in which fp32 sums are added up.
     """
 
@@ -130,12 +132,12 @@ class _BmmBfloat16(torch.autograd.Function):
 
 def _factor(values: torch.Tensor) -> torch.Tensor:
     rounded = values.bfloat16()
-    return rounded if HAS_BF16_PRODUCTS else rounded.float()
+    return rounded if rounded.is_cuda or HAS_BF16_PRODUCTS else rounded.float()
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     product = torch.bmm(left, right)
-    return product.float() if HAS_BF16_PRODUCTS else product.bfloat16().float()
+    return product.bfloat16().float()  # a bf16 product is one already
 
 
 def _bmm_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -150,24 +152,36 @@ def _norm(stream: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 class Gradients:
     """Loss and gradient of all workers, written into one matrix that is reused.
 
+    On an accelerator the pass is recorded once, as a CUDA graph, and replayed: a small model's
+    pass is some hundred kernels of microseconds, which Python could not start as fast.
+
     Args:
         gpt: the model.
         workers: rows.
+        device: where the rows are.
 
     Attributes:
         weights: (workers, numel); the caller writes it.
         gradient: (workers, numel) of the last call.
     """
 
-    def __init__(self, gpt: Gpt, workers: int) -> None:
+    def __init__(self, gpt: Gpt, workers: int, device: str = "cpu") -> None:
         self._gpt = gpt
-        self.weights = torch.zeros(workers, gpt.numel)
-        self.gradient = torch.zeros(workers, gpt.numel)
+        self.weights = torch.zeros(workers, gpt.numel, device=device)
+        self.gradient = torch.zeros(workers, gpt.numel, device=device)
+        self._recorded: Recorded | None = None
         self._leaves = [view.detach().requires_grad_() for view in gpt.views(self.weights)]
         self._parts = gpt.views(self.gradient)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Fill `gradient` with every worker's own; (workers,) losses."""
+        if not tokens.is_cuda:
+            return self._fill(tokens)
+        if self._recorded is None:
+            self._recorded = Recorded(self._fill, tokens)
+        return self._recorded(tokens)
+
+    def _fill(self, tokens: torch.Tensor) -> torch.Tensor:
         losses = self._gpt.losses(self._leaves, tokens)
         for part, grad in zip(
             self._parts, torch.autograd.grad(losses.sum(), self._leaves), strict=True
@@ -181,6 +195,6 @@ def validation_loss(gpt: Gpt, weights: torch.Tensor, sequences: torch.Tensor) ->
     """Mean loss of (numel,) weights over (n, context + 1) sequences, nats per token."""
     views = gpt.views(weights[None])
     total = 0.0
-    for rows in sequences.split(64):
+    for rows in sequences.split(1024 if sequences.is_cuda else 64):
         total += float(gpt.losses(views, rows[None])) * len(rows)
     return total / len(sequences)

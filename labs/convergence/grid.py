@@ -21,11 +21,13 @@ Positive = Annotated[float, pydantic.Field(gt=0.0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 
 
-class _Strict(pydantic.BaseModel):
+class Strict(pydantic.BaseModel):
+    """JSON in which an unknown key is an error."""
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-class Model(_Strict):
+class Model(Strict):
     """A GPT shape; the vocabulary is the bytes that occur in the text.
 
     Attributes:
@@ -39,7 +41,7 @@ class Model(_Strict):
     matmul: Literal["fp32", "bf16"] = "fp32"
 
 
-class Train(_Strict):
+class Train(Strict):
     """Hyper-parameters of AdamW and of the data; the same for every method unless it says so.
 
     Attributes:
@@ -71,7 +73,7 @@ class Train(_Strict):
         return self.model_copy(update={"warmup_steps": 0})
 
 
-class Method(_Strict):
+class Method(Strict):
     """What all methods have.
 
     Attributes:
@@ -159,6 +161,11 @@ class Update(Pruned):
             product lets them; False: they wait.
         local_lr: factor of the learning rate on the islands, after warm-up. Not a key of the
             product: its user sets the learning rate.
+        lone_scale: not the product's: the scale of an element that one island alone has sent.
+        flush_steps: not the product's: so many last steps have `flush_density`.
+        flush_density: see `flush_steps`.
+        seen_steps: not the product's: with "reset", own weights act at once on what was not sent,
+            but for no more than so many learning rates of every element.
     """
 
     kind: Literal["update"]
@@ -169,6 +176,10 @@ class Update(Pruned):
     slow_momentum: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
     overlap: Literal["auto", False] = False
     local_lr: Positive = 1.0
+    lone_scale: Positive | None = None
+    flush_steps: Annotated[int, pydantic.Field(ge=0)] = 0
+    flush_density: Share = 0.125
+    seen_steps: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
 
     def _block(self, warmup_steps: int) -> dict[str, Any]:
         own = self.model_dump(
@@ -223,7 +234,7 @@ AnyMethod = Annotated[
 ]
 
 
-class Grid(_Strict):
+class Grid(Strict):
     """A whole grid file.
 
     Attributes:

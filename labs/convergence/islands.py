@@ -20,9 +20,10 @@ from ds_gradprune.train.outer import make_rule, update_scale
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.channel import Channel
-from labs.convergence.adamw import clip_
+from labs.convergence.adamw import clip_, learning_rate
 from labs.convergence.base import Setting, SharedGradient
 from labs.convergence.grid import DiLoCo, Update
+from labs.convergence.ideas import Counted, let_see
 from labs.convergence.nesterov import Nesterov
 from labs.convergence.ranks import SILENT, Ranks, RowShards
 
@@ -32,15 +33,16 @@ class IslandSimulation(SharedGradient, abc.ABC):
 
     Attributes:
         islands: one per worker; empty in the warm-up.
+        method: of the grid.
     """
 
     def __init__(self, setting: Setting, method: Update | DiLoCo) -> None:
         super().__init__(setting)
         self.islands: list[Islands] = []
+        self.method: Update | DiLoCo = method
         self._ranks = Ranks(setting.workers, method.exchange)
         self._in_turn = method.exchange == "all_gather"
-        self._local_lr = method.local_lr
-        self._every = method.sync_every
+        self._trained = self._own = torch.zeros(0)
         self._begun: list[Prepared] = []
         self._begun_after = self._lands_after = 0
 
@@ -63,25 +65,48 @@ class IslandSimulation(SharedGradient, abc.ABC):
         if alone <= 0:
             return self.dense_step(tokens, lr)
         if not self.islands:
-            self._part()
+            self.part(self.apart.weights)
+            self.adam = self.adam.copied(self.setting.workers)
         loss = float(self.apart(tokens).mean())
         clip_(self.apart.gradient, self.setting.train.clip)
-        self.adam.step(self.apart.weights, self.apart.gradient, lr * self._local_lr)
+        self.adam.step(self.apart.weights, self.apart.gradient, lr * self.method.local_lr)
+        self.exchange(step)
+        return loss
+
+    def part(self, trained: torch.Tensor) -> None:
+        """The dense run becomes one island per worker.
+
+        Args:
+            trained: (workers, numel), what their optimizers will step.
+        """
+        self._trained = self._own = trained
+        trained.copy_(self.shared.expand_as(trained))
+        if self.setting.exchange_device != self.setting.device:
+            self._own = torch.empty(trained.shape, pin_memory=trained.is_cuda)
+            self._fetch()
+        for row, channel in zip(self._own, self._ranks.channels, strict=True):
+            shards = RowShards(self.setting.gpt.views(row[None]))
+            self.islands.append(self.make(SharedWeights(shards), channel))
+
+    def committed(self) -> None:
+        """An exchange has been applied on all ranks."""
+
+    def exchange(self, step: int) -> None:
+        """What the product does after an optimizer step, counted from 0."""
         if self._begun and step + 1 == self._lands_after:
             self._land()
-        if alone % self._every == 0:
+        if (step + 1 - self.setting.train.warmup_steps) % self.method.sync_every == 0:
             self._begin(step + 1)
             # The run's last exchange is waited for, as a checkpoint waits for it.
             if not self.delay_steps or step + 1 == self.setting.steps:
                 self._land()
-        return loss
 
     @torch.no_grad()
     def flushed(self) -> torch.Tensor:
         """See `Simulation.flushed`."""
         flushed = self.shared[0].clone()
         for number, islands in enumerate(self.islands):
-            flushed.add_(self._owed(number), alpha=islands.factor)
+            flushed.add_(self._owed(number).to(flushed.device), alpha=islands.factor)
         return flushed
 
     def notes(self) -> dict[str, float]:
@@ -97,15 +122,8 @@ class IslandSimulation(SharedGradient, abc.ABC):
         """See `Simulation.close`."""
         self._ranks.close()
 
-    def _part(self) -> None:
-        """The dense run becomes one island per worker."""
-        self.apart.weights.copy_(self.shared.expand_as(self.apart.weights))
-        self.adam = self.adam.copied(self.setting.workers)
-        for row, channel in zip(self.apart.weights, self._ranks.channels, strict=True):
-            shards = RowShards(self.setting.gpt.views(row[None]))
-            self.islands.append(self.make(SharedWeights(shards), channel))
-
     def _begin(self, step: int) -> None:
+        self._fetch()
         k, hides = self.k(step), self.delay_steps > 0
         self._begun = [
             islands.prepare(k, step=step, signals=SILENT, hides=hides) for islands in self.islands
@@ -119,6 +137,8 @@ class IslandSimulation(SharedGradient, abc.ABC):
         def deliver(prepared: Prepared) -> None:
             refuse(prepared.deliver(), self._begun_after)
 
+        if self.delay_steps:
+            self._fetch()
         if self._in_turn:
             for prepared in self._begun:
                 deliver(prepared)
@@ -127,13 +147,22 @@ class IslandSimulation(SharedGradient, abc.ABC):
         for prepared in self._begun:
             prepared.commit()
         self._begun = []
+        self.committed()
+        if self._own is not self._trained:
+            self._trained.copy_(self._own)
         self.shared[0].copy_(self.islands[0].weights.stores[0])
         self.received_bits += self._ranks.take_received_bits()
+
+    def _fetch(self) -> None:
+        """What was learned since is exchanged on the host, if it is not learned there."""
+        if self._own is not self._trained:
+            self._own.copy_(self._trained)
 
     def _owed(self, number: int) -> torch.Tensor:
         """(numel,) what an island has learned and not sent."""
         islands = self.islands[number]
-        owed = self.apart.weights[number] - self.shared[0]
+        self._fetch()
+        owed = self._own[number] - self.shared[0].to(self._own.device)
         if islands.kept is not None:
             for store in islands.kept.state_dict():
                 owed += islands.kept.decay * store
@@ -146,17 +175,22 @@ class UpdateSimulation(IslandSimulation):
     def __init__(self, setting: Setting, method: Update) -> None:
         super().__init__(setting, method)
         self.config = method.config(setting.train.warmup_steps)
+        self._method = method
 
     def make(self, weights: SharedWeights, channel: Channel) -> Islands:
         """See `IslandSimulation.make`."""
-        config = self.config
+        config, islands = self.config, channel.world_size
+        scale = update_scale(islands, config.update_scale)
+        rule = make_rule(config.slow_momentum, config.sync_every)
+        if self._method.lone_scale is not None:
+            rule = Counted(islands, self._method.lone_scale, scale)
         return Islands(
             weights,
             channel,
             _unwatched(),
             value_bits=config.value_bits,
-            scale=update_scale(channel.world_size, config.update_scale),
-            rule=make_rule(config.slow_momentum, config.sync_every),
+            scale=scale,
+            rule=rule,
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )
 
@@ -167,8 +201,20 @@ class UpdateSimulation(IslandSimulation):
 
     def k(self, step: int) -> int:
         """See `IslandSimulation.k`: the product's ramp, then a pinned density."""
+        flush_steps = self._method.flush_steps
+        if flush_steps and step > self.setting.steps - flush_steps:
+            return kept_per_chunk(self._method.flush_density)
         choice = scheduled(self.config, step)
         return kept_per_chunk(self.config.density.initial) if choice is None else choice.k
+
+    def committed(self) -> None:
+        """See `IslandSimulation.committed`."""
+        if not self._method.seen_steps:
+            return
+        lr = learning_rate(self.setting.train, self._begun_after - 1, self.setting.steps)
+        for islands, own in zip(self.islands, self._own, strict=True):
+            if islands.kept is not None:
+                let_see(own, islands.kept, self._method.seen_steps * self._method.local_lr * lr)
 
 
 class DiLoCoSimulation(IslandSimulation):

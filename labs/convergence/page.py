@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from labs.convergence.table import markdown_table
-from labs.race.page import commit, machine
+from labs.machine import commit, machine
 
 _REMARKS = "## Remarks"
 
 
 def environment() -> dict[str, Any]:
     """What the figures hold for."""
-    root = Path(__file__).resolve().parents[2]
     now = datetime.datetime.now(datetime.timezone.utc)
-    return {"commit": commit(root), "date": now.strftime("%Y-%m-%d %H:%M UTC"), **machine()}
+    date = now.strftime("%Y-%m-%d %H:%M UTC")
+    return {"commit": commit_of_this(), "date": date, **machine()}
+
+
+def commit_of_this() -> str:
+    """The commit of the laboratory's code."""
+    return commit(Path(__file__).resolve().parents[2])
 
 
 def write(result: dict[str, Any], path: Path, picture: Path | None, command: Sequence[str]) -> None:
@@ -37,6 +42,7 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
     where, model, train = result["environment"], result["model"], result["train"]
     words = [Path(word).name if word.startswith("/") else word for word in command]
     missing = result["runs_wanted"] - result["runs"]
+    device = "" if result["device"] == "cpu" else f", trained on one {result['device']}"
     lines = [
         f"# {result['question']}",
         "",
@@ -44,7 +50,7 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
         f"`python -m labs.convergence {shlex.join(words)}`",
         "",
         f"Commit {where['commit']}, {where['date']}; {where['cpu']}, {where['cores']} cores, load "
-        f"{where['load_average'][0]:.1f}; Python {where['python']}, torch "
+        f"{where['load_average'][0]:.1f}{device}; Python {where['python']}, torch "
         f"{where['versions']['torch']}. All runs together {result['run_s'] / 60:.0f} minutes, "
         f"{result['cpu_s'] / 60:.0f} of them CPU time of one core.",
         "",

@@ -19,8 +19,8 @@ class OneBitAdamSimulation(SharedGradient):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._errors = torch.zeros(setting.workers, setting.gpt.numel)
-        self._server_error = torch.zeros(1, setting.gpt.numel)
+        self._errors = self.shared.new_zeros(setting.workers, setting.gpt.numel)
+        self._server_error = torch.zeros_like(self.shared)
 
     def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
         """See `Simulation.step`."""
@@ -66,10 +66,10 @@ class PowerSgdSimulation(SharedGradient):
     def __init__(self, setting: Setting, method: PowerSgd) -> None:
         super().__init__(setting)
         self._rank = method.rank
-        self._errors = torch.zeros(setting.workers, setting.gpt.numel)
+        self._errors = self.shared.new_zeros(setting.workers, setting.gpt.numel)
         generator = torch.Generator().manual_seed(setting.seed)
         self._starts = {
-            index: torch.randn(size[1], method.rank, generator=generator)
+            index: torch.randn(size[1], method.rank, generator=generator).to(setting.device)
             for index, size in enumerate(setting.gpt.shapes)
             if len(size) == 2 and method.rank * (size[0] + size[1]) < size.numel()
         }
@@ -81,7 +81,7 @@ class PowerSgdSimulation(SharedGradient):
             return self.dense_step(tokens, lr)
         loss, gradient = self.gradients(tokens)
         self._errors += gradient
-        aggregate = torch.zeros(1, self.setting.gpt.numel)
+        aggregate = torch.zeros_like(self.shared)
         numbers = 0
         errors = self.setting.gpt.views(self._errors)
         means = self.setting.gpt.views(aggregate)

@@ -26,7 +26,14 @@ def run_key(**what: Any) -> str:
 
 
 def keys_of(
-    grid: Grid, method: Method, *, steps: int, workers: int, seed: int, text: str
+    grid: Grid,
+    method: Method,
+    *,
+    steps: int,
+    workers: int,
+    seed: int,
+    text: str,
+    device: str = "cpu",
 ) -> tuple[str, str | None]:
     """The key of a run, and that of the same run in the first laboratory.
 
@@ -40,6 +47,7 @@ def keys_of(
         workers: simulated ranks.
         seed: of weights and data.
         text: the digest of its bytes.
+        device: where the workers train; named in the key where it is not the CPU.
 
     Returns:
         The keys; None: the first laboratory had no such method.
@@ -52,11 +60,14 @@ def keys_of(
         "seed": seed,
         "text": text,
     }
+    if device != "cpu":
+        where["device"] = device
     own = method.settings()
     if not isinstance(method, (Pruned, DiLoCo)):
         return run_key(method=own, **where), None
     key = run_key(method=own, codec=VERSION, product=PRODUCT_VERSION, **where)
-    first = _in_first_lab(method) if isinstance(method, Pruned) else None
+    is_first = isinstance(method, Pruned) and device == "cpu"
+    first = _in_first_lab(method) if is_first else None
     if first is None:
         return key, None
     return key, run_key(method=first, codec=_FIRST_LAB_CODEC, **where)
@@ -87,12 +98,15 @@ class Store:
     Args:
         path: made when the first run is added; an unfinished last line is dropped.
 
+    Attributes:
+        path: of the file.
+
     Raises:
         DataError: a line in the middle is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._runs: dict[str, dict[str, Any]] = {}
         if not path.is_file():
             return
@@ -116,6 +130,6 @@ class Store:
 
     def add(self, run: dict[str, Any]) -> None:
         """Append a run; it is on disk when this returns."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         self._runs[run["key"]] = run

@@ -6,6 +6,7 @@ Which sequences a step uses is a pure function of seed, step and worker, so meth
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,35 @@ from ds_gradprune.errors import DataError
 
 VALIDATION_PART = 0.1
 """The last part of the text; never trained on."""
+
+
+class Batches:
+    """The sequences of all steps of some runs, by where they begin.
+
+    Args:
+        tokens: (n,) int64, the text.
+        begins: (steps, runs, workers * batch) int64.
+        shape: workers and batch.
+        context: tokens per sequence.
+    """
+
+    def __init__(
+        self, tokens: torch.Tensor, begins: torch.Tensor, shape: tuple[int, int], context: int
+    ) -> None:
+        self._tokens = tokens
+        self._begins = begins
+        self._shape = shape
+        self._context = context
+
+    def to(self, device: str) -> Batches:
+        """The same on a device."""
+        tokens, begins = self._tokens.to(device), self._begins.to(device)
+        return Batches(tokens, begins, self._shape, self._context)
+
+    def of(self, step: int) -> torch.Tensor:
+        """(runs, workers, batch, context + 1) int64."""
+        places = torch.arange(self._context + 1, device=self._begins.device)
+        return self._tokens[self._begins[step][..., None] + places].unflatten(1, self._shape)
 
 
 class Text:
@@ -49,16 +79,26 @@ class Text:
         self._train_numel = int(len(data) * (1 - VALIDATION_PART))
         self._context = context
 
-    def batch(self, seed: int, step: int, workers: int, batch: int) -> torch.Tensor:
-        """Sequences of one step, drawn at random places.
+    def batches(self, seeds: Sequence[int], steps: int, workers: int, batch: int) -> Batches:
+        """The sequences of every step of some runs, drawn at random places.
 
-        Returns:
-            (workers, batch, context + 1) int64; worker w's rows do not depend on who asks.
+        Args:
+            seeds: of the runs; a run's sequences do not depend on the others.
+            steps: optimizer steps.
+            workers: in every run; a worker's sequences do not depend on who asks.
+            batch: sequences per worker and step.
         """
-        raw = np.random.Philox(key=[seed, step]).random_raw(workers * batch)
+        begins = [
+            torch.stack([self._begins(seed, step, workers * batch) for seed in seeds])
+            for step in range(steps)
+        ]
+        return Batches(self._tokens, torch.stack(begins), (workers, batch), self._context)
+
+    def _begins(self, seed: int, step: int, count: int) -> torch.Tensor:
+        """(count,) int64, where the sequences of a step begin."""
+        raw = np.random.Philox(key=[seed, step]).random_raw(count)
         begins = (raw % np.uint64(self._train_numel - self._context - 1)).astype(np.int64)
-        rows = torch.from_numpy(begins)[:, None] + torch.arange(self._context + 1)
-        return self._tokens[rows].view(workers, batch, -1)
+        return torch.from_numpy(begins)
 
     def validation(self, sequences: int | None = None) -> torch.Tensor:
         """(n, context + 1): the validation part in sequences, each token predicted once.

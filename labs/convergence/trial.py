@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ds_gradprune.errors import NonFiniteError
-from labs.convergence.adamw import learning_rate
 from labs.convergence.base import Accumulated, DenseSimulation, Setting, Simulation
 from labs.convergence.gpt import validation_loss
 from labs.convergence.gradient import GradientSimulation
-from labs.convergence.grid import DiLoCo, Gradient, Method, OneBitAdam, PowerSgd, Update
-from labs.convergence.islands import DiLoCoSimulation, UpdateSimulation
+from labs.convergence.grid import Dense, DiLoCo, Gradient, Method, OneBitAdam, PowerSgd, Update
+from labs.convergence.islands import DiLoCoSimulation, IslandSimulation, UpdateSimulation
 from labs.convergence.peers import OneBitAdamSimulation, PowerSgdSimulation
+from labs.convergence.stack import Alone, Stack, Together
 from labs.convergence.text import Text
 
 _CURVE_SEQUENCES = 128
@@ -61,44 +61,107 @@ def run_trial(setting: Setting, method: Method, text: Text) -> dict[str, Any]:
     """
     simulation = simulation_of(setting, method)
     try:
-        return _run(setting, simulation, text)
+        return _run(Alone(simulation), text)[0]
     finally:
         simulation.close()
 
 
-def _run(setting: Setting, simulation: Simulation, text: Text) -> dict[str, Any]:
+def can_stack(method: Method) -> bool:
+    """Whether runs of a method can be made side by side, see `run_stack`."""
+    return method.accumulate == 1 and isinstance(method, (Dense, Update, DiLoCo))
+
+
+def run_stack(
+    settings: Sequence[Setting], methods: Sequence[Method], text: Text
+) -> list[dict[str, Any]]:
+    """Train several times side by side.
+
+    Args:
+        settings: of every run, all of one model, number of workers and steps, and of
+            hyper-parameters that differ in the learning rate alone.
+        methods: of every run; all dense, or none.
+        text: to train and validate on.
+
+    Returns:
+        What `run_trial` returns, of every run; times are each run's share.
+    """
+    simulations: list[DenseSimulation | IslandSimulation] = []
+    try:
+        for setting, method in zip(settings, methods, strict=True):
+            simulation = simulation_of(setting, method)
+            assert isinstance(simulation, (DenseSimulation, IslandSimulation))
+            simulations.append(simulation)
+        return _run(Stack(simulations), text)
+    finally:
+        for simulation in simulations:
+            simulation.close()
+
+
+class _Track:
+    """What is written down of one run while it goes on."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.curve: list[list[float]] = []
+        self.averaged = torch.zeros_like(simulation.shared[0])
+
+
+def _run(together: Together, text: Text) -> list[dict[str, Any]]:
+    setting = together.simulations[0].setting
     few, every = text.validation(_CURVE_SEQUENCES), max(1, setting.steps // _CURVE_POINTS)
+    few = few.to(setting.device)
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    curve: list[list[float]] = []
-    stopped_at = None
-    averaged = torch.zeros_like(simulation.shared[0])
     averaged_from = setting.steps - max(1, round(AVERAGED_PART * setting.steps))
+    tracks = [_Track(simulation) for simulation in together.simulations]
+    seeds = [simulation.setting.seed for simulation in together.simulations]
+    batches = text.batches(seeds, setting.steps, setting.workers, setting.train.batch)
+    batches = batches.to(setting.device)
     for step in range(setting.steps):
-        tokens = text.batch(setting.seed, step, setting.workers, setting.train.batch)
-        try:
-            simulation.step(step, tokens, learning_rate(setting.train, step, setting.steps))
-        except NonFiniteError:
-            stopped_at = step + 1
+        together.step(step, batches.of(step))
+        for number, (track, simulation) in enumerate(
+            zip(tracks, together.simulations, strict=True)
+        ):
+            if together.stopped_at[number] is not None:
+                continue
+            if step >= averaged_from:
+                track.averaged += (simulation.shared[0] - track.averaged) / (
+                    step + 1 - averaged_from
+                )
+            if (step + 1) % every == 0:
+                loss = validation_loss(setting.gpt, simulation.shared[0], few)
+                track.curve.append([step + 1, loss])
+                if not loss < float("inf"):
+                    together.stopped_at[number] = step + 1
+        if None not in together.stopped_at:
             break
-        if step >= averaged_from:
-            averaged += (simulation.shared[0] - averaged) / (step + 1 - averaged_from)
-        if (step + 1) % every == 0:
-            curve.append([step + 1, validation_loss(setting.gpt, simulation.shared[0], few)])
-            if not curve[-1][1] < float("inf"):
-                stopped_at = step + 1
-                break
-    every_sequence = text.validation()
+    every_sequence = text.validation().to(setting.device)
+    figures = [
+        _figures(simulation, track, stopped_at, every_sequence)
+        for simulation, track, stopped_at in zip(
+            together.simulations, tracks, together.stopped_at, strict=True
+        )
+    ]
+    run_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+    for own in figures:
+        own["run_s"], own["cpu_s"] = run_s / len(figures), cpu_s / len(figures)
+    return figures
+
+
+def _figures(
+    simulation: Simulation, track: _Track, stopped_at: int | None, sequences: torch.Tensor
+) -> dict[str, Any]:
+    """The record of a run, but for its times."""
+    setting = simulation.setting
     pruned_steps = (stopped_at or setting.steps) - setting.train.warmup_steps
     return {
         "bits_per_param": simulation.received_bits / setting.gpt.numel / max(1, pruned_steps),
-        "val_loss": validation_loss(setting.gpt, simulation.shared[0], every_sequence),
-        "val_loss_flushed": validation_loss(setting.gpt, simulation.flushed(), every_sequence),
+        "val_loss": validation_loss(setting.gpt, simulation.shared[0], sequences),
+        "val_loss_flushed": validation_loss(setting.gpt, simulation.flushed(), sequences),
         "val_loss_averaged": None
         if stopped_at is not None
-        else validation_loss(setting.gpt, averaged, every_sequence),
-        "curve": curve,
+        else validation_loss(setting.gpt, track.averaged, sequences),
+        "curve": track.curve,
         "stopped_at": stopped_at,
-        "run_s": time.perf_counter() - start_s,
-        "cpu_s": time.process_time() - start_cpu_s,
+        "run_s": 0.0,
+        "cpu_s": 0.0,
         "notes": simulation.notes() if stopped_at is None else {},
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ds_gradprune.errors import ConfigError, GradPruneError
+from labs.machine import machine
 from labs.race import breakeven, files, page, plots
 from labs.race.campaign import Plan, execute
 from labs.race.crew import ROOT, BedPlace, LoopbackPlace, Place
@@ -174,7 +175,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(flags)
     if not flags.no_plots and flags.out is not None:
         plots.load_pyplot()  # missing: say so now, not after an hour
-    machine = page.machine()
+    here = machine()
     record = Record(flags.out, plan, flags.resume)
     with open_place(flags) as place, tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
@@ -191,7 +192,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     )
     print(page.text_table(rows), f"\n{page.NOTE}", *lines, sep="\n", flush=True)
     if flags.out is not None:
-        setting = page.setting(ROOT, machine) | {
+        setting = page.setting(ROOT, here) | {
             "parameters": figures.num_parameters,
             "tokens_per_step": tokens_per_step,
             "recipe": dataclasses.asdict(plan.recipe),

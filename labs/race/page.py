@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from labs.machine import commit
 from labs.race.figures import Row
 from labs.race.methods import parse_method
 
@@ -114,28 +111,6 @@ def break_even_lines(
     return lines
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    names = ("torch", "deepspeed", "transformers")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "load_average": os.getloadavg(),
-    }
-
-
 def setting(root: Path, at_start: dict[str, Any]) -> dict[str, Any]:
     """What every results file says of its run: command, commit, date and machine.
 
@@ -150,21 +125,6 @@ def setting(root: Path, at_start: dict[str, Any]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "machine": at_start,
     }
-
-
-def commit(root: Path) -> str:
-    """The commit of the code, and whether files differ from it; "unknown" outside a repository."""
-    try:
-        name = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + (" with local changes" if changed else "")
-
-
-def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def _number(value: float | None, unit: float, form: str) -> str:

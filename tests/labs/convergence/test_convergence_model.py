@@ -101,10 +101,10 @@ def test_text_is_cut_and_dealt_out(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(50)) * 40)
     text = Text(path, 16)
     assert text.vocab_size == 50
-    batch = text.batch(0, 3, 2, 4)
+    batch = text.batches([0], 4, 2, 4).of(3)[0]
     assert batch.shape == (2, 4, 17)
-    assert torch.equal(batch, text.batch(0, 3, 2, 4))
-    assert not torch.equal(batch, text.batch(1, 3, 2, 4))
+    assert torch.equal(batch, text.batches([0], 4, 2, 4).of(3)[0])
+    assert not torch.equal(batch, text.batches([1], 4, 2, 4).of(3)[0])
     assert torch.equal((batch[..., 1:] - batch[..., :-1]) % 50, torch.ones_like(batch[..., 1:]))
     whole = text.validation()
     assert whole.shape == (12, 17)  # 199 predicted bytes of the last 200
