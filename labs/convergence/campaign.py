@@ -3,8 +3,8 @@
     python -m labs.convergence.campaign --plan labs/convergence/plans/gpu.json --text FILE \
         --device cuda --jobs 13 --start-before-s 225 --end-s 255 --out FOLDER
 
-A plan is JSON, see `Plan`: cases, and jobs in the order of their worth. A case is a grid with a
-number of islands, steps and seeds. Its dense runs are made first, at every learning rate that it
+A plan is JSON, see `plan.Plan`: cases, and jobs in the order of their worth. A case is a grid with
+a number of islands, steps and seeds. Its dense runs are made first, at every learning rate that it
 names. The best of them, by the mean validation loss, is its methods' learning rate.
 
 Every finished run is one line of convergence_runs.jsonl in the folder, with the key that the
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import multiprocessing
 import statistics
 import sys
@@ -28,75 +27,18 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import pydantic
 import torch
 
-from ds_gradprune.errors import ConfigError, GradPruneError
+from ds_gradprune.errors import GradPruneError
 from ds_gradprune.native.library import kernels
 from labs.convergence import recorded
 from labs.convergence.command import RUNS, Wanted, make_runs, wanted_run
-from labs.convergence.grid import Count, Dense, Grid, Method, Positive, Strict, read_grid
+from labs.convergence.grid import Dense, Grid, Method, read_grid
+from labs.convergence.plan import Job, Plan, read_plan
 from labs.convergence.store import Store
 from labs.convergence.text import Text
-
-
-class Case(Strict):
-    """A grid to be run.
-
-    Attributes:
-        grid: its file, relative to the plan's.
-        workers: simulated hosts.
-        steps: optimizer steps of a run.
-        seeds: seeds 0 .. S - 1.
-        lrs: learning rates of the dense runs; the best is the methods'.
-    """
-
-    grid: str
-    workers: Count
-    steps: Count
-    seeds: Count
-    lrs: tuple[Positive, ...]
-
-
-class Job(Strict):
-    """Runs that one process makes, side by side where their kinds allow it.
-
-    Attributes:
-        case: name of the case.
-        methods: names in its grid; none: its dense runs, at every learning rate.
-        seeds: of every method; None: all of the case.
-        lr_factor: times the best learning rate.
-    """
-
-    case: str
-    methods: tuple[str, ...]
-    seeds: tuple[Annotated[int, pydantic.Field(ge=0)], ...] | None = None
-    lr_factor: Positive = 1.0
-
-
-class Plan(Strict):
-    """A whole plan.
-
-    Attributes:
-        cases: by name.
-        jobs: most valuable first. One waits until the dense runs of its case are there, and the
-            next that need not wait goes before.
-        dense_at_once: so many jobs of dense runs at a time, that the first soon end.
-    """
-
-    cases: dict[str, Case]
-    jobs: tuple[Job, ...]
-    dense_at_once: Count = 1
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> Plan:
-        unknown = sorted({job.case for job in self.jobs} - set(self.cases))
-        if unknown:
-            raise ValueError(f"jobs[].case must be the name of a case, got {unknown}.")
-        return self
-
 
 _HOW = (("fork", True), ("spawn", True), ("spawn", False))
 """How a job's process is started, and whether passes are recorded: the quickest way first. A job
@@ -328,7 +270,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder")
     options = parser.parse_args()
     try:
-        plan = _read_plan(options.plan)
+        plan = read_plan(options.plan)
         options.out.mkdir(parents=True, exist_ok=True)
         kernels()  # built once, before the processes
         campaign = Campaign(options, plan, options.plan.parent)
@@ -336,13 +278,6 @@ def main() -> int:
         print(exc, file=sys.stderr)
         return 2
     return 0 if campaign.run() else 1
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"{path} must be a plan: {exc}.") from exc
 
 
 if __name__ == "__main__":

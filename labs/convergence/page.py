@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ def environment() -> dict[str, Any]:
     return {"commit": commit_of_this(), "date": date, **machine()}
 
 
+@functools.cache
 def commit_of_this() -> str:
     """The commit of the laboratory's code."""
     return commit(Path(__file__).resolve().parents[2])

@@ -88,11 +88,12 @@ class Text:
             workers: in every run; a worker's sequences do not depend on who asks.
             batch: sequences per worker and step.
         """
-        begins = [
-            torch.stack([self._begins(seed, step, workers * batch) for seed in seeds])
-            for step in range(steps)
-        ]
-        return Batches(self._tokens, torch.stack(begins), (workers, batch), self._context)
+        places = {
+            seed: torch.stack([self._begins(seed, step, workers * batch) for step in range(steps)])
+            for seed in dict.fromkeys(seeds)
+        }
+        begins = torch.stack([places[seed] for seed in seeds], dim=1)
+        return Batches(self._tokens, begins, (workers, batch), self._context)
 
     def _begins(self, seed: int, step: int, count: int) -> torch.Tensor:
         """(count,) int64, where the sequences of a step begin."""
