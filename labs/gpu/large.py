@@ -83,17 +83,10 @@ def run(
         length=64 if tiny else 512,
         extra={"optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "torch_adam": True}}},
     )
-    block = WAYS[way]
-    if block is not None:
-        block = PRUNED | {"verify_every_steps": None} | block
-        if rate_mbit is not None:
-            points = [(0, 1e5), (2, rate_mbit)]
-            schedule = [{"step": step, "rate_mbit": rate} for step, rate in points]
-            block = block | {"throttle": {"schedule": schedule}}
-    memory = Memory()
-    engine = job.engine(block)
+    memory, untimed = Memory(), min(UNTIMED_STEPS, steps - 1)
+    engine = job.engine(_block(way, rate_mbit))
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    source, times_s, parts = text(), list[float](), Parts()
+    source, times_s, parts = text(), list[float](), Parts(untimed)
     handle = getattr(engine, "gradprune", None)
 
     def on_step(step_s: float) -> None:
@@ -102,26 +95,14 @@ def run(
             parts.note(handle.report)
 
     losses = train(engine, job, source, 1, steps, on_step)
-    found = memory.found(numel)
-    if handle is not None:
-        handle.rounds.land()
-        totals = handle.totals
-        found |= {
-            "held_bytes_per_parameter": handle.held_bytes / numel,
-            "wire_bytes_per_step": totals.wire_bytes / steps,
-            "dense_bytes_per_step": totals.dense_bytes / steps,
-            "parts_s": parts.medians(),
-            "shared_lies_on": str(handle.islands.weights.stores[0].device),
-        }
-    crc = None if handle is None else handle.parameters_crc()
-    columns = everywhere((losses, crc))
+    found = memory.found(numel) | _of_handle(handle, numel) | parts.found()
+    columns = everywhere((losses, None if handle is None else handle.parameters_crc()))
     mean = [sum(c[0][s] for c in columns) / len(columns) for s in range(steps)]
     ends = [sum(mean[:3]) / 3, sum(mean[-3:]) / 3]
     found |= {
         "numel": numel,
         "steps": steps,
-        "step_s": median(times_s[min(UNTIMED_STEPS, steps - 1) :]),
-        "step_s_last": times_s[-1],
+        "step_s": median(times_s[untimed:]),
         "losses": ends,
         "validation_loss": _validate(engine, job, source),
         "checks": {"shared weights are equal": len({c[1] for c in columns}) == 1},
@@ -130,6 +111,29 @@ def run(
         found["checks"]["losses fall"] = ends[1] < ends[0]
     close(engine)
     return found
+
+
+def _block(way: str, rate_mbit: float | None) -> dict[str, Any] | None:
+    """Our block; None: plain DeepSpeed."""
+    block = WAYS[way]
+    if block is None:
+        return None
+    block = PRUNED | {"verify_every_steps": None} | block
+    if rate_mbit is None:
+        return block
+    schedule = [{"step": 0, "rate_mbit": 1e5}, {"step": 2, "rate_mbit": rate_mbit}]
+    return block | {"warmup_steps": 0, "throttle": {"schedule": schedule}}
+
+
+def _of_handle(handle: Any, numel: int) -> dict[str, Any]:
+    """What our side holds; nothing is under way afterwards."""
+    if handle is None:
+        return {}
+    handle.rounds.land()
+    return {
+        "held_bytes_per_parameter": handle.held_bytes / numel,
+        "shared_lies_on": str(handle.islands.weights.stores[0].device),
+    }
 
 
 @torch.no_grad()
@@ -169,24 +173,32 @@ class Memory:
 
 
 class Parts:
-    """Seconds of an exchange by part, as the reports say."""
+    """An exchange by part, as the reports say.
 
-    def __init__(self) -> None:
-        self._rows: dict[int, dict[str, float | None]] = {}
+    Args:
+        untimed: so many steps at the start do not count.
+    """
+
+    def __init__(self, untimed: int) -> None:
+        self._untimed = untimed
+        self._rows: dict[int, Any] = {}
 
     def note(self, report: Any) -> None:
         """The last report; the same one twice counts once."""
-        if report is None or report.step <= UNTIMED_STEPS:
-            return
-        self._rows[report.step] = {
-            "compute": report.compute_time_s,
-            "codec": report.codec_time_s,
-            "wire": report.comm_time_s,
-            "hidden": report.hidden_time_s,
-        }
+        if report is not None and report.step > self._untimed:
+            self._rows[report.step] = report
 
-    def medians(self) -> dict[str, float | None]:
-        """Over all exchanges after the first steps."""
+    def found(self) -> dict[str, Any]:
+        """Medians: seconds of every part, and bytes that a rank has sent."""
         rows = list(self._rows.values())
-        names = list(rows[0]) if rows else []
-        return {n: median([v for r in rows if (v := r[n]) is not None]) for n in names}
+        if not rows:
+            return {}
+        names = ("compute", "codec", "comm", "hidden")
+        return {
+            "parts_s": {
+                name: median([t for r in rows if (t := getattr(r, f"{name}_time_s")) is not None])
+                for name in names
+            },
+            "wire_bytes": median([float(row.wire_bytes) for row in rows]),
+            "dense_bytes": median([float(row.dense_bytes) for row in rows]),
+        }

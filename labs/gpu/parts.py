@@ -10,6 +10,7 @@ SMALL, BITS, LARGE = "labs.gpu.small", "labs.gpu.bits", "labs.gpu.large"
 NCCL_ON_ONE_DEVICE = {
     # nccl refuses a second rank on a device unless it takes it for another host's.
     "NCCL_HOSTID": "host{rank}",
+    "NCCL_DEBUG": "WARN",
     "NCCL_SOCKET_IFNAME": "lo",
     "NCCL_IB_DISABLE": "1",
     "NCCL_P2P_DISABLE": "1",
@@ -164,18 +165,6 @@ PARTS: dict[str, Part] = {
         ranks=4,
     ),
     "nccl_alone": Part({"one rank": Case(f"{SMALL}:alone")}, limit_s=60, ranks=1, backend="nccl"),
-    "nccl": Part(
-        {
-            "ZeRO-2 bf16": _shares(2),
-            "ZeRO-3 bf16": _shares(3),
-            "ZeRO-0 bf16": _shares(0),
-            "gradients ZeRO-1 bf16": _gradients(1),
-        },
-        limit_s=75,
-        backend="nccl",
-        optional=True,
-        env=NCCL_ON_ONE_DEVICE,
-    ),
     "kernels": Part(
         command=("-m", "labs.kernels", "--device", "cuda"), limit_s=60, alone=True, optional=True
     ),
@@ -205,5 +194,18 @@ PARTS: dict[str, Part] = {
         command=("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/bucket"),
         limit_s=60,
         optional=True,
+    ),
+    "nccl": Part(
+        {
+            "ZeRO-2 bf16": _shares(2),
+            "ZeRO-3 bf16": _shares(3),
+            "ZeRO-0 bf16": _shares(0),
+            "gradients ZeRO-1 bf16": _gradients(1),
+        },
+        limit_s=50,
+        backend="nccl",
+        alone=True,
+        optional=True,
+        env=NCCL_ON_ONE_DEVICE,
     ),
 }

@@ -27,14 +27,14 @@ def rows(document: dict[str, Any]) -> Iterator[str]:
 def _figures(document: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{'run':32} {'step s':>7} {'compute':>8} {'codec':>7} {'wire':>7} {'hidden':>7} "
-        f"{'MB/step':>8} {'rest B':>7} {'peak B':>7} {'loss':>6}"
+        f"{'MB sent':>8} {'rest B':>7} {'peak B':>7} {'loss':>6}"
     )
     for name, part in document["parts"].items():
         for case, found in part.get("cases", {}).items():
             if "step_s" in found:
                 parts = found.get("parts_s", {})
-                values = [parts.get(key) for key in ("compute", "codec", "wire", "hidden")]
-                sent = found.get("wire_bytes_per_step")
+                values = [parts.get(key) for key in ("compute", "codec", "comm", "hidden")]
+                sent = found.get("wire_bytes")
                 told = [None if sent is None else sent / 1e6]
                 told += [found.get(f"{key}_bytes_per_parameter") for key in ("rest", "peak")]
                 yield (
