@@ -64,11 +64,21 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--out must be a folder, got the file {self.path}.")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if not self.is_empty():
             raise ConfigError(
                 f"--out must be a new or empty folder, but {self.path} holds files. Continue that "
                 "run with --resume, or name another folder."
             )
+
+    def is_empty(self) -> bool:
+        """Whether nothing lies there yet."""
+        return not self.path.is_dir() or not any(self.path.iterdir())
+
+    def begin_again(self) -> None:
+        """Remove what a run has left that ended before its first checkpoint."""
+        if self.newest() is None and not is_in_use(self.path):
+            self._made = [self.path / name for name in _PARTS]
+            self.discard()
 
     def claim(self, identity: Mapping[str, Any], notes: Mapping[str, Any] | None = None) -> None:
         """Make the folder this run's own.
@@ -230,10 +240,8 @@ def is_in_use(path: Path) -> bool:
         lock = os.open(path / "run.json", os.O_RDWR)
     except OSError:
         return False
-    try:
+    with os.fdopen(lock):
         return not _locked(lock)
-    finally:
-        os.close(lock)
 
 
 def _locked(lock: int | None) -> bool:

@@ -1,0 +1,181 @@
+"""One attempt at a supervised run: the ranks of all hosts, from their start to the end of the last.
+
+A rank that fails, and a host that is not heard any more, end the attempt. The other ranks get a
+moment to say what they saw.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .keeper import BEAT_S
+from .kept_host import Heard, KeptHost
+
+_KILL_S = 3.0
+"""A killed rank has ended by then, or its host is taken for lost."""
+
+SIGNALLED = 128
+"""A shell's exit code of a process that signal n has ended is 128 + n."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take, in seconds.
+
+    Attributes:
+        host_s: a host that is not heard for so long is lost, and ends its own ranks.
+        grace_s: so long the other ranks have after the first has failed.
+    """
+
+    host_s: float
+    grace_s: float
+
+
+@dataclass
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        code: 0: every rank has ended well. Else that of the rank that failed first.
+        lost: hosts that were not heard any more.
+        killed: a signal has ended some rank, and it was not from here.
+        free_s: by then, on the monotonic clock, the ranks of lost hosts have ended, too.
+    """
+
+    code: int = 0
+    lost: list[str] = field(default_factory=list)
+    killed: bool = False
+    free_s: float = 0.0
+
+
+class Attempt:
+    """One attempt.
+
+    Args:
+        hosts: name to what reaches it, in the order of ranks.
+        jobs: what each keeper is to do.
+        limits: see there.
+        note: writes an event down: its name, and facts.
+        asked: how often the user has asked to end: 1: ranks end by themselves; 2: they are killed.
+    """
+
+    def __init__(
+        self,
+        hosts: Mapping[str, Sequence[str]],
+        jobs: Sequence[Mapping[str, Any]],
+        limits: Limits,
+        note: Callable[..., None],
+        asked: Callable[[], int],
+    ) -> None:
+        self._limits = limits
+        self._note = note
+        self._asked = asked
+        self._told = 0
+        self._is_ending = False
+        self._outcome = Outcome()
+        self._deadline_s: float | None = None
+        self._queue: queue.Queue[Heard] = queue.Queue()
+        several = len(hosts) > 1
+        self._hosts = [
+            KeptHost(name, ssh, self._queue, shows_name=several) for name, ssh in hosts.items()
+        ]
+        self._sizes = {
+            host.name: len(job["environs"]) for host, job in zip(self._hosts, jobs, strict=True)
+        }
+        for host, job in zip(self._hosts, jobs, strict=True):
+            host.send(job)
+
+    def run(self) -> Outcome:
+        """Return when no rank runs any more, on any host that answers."""
+        try:
+            while self._running():
+                self._hear()
+                self._beat()
+                self._pass_on()
+                if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
+                    self._end()
+                    break
+        finally:
+            for host in self._hosts:
+                host.close()
+        if self._outcome.lost:
+            beaten_s = max(host.beaten_s for host in self._hosts if host.is_lost)
+            self._outcome.free_s = beaten_s + self._limits.host_s + BEAT_S
+        return self._outcome
+
+    def _running(self) -> list[KeptHost]:
+        return [
+            host
+            for host in self._hosts
+            if not host.is_lost and len(host.codes) < self._sizes[host.name]
+        ]
+
+    def _hear(self) -> None:
+        """Take in what has come, for a beat at most."""
+        try:
+            heard = self._queue.get(timeout=BEAT_S / 2)
+        except queue.Empty:
+            return
+        host, facts = heard.host, heard.facts
+        if facts is None:
+            if host in self._running():
+                self._lose(host, "its keeper is gone")
+        elif "fault" in facts:
+            self._note("fault", host=host.name, fault=facts["fault"])
+            self._lose(host, str(facts["fault"]))
+        elif "pids" in facts:
+            self._note("ranks", host=host.name, pids=facts["pids"])
+        elif "code" in facts:
+            host.codes[facts["rank"]] = facts["code"]
+            self._judge(host, facts["rank"], facts["code"])
+
+    def _judge(self, host: KeptHost, rank: int, code: int) -> None:
+        self._note("ended", host=host.name, local_rank=rank, code=code)
+        if code == 0:
+            return
+        if self._deadline_s is None:
+            self._outcome.code = code if code > 0 else SIGNALLED - code
+            self._deadline_s = time.monotonic() + self._limits.grace_s
+        self._outcome.killed |= code < 0 and not self._is_ending
+
+    def _lose(self, host: KeptHost, why: str) -> None:
+        host.is_lost = True
+        self._note("lost", host=host.name, why=why)
+        self._outcome.lost.append(host.name)
+        if self._deadline_s is None:
+            self._outcome.code = 1
+            self._deadline_s = time.monotonic() + self._limits.grace_s
+
+    def _beat(self) -> None:
+        now_s = time.monotonic()
+        for host in self._running():
+            if now_s - host.heard_s > self._limits.host_s:
+                self._lose(host, f"not heard for {self._limits.host_s:g} s")
+            elif now_s - host.beaten_s >= BEAT_S:
+                host.send({})
+
+    def _pass_on(self) -> None:
+        """Pass on to the ranks what the user has asked."""
+        asked = self._asked()
+        while self._told < asked:
+            self._told += 1
+            if self._told > 1:
+                self._deadline_s = time.monotonic()
+            for host in self._running():
+                host.send({"do": "end"})
+
+    def _end(self) -> None:
+        """Kill what still runs."""
+        self._is_ending = True
+        for host in self._running():
+            self._note("killed", host=host.name)
+            host.send({"do": "kill"})
+        deadline_s = time.monotonic() + _KILL_S
+        while self._running() and time.monotonic() < deadline_s:
+            self._hear()
+        for host in self._running():
+            self._lose(host, "its ranks cannot be ended")

@@ -1,0 +1,266 @@
+"""Starts a run again on the hosts that answer, from its last whole checkpoint, until it is done."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_gradprune.commands.hostfile import HostLine
+from ds_gradprune.commands.hosts import exports
+from ds_gradprune.errors import CheckpointError, DataError, TransportTimeout
+
+from .attempt import SIGNALLED, Attempt, Limits, Outcome
+from .kept_host import answering, ssh_to
+from .run_folder import RunFolder
+from .whole import candidates, fault_of, name_latest
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""Before the first restart, and before any. It doubles while no new checkpoint is made."""
+
+PROBE_S = 10.0
+"""A host that has not let us in by then does not answer."""
+
+FRUITLESS = 3
+"""So many attempts in a row that end by themselves, without a new checkpoint, are the last: what
+ends them is in the command, not in the hosts."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is supervised.
+
+    Attributes:
+        words: the command of one rank.
+        hosts: all, in the order of ranks.
+        ssh: the words that reach a host, up to its name.
+        ssh_is_given: the user has said so: then this host is reached so as well.
+        min_hosts: with fewer nothing is started.
+        max_restarts: so often it is started again.
+        wait_s: so long hosts that do not answer are waited for.
+        limits: of an attempt.
+        master_addr: address of the hostfile's first host; None: its name.
+        master_port: of the first attempt; each later one takes the next.
+        folder: of the run, if it is one of ours.
+        checkpoints: where the file `latest` appears; None: the command knows how to go on.
+        resume: words that make the command go on from there.
+        log: where events are written.
+    """
+
+    words: Sequence[str]
+    hosts: Sequence[HostLine]
+    ssh: Sequence[str]
+    ssh_is_given: bool
+    min_hosts: int
+    max_restarts: int
+    wait_s: float
+    limits: Limits
+    master_addr: str | None
+    master_port: int
+    folder: RunFolder | None
+    checkpoints: Path | None
+    resume: Sequence[str]
+    log: Path
+
+
+class Supervisor:
+    """One supervised run, from its first attempt to its last.
+
+    Args:
+        task: what is supervised.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._asked: list[int] = []
+        self._is_own = task.folder is not None and task.folder.is_empty()
+        self._restarts = 0
+
+    def run(self) -> int:
+        """Returns the exit code: that of the ranks in the last attempt.
+
+        Raises:
+            TransportTimeout: too few hosts answered in time.
+            CheckpointError: there are checkpoints, and none is whole.
+            DataError: the log cannot be written.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self._asked.append(number))
+        pause_s, fruitless = FIRST_PAUSE_S, 0
+        while True:
+            hosts = self._await_hosts()
+            if self._asked:
+                return SIGNALLED + self._asked[0]
+            before = self._saved()
+            outcome = self._attempt(hosts)
+            if self._asked:
+                self._note("interrupted", code=outcome.code)
+                return outcome.code
+            if not outcome.code:
+                self._note("finished")
+                return 0
+            if self._saved() != before:
+                pause_s, fruitless = FIRST_PAUSE_S, 0
+            elif not outcome.lost and not outcome.killed:
+                fruitless += 1
+            if self._gives_up(fruitless, outcome):
+                return outcome.code
+            self._restarts += 1
+            free_s = outcome.free_s - time.monotonic()
+            self._note("waiting", seconds=round(max(pause_s, free_s), 1), restart=self._restarts)
+            self._nap(max(pause_s, free_s))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _gives_up(self, fruitless: int, outcome: Outcome) -> bool:
+        if fruitless >= FRUITLESS:
+            why = f"{fruitless} attempts in a row ended by themselves without a new checkpoint"
+        elif self._restarts >= self._task.max_restarts:
+            why = f"--max-restarts {self._task.max_restarts} is used up"
+        else:
+            return False
+        self._note("given up", why=why, code=outcome.code)
+        return True
+
+    # ---- hosts -----------------------------------------------------------------------------
+
+    def _await_hosts(self) -> list[HostLine]:
+        """The hosts that answer, at least `min_hosts`."""
+        task, began_s, pause_s = self._task, time.monotonic(), FIRST_PAUSE_S
+        while True:
+            names = answering({host.name: self._ssh(host.name) for host in task.hosts}, PROBE_S)
+            absent = [host.name for host in task.hosts if host.name not in names]
+            if absent:
+                self._note("absent", hosts=absent)
+            if len(names) >= task.min_hosts or self._asked:
+                return [host for host in task.hosts if host.name in names]
+            if time.monotonic() - began_s > task.wait_s:
+                raise TransportTimeout(
+                    f"--min-hosts {task.min_hosts} must answer within {task.wait_s:g} s, but "
+                    f"{', '.join(absent)} did not: ssh to them by hand, or lower --min-hosts."
+                )
+            self._nap(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _ssh(self, name: str) -> list[str]:
+        return ssh_to(name, self._task.ssh, is_given=self._task.ssh_is_given)
+
+    # ---- one attempt -----------------------------------------------------------------------
+
+    def _attempt(self, hosts: Sequence[HostLine]) -> Outcome:
+        task = self._task
+        words = [*task.words, *self._resume_words()]
+        named = [host.name for host in hosts]
+        self._note("started", attempt=self._restarts + 1, hosts=named, words=words)
+        attempt = Attempt(
+            {host.name: self._ssh(host.name) for host in hosts},
+            [self._job(words, hosts, number) for number in range(len(hosts))],
+            task.limits,
+            self._note,
+            lambda: len(self._asked),
+        )
+        outcome = attempt.run()
+        self._note("stopped", code=outcome.code, lost=outcome.lost)
+        return outcome
+
+    def _job(self, words: Sequence[str], hosts: Sequence[HostLine], number: int) -> dict[str, Any]:
+        """What the keeper of one host is to do."""
+        task, slots = self._task, hosts[0].slots
+        here = os.getcwd()
+        common = exports(os.environ) | {
+            "WORLD_SIZE": str(slots * len(hosts)),
+            "LOCAL_SIZE": str(slots),
+            "LOCAL_WORLD_SIZE": str(slots),
+            "MASTER_ADDR": self._master(hosts),
+            "MASTER_PORT": str(task.master_port + self._restarts),
+            # As DeepSpeed's launcher has it.
+            "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
+        }
+        environs = [
+            common | {"RANK": str(number * slots + local), "LOCAL_RANK": str(local)}
+            for local in range(slots)
+        ]
+        lease_s = task.limits.host_s
+        return {"words": list(words), "folder": here, "environs": environs, "lease_s": lease_s}
+
+    def _master(self, hosts: Sequence[HostLine]) -> str:
+        first = hosts[0].name
+        if self._task.master_addr is not None and first == self._task.hosts[0].name:
+            return self._task.master_addr
+        return "127.0.0.1" if len(hosts) == 1 else first
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def _saved(self) -> object:
+        """Changes with every new checkpoint."""
+        if self._task.checkpoints is None:
+            return None
+        try:
+            return (self._task.checkpoints / "latest").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _resume_words(self) -> list[str]:
+        """What makes the command go on from the newest whole checkpoint; nothing if there is none.
+
+        Where a damaged one is the newest, the file `latest` names the one before from now on.
+        """
+        task = self._task
+        if task.checkpoints is None:
+            return []
+        faults: list[str] = []
+        for tag in candidates(task.checkpoints):
+            fault = fault_of(task.checkpoints / tag)
+            if fault is None:
+                if faults:
+                    name_latest(task.checkpoints, tag)
+                self._note("checkpoint", tag=tag)
+                return [word for word in task.resume if word not in task.words]
+            faults.append(fault)
+            self._note("damaged", tag=tag, fault=fault)
+        if faults:
+            raise CheckpointError(
+                f"{task.checkpoints} must hold a checkpoint that is whole, but has none: "
+                f"{faults[0]}. Name another folder to begin anew."
+            )
+        if self._restarts and self._is_own and task.folder is not None:
+            task.folder.begin_again()
+        return []
+
+    # ---- what is told ----------------------------------------------------------------------
+
+    def _nap(self, seconds: float) -> None:
+        """Wait, or less if the user asks to end."""
+        deadline_s = time.monotonic() + seconds
+        while not self._asked and (left_s := deadline_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, 0.2))
+
+    def _note(self, event: str, **facts: Any) -> None:
+        """Write an event down, and say it."""
+        task = self._task
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        entry = {"time": now, "on": socket.gethostname(), "event": event} | facts
+        try:
+            task.log.parent.mkdir(parents=True, exist_ok=True)
+            with task.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as exc:
+            raise DataError(f"--log must be writable, got {task.log}: {exc.strerror}.") from exc
+        print(f"supervise: {event}{_told(facts)}", file=sys.stderr, flush=True)
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    words = {
+        name.replace("_", " "): " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in facts.items()
+        if value != []
+    }
+    listed = ", ".join(f"{name} {value}" for name, value in words.items())
+    return f": {listed}" if listed else ""
