@@ -108,12 +108,20 @@ class GradPruneCallback(TrainerCallback):
 
         Raises:
             UnsupportedError: the engine was made without us, or the Trainer miscounts the ranks.
+            RankMismatchError: ranks were given different steps, intervals, seeds or data.
+
+        Collective: all ranks.
         """
         if args.deepspeed_plugin is not None:
             args.deepspeed_plugin.__dict__.pop("fill_match", None)
         self.handle = _handle_of(self._engine(kwargs["model"], kwargs["optimizer"]))
         self._before = self.handle.totals
         _check_ranks(args)
+        from ds_gradprune.deepspeed.trainers import compare_trainers
+
+        data = getattr(self._trainer() if self._trainer is not None else None, "train_dataset", ())
+        count = len(data) if hasattr(data, "__len__") else None
+        compare_trainers(self.handle, args, state.max_steps, count)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add our numbers to a line about training; lines about evaluation stay as they are."""

@@ -37,6 +37,8 @@ _FIXES = (
         "Use hosts whose floating point follows IEEE 754, or the same ds_gradprune on all.",
     ),
     (("parameter",), "Build the same model on every rank, with the same layers frozen."),
+    (("TrainingArguments", "steps of"), "Pass the same TrainingArguments on every rank."),
+    (("training examples",), "Give every rank the same training data."),
     (("optimizer", "lr_scheduler"), "Build the same optimizer and schedule on every rank."),
 )
 """First words of facts -> what to do where they differ; anything else stands in ds_config.json."""
@@ -89,6 +91,32 @@ def check_ranks(transport: Transport, facts: Facts) -> None:
         texts = gather_texts(transport, _dump(list(facts.lists.get(name, ()))).decode())
         differing |= _first_difference(name, [json.loads(text) for text in texts])
     raise RankMismatchError(_message(differing, hosts))
+
+
+def check_weights(transport: Transport, shard: int, crc: int, step: int) -> None:
+    """Before a save: a checkpoint of ranks that no longer agree would end every run that loads it.
+
+    Args:
+        transport: over all ranks; its time-out bounds the call.
+        shard: ranks of the same index must agree.
+        crc: of what must be equal on them.
+        step: optimizer steps that were done, for the message.
+
+    Raises:
+        RankMismatchError: they do not, on all ranks alike.
+
+    Collective: all ranks of `transport`.
+    """
+    first: dict[int, tuple[int, int]] = {}
+    for rank, text in enumerate(gather_texts(transport, json.dumps([shard, crc]))):
+        found = json.loads(text)
+        other, expected = first.setdefault(found[0], (rank, found[1]))
+        if found[1] != expected:
+            raise RankMismatchError(
+                f"the weights of rank {rank} are others than those of rank {other} after step "
+                f"{step}, so no checkpoint is saved. Resume from the one before; if it happens "
+                "again, compare versions and configuration of the hosts, and test their memory."
+            )
 
 
 def raise_together(

@@ -66,6 +66,8 @@ def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
         raise UnsupportedError(f"engine.config must be a dict, got {type(engine.config).__name__}")
     config = load_block(engine.config)
     handle = _handle(engine, config, clock or Clock())
+    if isinstance(handle, Handle):
+        handle.facts = facts_of(engine, config).values
     engine.gradprune = handle
     return handle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import numbers
 import platform
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ from ds_gradprune.codec.header import VERSION as WIRE_FORMAT
 from ds_gradprune.config import BLOCK, GradientPruningConfig
 from ds_gradprune.deepspeed.agree import Facts
 from ds_gradprune.law import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def facts_before(config: GradientPruningConfig, model: torch.nn.Module, optimizer: Any) -> Facts:
@@ -43,8 +46,28 @@ def facts_of(engine: Any, config: GradientPruningConfig) -> Facts:
         engine: a DeepSpeed engine with an optimizer.
         config: the validated block; `log_path` may differ, because only rank 0 uses it.
     """
-    values = _versions() | _block(config) | _training(engine) | dict(_optimizer(engine))
+    values = _versions() | _block(config) | _training(engine)
+    values |= dict(_optimizer(engine)) | dict(_schedule(engine.lr_scheduler))
     return Facts(values, {"parameter": [*_parameters(engine.module)]})
+
+
+def tell_changes(before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """Say what is other than in the run that saved a checkpoint: all of it is accepted. Local.
+
+    Args:
+        before: values of the facts then; None: it did not save them.
+        now: values of the facts of the run that goes on.
+    """
+    if before is None:
+        return
+    names = sorted(name for name in now if before.get(name) != now[name])
+    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
+    if changes:
+        logger.warning(
+            "the checkpoint was saved with other settings: %s. The block's hold from now on; the "
+            "learning rate and other numbers of the optimizer are the checkpoint's",
+            "; ".join(changes),
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -86,6 +109,14 @@ def _optimizer(engine: Any) -> Iterator[tuple[str, str]]:
         for name in sorted(group, key=str):
             if name != "params":
                 yield f"optimizer.param_groups[{index}].{name}", _plain(group[name])
+
+
+def _schedule(scheduler: Any) -> Iterator[tuple[str, str]]:
+    """The plain numbers of a schedule; its functions cannot be compared."""
+    for name in sorted(vars(scheduler)) if hasattr(scheduler, "__dict__") else ():
+        value = vars(scheduler)[name]
+        if isinstance(value, (bool, int, float, str, list, tuple)):
+            yield f"lr_scheduler.{name}", _plain(value)
 
 
 def _parameters(module: torch.nn.Module) -> Iterator[str]:

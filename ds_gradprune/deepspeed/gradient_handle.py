@@ -25,6 +25,7 @@ from ds_gradprune.deepspeed import checkpoint
 from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
+from ds_gradprune.deepspeed.poison import refuse_poison
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.gradients import Gradient, GradientPruning
@@ -140,7 +141,9 @@ class GradientHandle(Handle):
         """What all ranks have announced; raises where they disagree."""
         assert self._announcement is not None
         with self.loop.stopwatch.phase("wire"):
-            return [header.signals for header in self._announcement.headers()]
+            ranks = [header.signals for header in self._announcement.headers()]
+        refuse_poison(self.engine, ranks, self.loop.exchange_step, "rank")
+        return ranks
 
     def _note_names(self, names: list[str]) -> None:
         """Ranks that train different parameters are found before their payloads travel."""

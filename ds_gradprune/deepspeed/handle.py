@@ -8,11 +8,14 @@ What is hooked (deepspeed 0.19.8, runtime/engine.py), all on the instance, all g
 - `step`, `save_checkpoint`, `load_checkpoint`: what a mode needs there.
 
 `gradient_handle` and `island_handle` say what is exchanged, and when.
+
+Longer than 300 lines: all that both modes hook alike, with a checkpoint's two ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +25,9 @@ from ds_gradprune import codec
 from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, monitor
+from ds_gradprune.deepspeed.archives import check_files
 from ds_gradprune.deepspeed.clock import Clock, after_device
+from ds_gradprune.deepspeed.facts import tell_changes
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.idle import module_crc
 from ds_gradprune.deepspeed.losses import StepLosses
@@ -52,6 +57,7 @@ class Handle:
         clock: see there.
         loop: counts, measures, decides.
         losses: of the step under way.
+        facts: what this run was started with; compared when it is resumed.
         idle: false.
     """
 
@@ -71,6 +77,7 @@ class Handle:
         self.clock = clock
         self.loop = Loop(config, after_device(clock.now_s, engine.device))
         self.losses = StepLosses()
+        self.facts: Mapping[str, str] = {}
         self._seat = seat
         self._is_first = seat.is_first
         self._log = monitor.StepLog(config.log_path if self._is_first else None)
@@ -247,7 +254,8 @@ class Handle:
     ) -> Any:
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
         if save_dir:
-            checkpoint.save(save_dir, tag, self._seat, self._state(), self.loop.step)
+            state = self._state() | {"facts": dict(self.facts)}
+            checkpoint.save(save_dir, tag, self._seat, state, self.loop.step)
         return original(save_dir, tag, *args, **kwargs)
 
     def _load_checkpoint(
@@ -263,6 +271,8 @@ class Handle:
     ) -> Any:
         tag = checkpoint.agree_tag(load_dir, tag, self._seat)
         resumes = load_optimizer_states and not load_module_only and tag is not None
+        if tag is not None:
+            check_files(os.path.join(load_dir, str(tag)), self._seat.transport)
         # Ours is read, checked and agreed on first: what cannot be resumed changes nothing.
         saved = checkpoint.load(load_dir, str(tag), self._seat) if resumes else None
         fault: CheckpointError | None = None
@@ -291,4 +301,6 @@ class Handle:
         else:
             take()
             self._log.rewind(self.loop.step)
+            if self._is_first and saved is not None:
+                tell_changes(saved.state.get("facts"), self.facts)
         return result

@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_gradprune.deepspeed.agree import Facts, check_ranks
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.rotation import rotate
 
@@ -30,6 +31,45 @@ def engine_of(model: Any, optimizer: Any = None) -> Any:
             if inner is None or found.optimizer is inner:
                 return found
     return None
+
+
+_COMPARED = (
+    "data_seed",
+    "dataloader_drop_last",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "learning_rate",
+    "load_best_model_at_end",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "save_steps",
+    "save_strategy",
+    "seed",
+    "warmup_steps",
+)
+"""What a Trainer's ranks must have been given alike: else one waits where another does not come."""
+
+
+def compare_trainers(handle: Any, args: Any, max_steps: int, num_examples: int | None) -> None:
+    """Do all ranks train for as long, on as much, and stop to save and evaluate alike?
+
+    Args:
+        handle: `engine.gradprune`.
+        args: of the Trainer.
+        max_steps: optimizer steps of the run.
+        num_examples: of the training data; None: it does not say.
+
+    Raises:
+        RankMismatchError: names what differs, on all ranks alike.
+
+    Collective: all ranks.
+    """
+    if not isinstance(handle, Handle):
+        return
+    values = {f"TrainingArguments.{n}": str(getattr(args, n, None)) for n in _COMPARED}
+    values |= {"steps of the Trainer": str(max_steps), "training examples": str(num_examples)}
+    check_ranks(handle._seat.transport, Facts(values))
 
 
 def rotate_for(handle: Any, args: Any) -> list[str]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ds_gradprune.deepspeed import backend as backends
 from ds_gradprune.deepspeed.gradient_handle import UNREDUCED, all_finite
+from ds_gradprune.deepspeed.poison import refuse_poison
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.wire.channel import Announcement
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
@@ -157,7 +158,9 @@ class Warmup:
         self._dense_bytes += dense_bytes
         self._announcement = handle.announce(signals)
         with handle.loop.stopwatch.phase("wire"), handle.inside.together():
-            self._announcement.headers()
+            headers = self._announcement.headers()
+        ranks = [header.signals for header in headers]
+        refuse_poison(handle.engine, ranks, handle.loop.exchange_step, "island")
 
 
 def _equal_shares(vector: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -58,6 +58,8 @@ def test_what_differs_is_named_with_its_ranks_hosts_and_fix(
         ("train_micro_batch_size_per_gpu", "Copy the same ds_config.json"),
         ("optimizer.param_groups[0].lr", "Build the same optimizer"),
         ("wire format", "Install the same constraints.txt"),
+        ("TrainingArguments.seed", "Pass the same TrainingArguments on every rank."),
+        ("training examples", "Give every rank the same training data."),
     ],
 )
 def test_every_kind_of_fact_has_its_fix(name: str, fix: str) -> None:

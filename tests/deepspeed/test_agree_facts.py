@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_gradprune.config import load_block
-from ds_gradprune.deepspeed.facts import facts_before, facts_of
+from ds_gradprune.deepspeed.facts import facts_before, facts_of, tell_changes
 
 
 class Engine:
@@ -21,7 +21,7 @@ class Engine:
         self.basic_optimizer = torch.optim.AdamW(
             [{"params": [p], "lr": settings.get("lr", 0.1)} for p in self.module.parameters()]
         )
-        self.lr_scheduler = None
+        self.lr_scheduler = settings.get("lr_scheduler")
         self._settings = settings
 
     def __getattr__(self, name: str) -> Any:
@@ -116,3 +116,24 @@ def test_what_is_no_number_is_told_by_its_type() -> None:
     values = facts_of(engine, load_block({"gradient_pruning": {}})).values
     assert values["optimizer.param_groups[0].norm"] == "a Tensor"
     assert values["optimizer.param_groups[0].shape"] == "a: (null, true, inf), b: 1"
+
+
+def test_a_schedule_of_other_numbers_differs() -> None:
+    optimizer = Engine().basic_optimizer
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, size) for size in (5, 6)]
+    one, other = (facts(lr_scheduler=schedule).values for schedule in schedules)
+    assert one["lr_scheduler.step_size"] == "5"
+    assert {name for name in one if one[name] != other[name]} == {"lr_scheduler.step_size"}
+
+
+def test_what_has_changed_since_a_checkpoint_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Another density, interval or learning rate was accepted without a word."""
+    before = facts({"sync_every": 2}, lr=0.2).values
+    tell_changes(before, before)
+    tell_changes(None, before)
+    assert not caplog.messages
+    tell_changes(before, facts({"sync_every": 4}).values)
+    [message] = caplog.messages
+    assert "gradient_pruning.sync_every was 2, is 4; " in message
+    assert "optimizer.param_groups[0].lr was 0.2, is 0.1; " in message
+    assert "learning rate and other numbers of the optimizer are the checkpoint's" in message

@@ -195,9 +195,16 @@ def test_other_collectives_pass_and_are_logged(two: Any) -> None:
     assert answers[0] == answers[1] == {"sum": 3.0, "max": 2.0, "gathered": [1.0, 2.0], "op": True}
 
 
-def test_nan_on_one_rank_is_seen_by_all_and_spoils_no_residual(two: Any) -> None:
+def test_nan_on_one_rank_stops_all_before_the_step(two: Any) -> None:
+    """All ranks got nan, went on, and saved nan over their last good checkpoint."""
     one, other = two("nan")
-    assert one == other == {"nonfinite": True, "residual_same": True, "parameters_nan": True}
+    assert one == other
+    for found, step in zip(one, (1, 4), strict=True):
+        told = f"the gradients of rank 1 hold inf or nan in step {step}. No rank has stepped"
+        assert told in found["message"]
+        assert found["residual_same"]
+        assert found["weights_same"]
+    assert one[0]["density"] == 1.0 > one[1]["density"]
 
 
 def test_perturbed_parameters_stop_the_run(two: Any) -> None:

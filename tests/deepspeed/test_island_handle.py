@@ -57,6 +57,7 @@ def two_island_cases(folder: Path) -> dict[str, Case]:
         "foreign": ("foreign_checkpoints", {"folder": str(folder / "foreign")}),
         "sick-fp32": ("sick_island", {"bf16": False}),
         "sick-bf16": ("sick_island", {"bf16": True}),
+        "sick-warm": ("sick_island", {"bf16": False, "warmup_steps": 20}),
         "detached": ("detached", {}),
         "refusals": ("island_refusals", {}),
         "perturbed": ("perturbed", {}),
@@ -240,6 +241,14 @@ def test_nan_in_fp32_stops_all_islands_with_the_shared_weights_intact(two: Any) 
     one, other = two("sick-fp32")
     assert one == other
     assert "the weights of island 1 hold inf or nan after step 5" in one["message"]
+    assert one["shared_same"]
+
+
+def test_nan_in_the_dense_warmup_stops_all_before_the_step(two: Any) -> None:
+    """It was found at the first exchange after the warm-up, up to 200 steps later."""
+    one, other = two("sick-warm")
+    assert one == other
+    assert "the gradients of island 1 hold inf or nan in step 5. No rank" in one["message"]
     assert one["shared_same"]
 
 

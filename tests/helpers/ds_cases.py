@@ -156,19 +156,27 @@ def other_collectives() -> dict[str, Any]:
     }
 
 
-def nan_gradient() -> dict[str, Any]:
-    """Rank 1's loss is nan in step 4."""
+def nan_gradient() -> list[dict[str, Any]]:
+    """Rank 1's loss is nan: in the dense warm-up, and in a pruned step."""
+    return [_nan_gradient(1), _nan_gradient(4)]
+
+
+def _nan_gradient(step: int) -> dict[str, Any]:
     engine = make_engine(BLOCK, "attach")
-    run_steps(engine, 1, 3)
+    run_steps(engine, 1, step - 1)
     store = engine.gradprune.pruning.residuals
-    before = store.norm()
-    loss = engine(batch(4, 0, dist.get_rank()))
-    engine.backward(loss * float("nan") if dist.get_rank() else loss)
-    engine.step()
+    before, crc = store.norm(), engine.gradprune.parameters_crc()
+
+    def poisoned() -> None:
+        loss = engine(batch(step, 0, dist.get_rank()))
+        engine.backward(loss * float("nan") if dist.get_rank() else loss)
+        engine.step()
+
     return {
-        "nonfinite": engine.gradprune.report.nonfinite,
+        "message": _message(poisoned),
+        "density": engine.gradprune.loop.decision.density,
         "residual_same": store.norm() == before,
-        "parameters_nan": bool(torch.isnan(engine.module.up.weight).all()),
+        "weights_same": engine.gradprune.parameters_crc() == crc,
     }
 
 

@@ -152,6 +152,9 @@ def mistakes(folder: str) -> dict[str, str]:
     heard["miscounted"] = told(lambda: follow(make_trainer(folder, {}, use_cpu=False)))
     alone = make_trainer(folder, {}, max_steps=1, use_cpu=False, callbacks=(GradPruneCallback(),))
     heard["miscounted alone"] = told(alone.train)
+    uneven = make_trainer(folder, {}, num_rows=64 + 2 * dist.get_rank(), seed=dist.get_rank())
+    follow(uneven)
+    heard["uneven"] = told(uneven.train)
     return heard
 
 

@@ -136,6 +136,8 @@ def test_preference_optimisation_with_a_reference_model(stage: int, runs: Runs) 
         ("reference made before", "trainer.ref_model is an engine at ZeRO stage 3 whose weights a"),
         ("miscounted", "counts 1 processes where the launcher started 2"),
         ("miscounted alone", "On CPUs pass use_cpu=True to TrainingArguments"),
+        ("uneven", "RankMismatchError: all ranks must run the same thing, but TrainingArguments.s"),
+        ("uneven", "training examples is 64 on rank 0 of "),
     ],
 )
 def test_mistakes_are_told_before_any_work(mistake: str, words: str, runs: Runs) -> None:

@@ -1,0 +1,76 @@
+"""DeepSpeed's checkpoint files are read against their checksums before they are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_gradprune.deepspeed.archives import archives_in, check_files, fault_of, first_fault
+from ds_gradprune.errors import CheckpointError
+from tests.helpers.loopback_ranks import on_ranks
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint's folder with one file of DeepSpeed's and one of ours."""
+    torch.manual_seed(0)
+    state = {"module": torch.randn(80, 60), "steps": 7}
+    torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
+    (tmp_path / "gradient_pruning_island_00000_shard_00000.pt").write_bytes(b"PK\x03\x04 cut")
+    return tmp_path / "mp_rank_00_model_states.pt"
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(saved: Path) -> None:
+    """torch.load took a weight of 1e38 without a word."""
+    whole, expected = saved.read_bytes(), torch.load(saved)["module"]
+    rng, num_found = random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        saved.write_bytes(data)
+        fault = fault_of(str(saved))
+        if fault is not None:
+            assert f"{saved} is damaged: " in fault
+            num_found += 1
+        elif data[:4] == whole[:4]:
+            with contextlib.suppress(RuntimeError):  # torch has found it
+                assert torch.equal(torch.load(saved)["module"], expected)
+    assert num_found > 250  # nearly all bytes are a weight's
+
+
+@pytest.mark.parametrize("size", [4, 100, 3000, -1])
+def test_a_cut_file_is_found(saved: Path, size: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:size])
+    assert "is damaged: File is not a zip file" in str(fault_of(str(saved)))
+
+
+def test_what_is_no_archive_is_left_to_its_reader(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"something else")
+    assert fault_of(str(tmp_path / "x.pt")) is None
+    assert "is damaged: " in str(fault_of(str(tmp_path / "absent.pt")))
+
+
+def test_the_ranks_of_a_host_share_the_work(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.pt") for number in range(4)]
+    for path in paths:
+        Path(path).write_bytes(b"PK\x03\x04")
+    first = {"LOCAL_RANK": "1", "LOCAL_SIZE": "3"}
+    assert f"{paths[1]} is damaged" in str(first_fault(paths, first))
+    assert f"{paths[0]} is damaged" in str(first_fault(paths, {"LOCAL_RANK": "x"}))
+    assert first_fault(paths[:1], first) is None
+    assert sorted(archives_in(str(tmp_path))) == paths
+
+
+def test_damage_that_one_rank_sees_is_told_on_all(saved: Path) -> None:
+    """Only the damaged rank left, and the others waited in a barrier for it."""
+    folders = [str(saved.parent), str(saved.parent / "elsewhere")]
+    assert on_ranks(2, lambda t: check_files(folders[t.rank], t)) == [None, None]
+    saved.write_bytes(saved.read_bytes()[:-20])
+    answers = on_ranks(2, lambda t: check_files(folders[t.rank], t))
+    assert all(isinstance(answer, CheckpointError) for answer in answers)
+    assert "is damaged: File is not a zip file. Nothing was loaded." in str(answers[0])
+    assert str(answers[1]) == f"rank 0: {answers[0]}"
