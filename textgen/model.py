@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -199,8 +200,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         with _replaced(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-    except OSError as exc:
-        raise DataError(f"{folder} must be writable: {exc.strerror or exc}.") from exc
+    except (OSError, SafetensorError) as exc:  # the latter hides a full disk
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise DataError(f"{folder} must be writable: {reason}.") from exc
 
 
 @contextmanager

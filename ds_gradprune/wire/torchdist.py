@@ -76,6 +76,7 @@ class TorchDistTransport(Transport):
         self._group = group
         self._timeout_s = timeout_s
         self._gate = Gate("torch")
+        self._step: int | None = None
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         config = dist.get_backend_config(group)
@@ -128,6 +129,10 @@ class TorchDistTransport(Transport):
         check_all_reduce(tensor)
         return self._start("all_reduce", [(dist.all_reduce, tensor)])
 
+    def advance(self, step: int) -> None:
+        """See `Transport.advance`; errors name the step. Local."""
+        self._step = step
+
     def close(self) -> None:
         """See `Transport.close`. Local; the group stays its owner's."""
         self._gate.close()
@@ -147,6 +152,8 @@ class TorchDistTransport(Transport):
     ) -> Work:
         """Queue the pieces of a call: (collective, its tensors) each; then copy what arrived."""
         place = (self.rank, self.world_size)
+        if self._step is not None:
+            operation = f"{operation} of step {self._step}"
         polls = self._on_nccl and pieces[0][-1].is_cuda
         call = _TorchCall(self._gate, operation, place, self._timeout_s, arrivals, polls)
         try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from ds_gradprune.deepspeed.tags import check_tag
 from ds_gradprune.errors import CheckpointError, GradPruneError, NonFiniteError
 
 from .peers import Peers
@@ -51,22 +53,40 @@ def save_checkpoint(
             "(gradient_clipping), and --resume."
         )
     tag = checkpoint_tag(step)
-    try:
+    with whole_or_nothing(folder, lambda: tag):
         engine.save_checkpoint(
             str(folder.checkpoints), tag=tag, client_state=state, save_latest=False
         )
-    except (OSError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not _WRITER.search(str(exc)):
-            raise
-        folder.drop_unfinished(tag)
-        raise CheckpointError(
-            f"{folder.checkpoints} must be writable, but {tag} could not be saved: {_reason(exc)} "
-            f"({_free(folder.path)}). Make room and --resume."
-        ) from exc
     # DeepSpeed names it before the other ranks' files are there.
     peers.together(lambda: folder.name_newest(tag) if peers.rank == 0 else None)
     if peers.place.local_rank == 0:
         folder.drop_old_checkpoints()
+
+
+@contextlib.contextmanager
+def whole_or_nothing(folder: RunFolder, tag: Callable[[], str]) -> Iterator[None]:
+    """What a disk refuses is told by name, and a checkpoint that was begun is removed. Local.
+
+    Args:
+        folder: of the run.
+        tag: name of the checkpoint that may have been begun.
+
+    Raises:
+        CheckpointError: it could not be saved.
+    """
+    try:
+        yield
+    except CheckpointError:  # on all ranks alike: none has a use for what another one wrote
+        folder.drop_unfinished(tag())
+        raise
+    except (OSError, RuntimeError, SafetensorError) as exc:
+        if isinstance(exc, RuntimeError) and not _WRITER.search(str(exc)):
+            raise
+        folder.drop_unfinished(tag())
+        raise CheckpointError(
+            f"{folder.checkpoints} must be writable, but {tag()} could not be saved: "
+            f"{_reason(exc)} ({_free(folder.path)}). Make room and --resume."
+        ) from exc
 
 
 def load_checkpoint(engine: Any, folder: RunFolder) -> dict[str, Any]:
@@ -81,6 +101,8 @@ def load_checkpoint(engine: Any, folder: RunFolder) -> dict[str, Any]:
     """
     tag = folder.newest()
     advice = f"Write the name of an older one into {folder.checkpoints / 'latest'}."
+    if tag is not None:
+        check_tag(tag, str(folder.checkpoints / "latest"))
     if tag is None or not (folder.checkpoints / tag).is_dir():
         raise CheckpointError(
             f"{folder.checkpoints} must hold the checkpoint that its file latest names, but has "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import socket
 import threading
@@ -19,13 +18,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ds_gradprune.errors import (
-    GradPruneError,
-    RankMismatchError,
-    TransportError,
-    TransportTimeout,
-)
+from ds_gradprune.errors import GradPruneError, RankMismatchError
 
+from .lost import translated
 from .place import Place
 
 T = TypeVar("T")
@@ -36,15 +31,12 @@ BEAT_S = 0.5
 TELL_LIMIT_S = 1.0
 """So long rank 0's store may take to say who tells of a failure; it may be what has failed."""
 
+MAX_TEXT_BYTES = 64 * 2**20
+"""No rank has more to say: a larger length is noise on the wire."""
+
 SHOWN_DIFFERENCES = 6
 
 _TOLD = "ds_gradprune/told"
-_TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
-_NETWORK = re.compile(
-    r"gloo|ProcessGroup|NCCL|connection (reset|closed|refused)|broken pipe|timed? ?out|timeout",
-    re.IGNORECASE,
-)
-_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ?")
 
 
 class AgreedFault(GradPruneError):
@@ -62,6 +54,12 @@ class Peers:
         place: of this process. With more than one, torch.distributed must be initialised.
         timeout_s: longest wait for another rank.
 
+    Attributes:
+        hosts: of every rank, in rank order; empty before `check_alike`.
+        host: of this rank.
+        doing: what this rank is at, for messages; see `during`.
+        standing: how far the run has come, for messages; whole sentences, or nothing.
+
     Collective: all ranks construct it.
     """
 
@@ -70,6 +68,10 @@ class Peers:
         self.rank = place.rank
         self.world_size = place.world_size
         self.timeout_s = timeout_s
+        self.hosts: list[str] = []
+        self.host = socket.gethostname()
+        self.doing = "starting"
+        self.standing: Callable[[], str] = str
         self._group = self.new_group()
 
     def new_group(self) -> Any:
@@ -82,6 +84,7 @@ class Peers:
         """Every rank's value, in rank order; plain JSON types. Collective.
 
         Raises:
+            RankMismatchError: a rank tells far too much, on all ranks alike.
             RuntimeError: torch's own, where a rank is gone; `during` gives it a name.
         """
         if self.world_size == 1:
@@ -90,6 +93,8 @@ class Peers:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([text.numel()]), group=self._group)
         longest = max(int(size) for size in sizes)
+        if not all(0 <= int(size) <= MAX_TEXT_BYTES for size in sizes):
+            raise RankMismatchError(f"ranks must tell at most {MAX_TEXT_BYTES} bytes, got {sizes}.")
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: text.numel()] = text
         texts = [torch.empty_like(padded) for _ in sizes]
@@ -165,7 +170,8 @@ class Peers:
         Raises:
             RankMismatchError: on all ranks alike; names what differs, and where.
         """
-        everyone = self.gather([socket.gethostname(), _flat(facts)])
+        everyone = self.gather([self.host, _flat(facts)])
+        self.hosts = [host for host, _ in everyone]
         differences = [
             f"{name} is {_by_value(name, everyone)}"
             for name in sorted({name for _, flat in everyone for name in flat})
@@ -186,30 +192,25 @@ class Peers:
         Raises:
             TransportError, TransportTimeout: instead of torch's RuntimeError.
         """
-        try:
+        before, self.doing = self.doing, doing
+        with translated(doing, self.place, self.timeout_s):
             yield
-        except RuntimeError as exc:
-            text = str(exc).strip() or type(exc).__name__
-            if not (isinstance(exc, dist.DistError) or _NETWORK.search(text)):
-                raise
-            kind = TransportTimeout if _TIMEOUT.search(text) else TransportError
-            reason = _SOURCE_LINE.sub("", text.splitlines()[0])[:200].rstrip(".")
-            raise kind(
-                f"rank {self.rank} of {self.world_size} on {socket.gethostname()} has lost another "
-                f"rank while {doing} (gradient_pruning.timeout_s {self.timeout_s:g}): {reason}. "
-                "Look at what the other ranks wrote first; continue with --resume."
-            ) from exc
+        self.doing = before
 
-    def tells(self) -> bool:
+    def tells(self, *, on_each_host: bool = False) -> bool:
         """True on the first rank that asks, False on all others: who tells of a failure. Local.
 
         For failures that may have hit one rank alone, where no collective would return. A store
         that does not answer at once is gone with rank 0: then everybody tells.
+
+        Args:
+            on_each_host: on the first rank of each host: what the link has parted is read apart.
         """
         if self.world_size == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
-        return within(TELL_LIMIT_S, lambda: store.add(_TOLD, 1) == 1) is not False
+        key = f"{_TOLD}/{self.host}" if on_each_host else _TOLD
+        return within(TELL_LIMIT_S, lambda: store.add(key, 1) == 1) is not False
 
 
 class StopSwitch:

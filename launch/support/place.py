@@ -114,8 +114,8 @@ def share_cores(place: Place, environ: MutableMapping[str, str]) -> None:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ[name]
-    if not value.isdecimal():
-        raise ConfigError(f"{name} must be a whole number, got {value!r}.")
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise ConfigError(f"{name} must be a whole number, got {value[:40]!r}.")
     return int(value)
 
 

@@ -9,6 +9,7 @@ how its launcher's arguments name the hosts.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import os
 import socket
@@ -21,13 +22,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.errors import ConfigError, TransportError, TransportTimeout
 
 from .place import Place
+from .pulse import LATE_S, deadline
 
 PREFIX = "ds_gradprune/roll_call"
 FIRST_NAP_S, LONGEST_NAP_S = 0.02, 0.5
-FAREWELL_S = 10.0
+FAREWELL_S = 4.0
 """Rank 0, which keeps the store, waits so long at most until all have read what it found."""
 
 
@@ -59,9 +61,10 @@ def open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> An
 
     Raises:
         AbsentRanks: rank 0 was not found.
+        ConfigError: MASTER_PORT is no port.
         TransportError: this is rank 0, and the port cannot be listened on.
     """
-    address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    address, port = environ["MASTER_ADDR"], port_of(environ)
     # torchrun keeps the store itself.
     keeps = place.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not keeps and not _answers(address, port, timeout_s, Clock()):
@@ -71,15 +74,17 @@ def open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> An
             "firewall drops the port.",
             place.rank - place.local_rank,
         )
+    listener = _listener(place, address, port) if keeps else None
     try:
         return dist.TCPStore(  # type: ignore[attr-defined] # torch
-            "127.0.0.1" if keeps else address,
+            "127.0.0.1" if keeps and listener is None else address,
             port,
             place.world_size,
             is_master=keeps,
             timeout=timedelta(seconds=max(timeout_s, FAREWELL_S)),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
     except dist.DistNetworkError as exc:
         reason = str(exc).strip().splitlines()[0]
@@ -87,6 +92,26 @@ def open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> An
             f"rank {place.rank} must be able to {'listen on' if keeps else 'use'} port {port} of "
             f"{'its host' if keeps else address}: {reason} End what uses it, or say --master_port."
         ) from exc
+
+
+def _listener(place: Place, address: str, port: int) -> socket.socket | None:
+    """A socket that listens at MASTER_ADDR alone; torch's own listens on all interfaces.
+
+    None where others may know the host under another address: where this host takes the name for
+    its loopback, as Debian's /etc/hosts says, or behind NAT. There torch's own serves.
+    """
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        several_hosts = place.local_world_size < place.world_size
+        if several_hosts and ipaddress.ip_address(where[0]).is_loopback:
+            return None
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(max(128, 2 * place.world_size))
+    except (OSError, ValueError):  # a port that is in use is told by torch
+        return None
+    return listener
 
 
 def _answers(address: str, port: int, timeout_s: float, clock: Clock) -> bool:
@@ -164,10 +189,13 @@ def meet(place: Place, environ: Mapping[str, str], timeout_s: float) -> Any:
         AbsentRanks: some rank never came, or rank 0 went away.
         TransportError: this is rank 0, and the port cannot be listened on.
     """
-    store = open_store(place, environ, timeout_s)
+    # torch's store has no time-out for an answer: a host that is frozen or cut off gives none.
+    with deadline(timeout_s + LATE_S, "finding rank 0"):
+        store = open_store(place, environ, timeout_s)
     listed = hosts_of_launcher(parent_words(), place.world_size)
     try:
-        call_roll(store, place, socket.gethostname(), timeout_s, listed, Clock())
+        with deadline(timeout_s + LATE_S, "finding the other ranks"):
+            call_roll(store, place, socket.gethostname(), timeout_s, listed, Clock())
     except dist.DistError as exc:
         reason = str(exc).strip().splitlines()[0]
         raise AbsentRanks(
@@ -187,10 +215,29 @@ def hosts_of_launcher(words: Iterable[str], world_size: int) -> list[str]:
     for word in words:
         name, _, value = word.partition("=")
         if name == "--world_info":
-            hosts = json.loads(base64.urlsafe_b64decode(value))
-            listed = [host for host, slots in hosts.items() for _ in slots]
+            try:
+                hosts = json.loads(base64.urlsafe_b64decode(value))
+                listed = [host for host, slots in hosts.items() for _ in slots]
+            # Only names in a message depend on it, and whatever it is, it is none of the user's.
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                return []
             return listed if len(listed) == world_size else []
     return []
+
+
+def port_of(environ: Mapping[str, str]) -> int:
+    """The port of rank 0's store. Pure.
+
+    Raises:
+        ConfigError: MASTER_PORT is none.
+    """
+    port = environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 2**16):
+        raise ConfigError(
+            f"MASTER_PORT must be a port, 1 to 65535, got {port[:40]!r}. Set a free one of rank "
+            "0's host."
+        )
+    return int(port)
 
 
 def parent_words() -> list[str]:

@@ -12,6 +12,7 @@ from ds_gradprune.config import BLOCK, GradientPruningConfig
 from textgen.data import START, Position
 
 from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
+from .lost import standing
 from .peers import Peers, StopSwitch
 from .run_folder import RunFolder, write_json
 from .settings import Settings
@@ -24,6 +25,7 @@ class Run:
 
     def __init__(self, settings: Settings, peers: Peers, world_config: Any, text: str) -> None:
         self.flags, self.folder, self.peers = settings.flags, settings.folder, peers
+        self.steps_done = 0
         self._messages = _Messages()
         logger.handlers = [self._messages] if peers.rank == 0 else [logging.NullHandler()]
         logger.propagate = False
@@ -41,6 +43,7 @@ class Run:
             handle = getattr(self.engine, "gradprune", None)
             self.handle = None if handle is None or handle.idle else handle
             self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
+        peers.standing = self._standing
         self._tell_start(settings.block)
 
     # ---- before the first step -----------------------------------------------------------------
@@ -143,6 +146,7 @@ class Run:
 
         switch = StopSwitch(self.peers)
         switch.listen()
+        self.steps_done = self.since.step
         progress = Progress(self.flags.steps, self.since.step, enabled=self.peers.rank == 0)
         self._messages.show = progress.note
         plan = train.Plan(
@@ -184,8 +188,14 @@ class Run:
         with self.peers.during("saving a checkpoint"):
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
 
+    def _standing(self) -> str:
+        """How far the run has come, for the error that ends it. Local."""
+        folder = self.folder
+        return standing(self.steps_done, self.peers.hosts, folder.checkpoints, folder.newest())
+
     def _log_step(self, record: Any) -> None:
         """Where pruning runs it writes the log itself; elsewhere it gets the plain numbers."""
+        self.steps_done = record.step
         if self.handle is None and self.peers.rank == 0:
             self.folder.append_log(dataclasses.asdict(record))
 

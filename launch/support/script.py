@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.errors import GradPruneError
+from ds_gradprune.errors import GradPruneError, TransportError
 
+from .lost import situated, translated
 from .peers import TELL_LIMIT_S, AgreedFault, Peers, within
 from .place import Place, export_place, find_place, share_cores
+from .pulse import LATE_S, Pulse, deadline
 from .rendezvous import AbsentRanks
 from .run import say
 from .start import choose_accelerator, connect
@@ -49,9 +51,13 @@ def run_script(
         share_cores(place, os.environ)
         choose_accelerator()
         settings, timeout_s = _read(arguments, read)
-        peers = connect(place, timeout_s)
-        with peers.during("starting"):
-            work(peers.together(settings), peers)
+        with translated("starting", place, timeout_s):
+            peers = crew = connect(place, timeout_s)
+        with situated(lambda: crew.standing()), crew.during("starting"):
+            with deadline(timeout_s + LATE_S, "making the first process groups"):
+                pulse = Pulse(crew)
+            with pulse:
+                work(crew.together(settings), crew)
     except GradPruneError as exc:
         _tell(exc, place, peers)
         return 2
@@ -66,8 +72,10 @@ def _tell(exc: GradPruneError, place: Place, peers: Peers | None) -> None:
     """Say a failure once, on the rank that knows best."""
     if isinstance(exc, (AgreedFault, AbsentRanks)):
         tells = place.rank == exc.rank
-    else:
-        tells = peers.tells() if peers is not None else place.rank == 0
+    elif peers is not None:
+        tells = peers.tells(on_each_host=isinstance(exc, TransportError))
+    else:  # a lost rank may be found by one alone; all else is the same on all
+        tells = place.rank == 0 or isinstance(exc, TransportError)
     if tells:
         say(f"error: {exc}")
     if peers is not None:  # a launcher ends all ranks when one ends: first let it be said

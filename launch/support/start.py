@@ -21,6 +21,7 @@ from ds_gradprune.errors import ConfigError
 
 from .peers import Peers, within
 from .place import Place
+from .pulse import LATE_S, deadline
 from .rendezvous import meet
 
 LEAVE_LIMIT_S = 5.0
@@ -73,20 +74,23 @@ def connect(place: Place, timeout_s: float) -> Peers:
         AbsentRanks: some rank never came.
         TransportError: the ranks' store failed.
     """
-    if place.world_size > 1:
-        store = meet(place, os.environ, timeout_s)
-        limit = timedelta(seconds=timeout_s)
-        # torch gives a new group its own half hour, whatever the first group was given.
-        dist.distributed_c10d.default_pg_timeout = limit
-        dist.distributed_c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
-        if os.environ.get("DS_ACCELERATOR") == "cpu":
+    if place.world_size == 1:
+        return Peers(place, timeout_s)
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    if not on_cpu:
+        import deepspeed
+    store = meet(place, os.environ, timeout_s)
+    limit = timedelta(seconds=timeout_s)
+    # torch gives a new group its own half hour, whatever the first group was given.
+    dist.distributed_c10d.default_pg_timeout = limit
+    dist.distributed_c10d.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]
+    with deadline(timeout_s + LATE_S, "making the first process groups"):
+        if on_cpu:
             dist.init_process_group("gloo", timeout=limit)
         else:
-            import deepspeed
-
             deepspeed.init_distributed(timeout=limit)
         del store  # until here, or its server would have ended
-    return Peers(place, timeout_s)
+        return Peers(place, timeout_s)
 
 
 def skip_shm_op() -> None:

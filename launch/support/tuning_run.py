@@ -1,4 +1,7 @@
-"""One fine-tuning from model and data to its result, on every rank alike."""
+"""One fine-tuning from model and data to its result, on every rank alike.
+
+Longer than 300 lines: one run, and all that the Trainer must be told of it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from ds_gradprune.train.report import Totals
 from ds_gradprune.trainer import follow
 from textgen.model import save_model
 
-from .checkpoints import whole_weights
+from .checkpoints import whole_or_nothing, whole_weights
+from .lost import standing
 from .peers import Peers, StopSwitch
 from .place import Place
 from .run_folder import write_json
@@ -70,13 +74,16 @@ class TuningRun:
             callbacks=[self.notes],
         )
         follow(self.trainer)
+        peers.standing = self._standing
         self._tell_start(settings)
 
     def train(self) -> None:
         """Train, evaluate, and write model and result."""
         resumed = self.folder.checkpoints / str(self.folder.newest()) if self.flags.resume else None
-        self.trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        trainer, state = self.trainer, self.trainer.state
+        trainer = self.trainer
+        with whole_or_nothing(self.folder, lambda: f"checkpoint-{trainer.state.global_step}"):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        state = trainer.state
         if not any(step == state.global_step for step, _ in _losses(state, "eval_loss")):
             trainer.evaluate()
         engine: Any = trainer.model_wrapped
@@ -86,6 +93,11 @@ class TuningRun:
                 self._together_on_first(self._save_model)
             self._together_on_first(lambda: write_json(self.folder.result, self._document(after)))
         self._say(f"The model is in {self.folder.model}, the result in {self.folder.result}.")
+
+    def _standing(self) -> str:
+        """How far the run has come, for the error that ends it. Local."""
+        step, folder = self.trainer.state.global_step, self.folder
+        return standing(step, self.peers.hosts, folder.checkpoints, folder.newest())
 
     # ---- before the first step -----------------------------------------------------------------
 

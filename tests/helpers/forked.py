@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 POLL_S = 0.02
+PAUSE_S = 1.0
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Doom:
         rank: whose.
         at: "module:name.name", a function whose call it is.
         call: which call of it, counted from 1.
-        deed: "kill", "stop" (SIGSTOP, for ever), "interrupt", or "spoil" (a weight becomes nan).
+        deed: "kill", "stop" (SIGSTOP, for ever), "pause" (SIGSTOP for PAUSE_S), "interrupt",
+            "terminate", or "spoil" (a weight becomes nan).
     """
 
     rank: int
@@ -181,9 +189,11 @@ def _arrange(doom: Doom) -> None:
 def _do(deed: str, args: tuple[Any, ...]) -> None:
     if deed == "spoil":  # the first argument is the engine
         next(iter(args[0].module.parameters())).data.view(-1)[0] = float("nan")
+    elif deed == "pause":
+        words = ["sh", "-c", f"kill -STOP {os.getpid()}; sleep {PAUSE_S}; kill -CONT {os.getpid()}"]
+        subprocess.Popen(words)
     else:
-        signals = {"kill": "SIGKILL", "stop": "SIGSTOP", "interrupt": "SIGINT"}
-        os.kill(os.getpid(), signal.Signals[signals[deed]])
+        os.kill(os.getpid(), SIGNALS[deed])
 
 
 if __name__ == "__main__":

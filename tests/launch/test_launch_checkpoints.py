@@ -142,6 +142,23 @@ def test_latest_that_names_nothing_says_so(folder: RunFolder) -> None:
         load_checkpoint(Engine(), folder)
 
 
+def test_latest_that_leads_out_of_the_folder_is_refused(folder: RunFolder) -> None:
+    """`../../..` was followed, and its files are unpickled."""
+    save_checkpoint(Engine(), folder, PEERS, 1, {})
+    (folder.checkpoints / "latest").write_text("../checkpoints/step00000001")
+    with pytest.raises(CheckpointError, match="must name a folder inside the checkpoint folder"):
+        load_checkpoint(Engine(), folder)
+
+
+def test_what_our_own_part_refuses_leaves_no_half_of_a_checkpoint(folder: RunFolder) -> None:
+    """One rank's disk was full, and the other ranks' files of that save stayed."""
+    save_checkpoint(Engine(), folder, PEERS, 1, {})
+    fault = CheckpointError("rank 1: no space.")
+    with pytest.raises(CheckpointError, match=r"rank 1: no space\."):
+        save_checkpoint(Engine(fault), folder, PEERS, 2, {})
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["latest", "step00000001"]
+
+
 def test_whole_weights_are_the_shared_ones() -> None:
     engine, entered = Engine(), []
 

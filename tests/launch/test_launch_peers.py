@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from ds_gradprune.errors import DataError, TransportError, TransportTimeout
+from ds_gradprune.errors import ConfigError, DataError, TransportError, TransportTimeout
+from launch.support import lost
 from launch.support.peers import AgreedFault, Peers, StopSwitch, within
 from launch.support.place import Place
 from tests.helpers.ranks import run_processes
@@ -78,6 +80,29 @@ def test_torchs_errors_of_a_lost_rank_are_one_typed_line(error, kind, reason) ->
         raise error
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
+
+
+def test_an_interface_that_is_not_there_is_named() -> None:
+    """A misspelt GLOO_SOCKET_IFNAME was a traceback of gloo's."""
+    error = "[enforce fail at ../gloo/tcp/device.cc:84] rp. Unable to find address for: eth7"
+    with (
+        pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME must name an interface .* got eth7"),
+        Peers(Place()).during("starting"),
+    ):
+        raise RuntimeError(error)
+
+
+def test_where_a_run_stands_is_told_with_the_loss_of_a_rank() -> None:
+    told = lost.standing(7, ["a", "b"], Path("out/checkpoints"), "step00000005")
+    with pytest.raises(TransportTimeout, match=r"^no answer\. 7 steps were done") as caught:
+        with lost.situated(lambda: told):
+            raise TransportTimeout("no answer")
+    assert "(rank 0 on a, rank 1 on b). The last checkpoint is step00000005 in" in str(caught.value)
+    assert "There is no checkpoint yet" in lost.standing(0, [], Path("out"), None)
+    hosts = [str(number) for number in range(10)]
+    assert "rank 7 on 7, 2 more)" in lost.standing(1, hosts, Path("out"), None)
+    with pytest.raises(TransportTimeout, match=r"^no answer$"), lost.situated(str):
+        raise TransportTimeout("no answer")
 
 
 def test_errors_of_ones_own_stay_what_they_are() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.errors import ConfigError, TransportError, TransportTimeout
 from launch.support.place import Place
 from launch.support.rendezvous import (
     AbsentRanks,
@@ -24,6 +24,7 @@ from launch.support.rendezvous import (
     call_roll,
     hosts_of_launcher,
     open_store,
+    port_of,
 )
 from tests.helpers import scripts
 
@@ -93,7 +94,7 @@ def test_a_rank_zero_that_hangs_is_told_by_the_first_rank_of_each_host() -> None
     store = dist.HashStore()
     store.set("ds_gradprune/roll_call/timeout_s", "7.0")
     late = Clock(now=iter([0.0, 0.0, 0.0, 100.0]).__next__, nap=lambda _seconds: None)
-    with pytest.raises(AbsentRanks, match=r"within 17 s .* rank 3 on host-1 .* hangs") as caught:
+    with pytest.raises(AbsentRanks, match=r"within 11 s .* rank 3 on host-1 .* hangs") as caught:
         call_roll(store, Place(3, 4, 1, 2), "host-1", 7.0, [], late)
     assert caught.value.rank == 2
 
@@ -158,3 +159,28 @@ def test_a_lonely_rank_ends_with_one_error_and_code_two(rank, message, tmp_path:
         assert "within 2 s" in told[0]
     assert "Traceback" not in said
     assert "frame #" not in said  # nor PyTorch's own
+
+
+def test_the_store_listens_at_its_address_alone() -> None:
+    """It listened on all interfaces, and whoever reaches it can end a run."""
+    port = scripts.free_port()
+    store = open_store(Place(0, 2, 0, 2), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, 5.0)
+    store.set("key", "value")
+    own = f":{int(port):04X}"
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    listening = [row[1] for row in rows if row[1].endswith(own) and row[3] == "0A"]
+    assert listening == [f"0100007F{own}"]
+
+
+@pytest.mark.parametrize("port", ["", "x", "0", "65536", "-1", "9" * 5000, "\u0661"])
+def test_a_port_that_is_none_is_named(port: str) -> None:
+    with pytest.raises(ConfigError, match="MASTER_PORT must be a port, 1 to 65535, got"):
+        port_of({"MASTER_PORT": port})
+
+
+@pytest.mark.parametrize(
+    "word", ["bm90IGpzb24=", "e30=x", "W10=", "bnVsbA==", "eyJhIjogNX0=", "\xff"]
+)
+def test_a_launchers_word_that_says_nothing_names_no_host(word: str) -> None:
+    assert hosts_of_launcher([f"--world_info={word}"], 2) == []
