@@ -24,6 +24,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A run in the background of a shell has Ctrl-C ignored, and so would all that the tests start.

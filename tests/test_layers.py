@@ -39,6 +39,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformers": ("trainer", "deepspeed.trainers", "commands."),
     "matplotlib": ("commands.",),
     "pydantic": ("config.",),
+    "triton": ("native.device.",),
 }
 """Third-party package -> the only modules (or prefixes of them) that may import it."""
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from ds_gradprune.bucket import apply_torch
+from ds_gradprune.bucket import apply_device, apply_torch
 from ds_gradprune.bucket.block import SparseBlock, check_block
 from ds_gradprune.bucket.dispatch import addresses, kernels_on, tables, threads
 from ds_gradprune.bucket.layout import BucketLayout
+from ds_gradprune.native import accelerator
 from ds_gradprune.native.library import Block, Kernels, Words
 
 
@@ -36,8 +37,13 @@ def scatter_add(vector: torch.Tensor, block: SparseBlock, factor: float = 1.0) -
     if vector.shape != (numel,):
         raise ValueError(f"vector must have shape ({numel},), got {tuple(vector.shape)}.")
     _check_device(block, vector.device)
+    plain = vector.dtype is torch.float32 and vector.is_contiguous()
+    if plain and accelerator.is_on(vector.device):
+        apply_device.scatter_add(vector.detach(), block, factor)
+        increment_version(vector)
+        return
     native = kernels_on(vector.device)
-    if native is None or vector.dtype is not torch.float32 or not vector.is_contiguous():
+    if native is None or not plain:
         apply_torch.scatter_add(vector, block, factor)
         return
     rows, pieces, *_ = tables(block.layout, block.k)
@@ -77,8 +83,10 @@ class Move:
         self._layout = layout
         self._device = shared.device
         native = kernels_on(shared.device)
-        self._how: _NativeMove | apply_torch.TorchMove
-        if native is None:
+        self._how: _NativeMove | apply_torch.TorchMove | apply_device.DeviceMove
+        if accelerator.is_on(shared.device):
+            self._how = apply_device.DeviceMove(parts, flat, layout)
+        elif native is None:
             self._how = apply_torch.TorchMove(parts, flat, layout)
         else:
             self._how = _NativeMove(native, parts, flat, layout)
@@ -155,7 +163,12 @@ def move_at_once(
             )
         _check_device(block, shared.device)
     native = kernels_on(shared.device)
-    if native is not None:
+    if accelerator.is_on(shared.device):
+        _check_weights(own, shared, layout)
+        parts = [tensor.detach() for tensor in own]
+        if apply_device.move_at_once(parts, shared.detach(), blocks, rank, factor):
+            return
+    elif native is not None:
         _check_weights(own, shared, layout)
         given = [_plain(block, factor, sent=i == rank) for i, block in enumerate(blocks)]
         flat = shared.detach()

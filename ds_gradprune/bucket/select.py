@@ -10,11 +10,13 @@ from typing import TypedDict
 
 import torch
 
+from ds_gradprune.bucket import select_device
 from ds_gradprune.bucket.block import SparseBlock, check_block, empty_block
 from ds_gradprune.bucket.dispatch import addresses, kernels_on, tables, threads
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout, Run
 from ds_gradprune.bucket.topk_cpu import CpuTopK
 from ds_gradprune.bucket.topk_torch import top_k
+from ds_gradprune.native import accelerator
 from ds_gradprune.native.library import Floats, Kernels
 
 Vector = torch.Tensor | Sequence[torch.Tensor]
@@ -96,7 +98,9 @@ def select(
         )
     check_block(out, "out")
     native = kernels_on(source.device)
-    if native is not None:
+    if accelerator.is_on(source.device):
+        select_device.select(source.parts, source.terms, out, whole=source.is_whole)
+    elif native is not None:
         source.select(native, out)
     else:
         _reference(source, out)
@@ -104,7 +108,7 @@ def select(
 
 
 def _reference(source: _Source, out: SparseBlock) -> None:
-    """`select` in torch and numpy: for accelerators, and where no kernels are."""
+    """`select` in torch and numpy, where no kernels are."""
     runs = out.layout.runs(out.k)
     _take_dense(source, out)
     for run in runs:
@@ -129,28 +133,28 @@ class _Source:
         terms: Sequence[tuple[torch.Tensor | None, float, str]],
     ) -> None:
         self.layout = layout
-        self._is_whole = isinstance(vector, torch.Tensor)
+        self.is_whole = isinstance(vector, torch.Tensor)
         parts = [vector] if isinstance(vector, torch.Tensor) else vector
-        self._parts = [part.detach() for part in parts]
+        self.parts = [part.detach() for part in parts]
         self.device = self._check_vector()
-        self._terms: list[tuple[torch.Tensor, float]] = []
+        self.terms: list[tuple[torch.Tensor, float]] = []
         for tensor, scale, name in terms:
             if tensor is not None:
                 self._check_term(tensor, name)
-                self._terms.append((tensor.detach(), scale))
+                self.terms.append((tensor.detach(), scale))
         self.block_rows = _CPU_BLOCK_ROWS if self.device.type == "cpu" else _DEVICE_BLOCK_ROWS
         self._product = torch.empty(0)
 
     def select(self, native: Kernels, out: SparseBlock) -> None:
         """Fill `out` by the kernels; everything is on the CPU."""
         rows, pieces, row_segments, piece_segments = tables(self.layout, out.k)
-        terms = [(tensor.numpy(), scale) for tensor, scale in self._terms]
+        terms = [(tensor.numpy(), scale) for tensor, scale in self.terms]
         (y, a), (z, b) = [*terms, (None, 1.0), (None, 1.0)][:2]
-        dtype = str(self._parts[0].dtype).removeprefix("torch.") if self._parts else "float32"
+        dtype = str(self.parts[0].dtype).removeprefix("torch.") if self.parts else "float32"
         sums: _Sums = {"y": y, "a": a, "z": z, "b": b, "dtype": dtype, "threads": threads()}
-        at = addresses(self._parts, self.layout, pieces, piece_segments)
+        at = addresses(self.parts, self.layout, pieces, piece_segments)
         native.load(pieces, at, out.dense.numpy(), **sums)
-        at = addresses(self._parts, self.layout, rows, row_segments)
+        at = addresses(self.parts, self.layout, rows, row_segments)
         native.select(rows, at, out.indices.numpy(), out.values.numpy(), **sums)
 
     def load(self, segment: int, start: int, out: torch.Tensor) -> None:
@@ -167,12 +171,12 @@ class _Source:
 
     def _load(self, segment: int, start: int, out: torch.Tensor) -> None:
         numel = out.numel()
-        if self._is_whole:
-            filled = self._parts[0][start : start + numel]
+        if self.is_whole:
+            filled = self.parts[0][start : start + numel]
         else:
             inside = start - self.layout.segments[segment].offset
-            filled = self._parts[segment][inside : inside + numel]
-        for tensor, scale in self._terms:
+            filled = self.parts[segment][inside : inside + numel]
+        for tensor, scale in self.terms:
             term = tensor[start : start + numel]
             if scale not in (1.0, -1.0):
                 term = torch.mul(term, scale, out=self._room(numel))
@@ -191,17 +195,17 @@ class _Source:
     def _check_vector(self) -> torch.device:
         sizes = [self.layout.numel]
         allowed: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-        if not self._is_whole:
+        if not self.is_whole:
             sizes = [segment.numel for segment in self.layout.segments]
             allowed = (torch.float32,)
-            if len(self._parts) != len(sizes):
+            if len(self.parts) != len(sizes):
                 raise ValueError(
                     f"vector must have one tensor for each of {len(sizes)} segments, got "
-                    f"{len(self._parts)}."
+                    f"{len(self.parts)}."
                 )
-        device = self._parts[0].device if self._parts else torch.device("cpu")
-        for number, (part, numel) in enumerate(zip(self._parts, sizes, strict=True)):
-            name = "vector" if self._is_whole else f"vector[{number}]"
+        device = self.parts[0].device if self.parts else torch.device("cpu")
+        for number, (part, numel) in enumerate(zip(self.parts, sizes, strict=True)):
+            name = "vector" if self.is_whole else f"vector[{number}]"
             if part.shape != (numel,) or not part.is_contiguous():
                 raise ValueError(
                     f"{name} must be contiguous with shape ({numel},), got {tuple(part.shape)}."

@@ -1,5 +1,5 @@
 """What the tests of this room share."""
 
-from tests.helpers.buckets import implementation
+from tests.helpers.buckets import implementation, interpreter
 
-__all__ = ["implementation"]
+__all__ = ["implementation", "interpreter"]

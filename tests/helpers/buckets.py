@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -24,6 +25,16 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "kernels", lambda: None)
         yield request.param
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accelerator's kernels work on CPU memory, in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton, which comes with torch's builds for GPUs")
+    if torch.cuda.is_available():
+        pytest.skip("needs a process without a GPU, where Triton interprets")
+    monkeypatch.setenv("DS_GRADPRUNE_TRITON", "interpret")
 
 
 def layout_by_shape(*shapes: tuple[int, ...], min_numel: int = 1000) -> BucketLayout:
