@@ -11,11 +11,13 @@ import torch
 
 from ds_gradprune.bucket.block import SparseBlock, check_block, empty_block
 from ds_gradprune.bucket.layout import BucketLayout
+from ds_gradprune.codec import device
 from ds_gradprune.codec.header import HEADER_BYTES, Bytes, Header, seal
 from ds_gradprune.codec.places import check_places, places_bytes, read_places, write_places
 from ds_gradprune.codec.values import ValueFormat
 from ds_gradprune.errors import WireFormatError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.native import accelerator
 
 
 class Codec:
@@ -68,7 +70,9 @@ class Codec:
         What receivers will read is read from the payload itself, with `read_body`.
 
         Args:
-            block: what to send. On an accelerator it is copied to the host first.
+            block: what to send. An accelerator with Triton writes the body itself, and that alone
+                is copied to the host; another one's block is copied first. Indices are checked on
+                the host only.
             step: optimizer step, 0 .. 2**32 - 1.
             bucket: index of the bucket, 0 .. 65535.
             rank: this rank, 0 .. 65535.
@@ -94,11 +98,16 @@ class Codec:
                 f"{tuple(out.shape)}."
             )
         payload: Bytes = out.numpy()
-        values_end, dense_end, places_end = self._cuts(layout, k)
-        self.values.write(block.values.cpu(), payload[HEADER_BYTES:values_end])
-        self.dense.write(block.dense.cpu(), payload[values_end:dense_end])
-        write_places(layout, k, block.indices.cpu().numpy(), payload[dense_end:places_end])
-        payload[places_end:] = 0
+        cuts = self._cuts(layout, k)
+        values_end, dense_end, places_end = cuts
+        if accelerator.is_on(block.device):
+            formats = self.values, self.dense
+            out.copy_(device.write_body(block, formats, (HEADER_BYTES, *cuts), size))
+        else:
+            self.values.write(block.values.cpu(), payload[HEADER_BYTES:values_end])
+            self.dense.write(block.dense.cpu(), payload[values_end:dense_end])
+            write_places(layout, k, block.indices.cpu().numpy(), payload[dense_end:places_end])
+            payload[places_end:] = 0
         header = Header(step, bucket, rank, self.codec_id, k, layout.numel, layout.crc, signals)
         seal(header, payload)
         return out
@@ -157,8 +166,15 @@ class Codec:
         check_block(out, "out")
         if not checked:
             self._check_values(header, data, layout)
+        cuts = self._cuts(layout, k)
+        values_end, dense_end, places_end = cuts
+        if accelerator.is_on(out.device):
+            if not checked:
+                check_places(layout, k, data[dense_end:places_end])
+            there = torch.from_numpy(data).to(out.device)
+            device.read_body(there, (self.values, self.dense), (HEADER_BYTES, *cuts), out)
+            return out
         host = out if out.device.type == "cpu" else empty_block(layout, k)
-        values_end, dense_end, places_end = self._cuts(layout, k)
         self.values.read(data[HEADER_BYTES:values_end], host.values)
         self.dense.read(data[values_end:dense_end], host.dense)
         read_places(layout, k, data[dense_end:places_end], host.indices.numpy())

@@ -63,9 +63,10 @@ class Levels(ValueFormat):
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.name = f"{bits}bit"
-        self._shares: Floats = np.array(_SHARES[bits], dtype=np.float32)
+        self.shares, self.widest = _SHARES[bits], _WIDEST[bits]
+        self._shares: Floats = np.array(self.shares, dtype=np.float32)
         self._shares_of_both: Floats = np.tile(self._shares, 2)
-        self._widest = np.float32(_WIDEST[bits])
+        self._widest = np.float32(self.widest)
 
     def nbytes(self, count: int) -> int:
         """Four for every block begun, and the levels' bits."""
