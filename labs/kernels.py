@@ -8,6 +8,8 @@ time, so that other work on the machine adds none; with more, it is wall-clock t
 names a folder that holds the former `ds_gradprune`: it runs in a process of its own, and its
 weights must come out with equal bits.
 
+With `--device cuda`, `kernels_gpu` measures the accelerator's part instead.
+
 Own progress is the product of two normal numbers, so its tail is heavier than a normal one's.
 
     python -m labs.kernels [--numel 10000000 124000000] [--density 0.01 0.05 0.25]
@@ -20,6 +22,7 @@ the cells with one thread and at most 5 %.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import math
@@ -193,13 +196,16 @@ def show(found: dict[str, Any]) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--numel", type=int, nargs="+", default=[10_000_000, 124_000_000])
-    parser.add_argument("--density", type=float, nargs="+", default=[0.01, 0.05, 0.25])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--numel", type=int, nargs="+")
+    parser.add_argument("--density", type=float, nargs="+")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--value-bits", type=int, default=2, choices=(2, 4, 16, 32))
     parser.add_argument("--bucket-numel", type=int, default=2**26)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", type=Path, help="folder of the former build")
+    parser.add_argument("--seconds", type=float, default=40.0, help="with cuda: no cell after them")
+    parser.add_argument("--variants", action="store_true", help="with cuda: shapes of programs")
     parser.add_argument("--serve", type=int, nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -210,8 +216,13 @@ def main() -> None:
     if options.serve:
         serve(*options.serve)
         return
+    on_cpu = options.device == "cpu"
+    options.numel = options.numel or (
+        [10_000_000, 124_000_000] if on_cpu else [100_000_000, 1_000_000_000]
+    )
+    options.density = options.density or ([0.01, 0.05, 0.25] if on_cpu else [0.01, 0.05])
     cells: list[dict[str, Any]] = []
-    for numel in options.numel:
+    for numel in options.numel if on_cpu else ():
         cells += measure(numel, options.density, options.threads, options)
     judged = [c for c in cells if c["threads"] == 1 and c["density"] <= MOST_DENSITY]
     before = [found["vs_before"] for found in judged if "vs_before" in found]
@@ -221,6 +232,9 @@ def main() -> None:
         "gpu_fraction_of_copy": None,
         "cells": cells,
     }
+    if not on_cpu:
+        # Not above: the former build's process imports this file and has no such modules.
+        document |= importlib.import_module("labs.kernels_gpu").measure(options)
     print(json.dumps(document))
 
 
