@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ds_gradprune.config import GradientPruningConfig, load_block
 from ds_gradprune.deepspeed import checkpoint, compat
 from ds_gradprune.deepspeed.agree import check_ranks, raise_together
+from ds_gradprune.deepspeed.carried import Carried
 from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.facts import facts_of
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle
@@ -127,7 +128,8 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
 
 def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:
     logger.warning("gradient pruning is idle: %s, nothing to exchange", why)
-    return IdleHandle(engine, config)
+    ranks = TorchDistTransport(on_cpu(engine.data_parallel_group), config.timeout_s)
+    return IdleHandle(engine, config, Carried(engine, config, ranks))
 
 
 def _together(ranks: Transport, work: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_gradprune.deepspeed import statefile
+from ds_gradprune.deepspeed import resize, statefile
 from ds_gradprune.deepspeed.agree import gather_texts, raise_together
 from ds_gradprune.deepspeed.generators import random_state, set_random_state
 from ds_gradprune.deepspeed.statefile import Stamp
@@ -83,6 +83,7 @@ class Loaded:
         step: optimizer steps that were done.
         num_islands: islands of the run that saved it.
         is_resized: their number is another one now.
+        handed: what they hand over then.
         paths: (island, shard) -> file, as far as this host has them.
     """
 
@@ -91,6 +92,7 @@ class Loaded:
     step: int
     num_islands: int
     is_resized: bool
+    handed: resize.Handed | None
     paths: Mapping[tuple[int, int], str]
 
 
@@ -161,7 +163,11 @@ def load(load_dir: str, tag: str, seat: Seat) -> Loaded | None:
     _raise_faults(folder, ranks)
     _raise_differing(folder, "step", [rank["step"] for rank in ranks], ranks)
     assert content is not None
-    return Loaded(content["pruning"], content["random"], step, num_islands, is_resized, files)
+    state, handed = content["pruning"], None
+    if is_resized:
+        paths = {island: path for (island, shard), path in files.items() if shard == seat.shard}
+        handed = resize.collect(seat.transport, paths, state, stamp)
+    return Loaded(state, content["random"], step, num_islands, is_resized, handed, files)
 
 
 def agree_on(error: GradPruneError | None, seat: Seat) -> None:

@@ -25,6 +25,7 @@ from ds_gradprune import codec
 from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, monitor
+from ds_gradprune.deepspeed.agree import check_weights
 from ds_gradprune.deepspeed.archives import check_files
 from ds_gradprune.deepspeed.clock import Clock, after_device
 from ds_gradprune.deepspeed.facts import tell_changes
@@ -254,6 +255,8 @@ class Handle:
     ) -> Any:
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
         if save_dir:
+            seat = self._seat
+            check_weights(seat.transport, seat.shard, self.parameters_crc(), self.loop.step)
             state = self._state() | {"facts": dict(self.facts)}
             checkpoint.save(save_dir, tag, self._seat, state, self.loop.step)
         return original(save_dir, tag, *args, **kwargs)

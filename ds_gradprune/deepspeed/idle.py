@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import google_crc32c
 import torch
@@ -12,6 +12,9 @@ import torch
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.train.report import Totals
+
+if TYPE_CHECKING:
+    from ds_gradprune.deepspeed.carried import Carried
 
 
 class IdleHandle:
@@ -29,7 +32,10 @@ class IdleHandle:
 
     idle = True
 
-    def __init__(self, engine: Any, config: GradientPruningConfig) -> None:
+    def __init__(
+        self, engine: Any, config: GradientPruningConfig, carried: Carried | None = None
+    ) -> None:
+        self._carried = carried
         self.engine = engine
         self.config = config
         self.report = None
@@ -63,7 +69,10 @@ class IdleHandle:
         return module_crc(self.engine.module)
 
     def detach(self) -> None:
-        """Nothing was hooked. Local."""
+        """Give DeepSpeed back what was hooked, if anything was. Local."""
+        if self._carried is not None:
+            self._carried.close()
+            self._carried = None
         self.engine.gradprune = None
 
 

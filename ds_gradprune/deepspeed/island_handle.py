@@ -218,7 +218,12 @@ class IslandHandle(Handle):
         loop = self.loop.read(state.state["loop"])
         channel = {} if state.is_resized else state.state["channel"]
         self.channel.check_state(channel)
-        restore = self._state_of.read(state.state["island"], is_resized=state.is_resized)
+        before = state.num_islands
+        restore = self._state_of.read(
+            state.state["island"],
+            handed=state.handed,
+            factor=update_scale(before, self.config.update_scale) / before,
+        )
 
         def take() -> None:
             self.losses.load_state_dict([] if state.is_resized else state.state["losses"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ds_gradprune.deepspeed.resize import Handed, deliver
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.piece import Shards
@@ -28,6 +29,7 @@ class IslandState:
         self._engine = engine
         self._islands = islands
         self._shards = shards
+        self._decay = 0.0 if islands.kept is None else islands.kept.decay
 
     def save(self) -> dict[str, Any]:
         """Everything of the island that affects the next step."""
@@ -43,13 +45,16 @@ class IslandState:
             "buffers": dict(_persistent_buffers(self._engine.module)),
         }
 
-    def read(self, island: Mapping[str, Any], *, is_resized: bool) -> Callable[[], None]:
+    def read(
+        self, island: Mapping[str, Any], *, handed: Handed | None = None, factor: float = 0.0
+    ) -> Callable[[], None]:
         """Check a state.
 
         Args:
             island: what `save` gave.
-            is_resized: it is another island's, because their number has changed: its own weights
-                are left out, and this island begins with the shared ones.
+            handed: it is island 0's of another number of islands: this one begins with the shared
+                weights, and those take what the old islands hand over.
+            factor: weight of one old island's update in the move of the shared weights.
 
         Returns:
             What puts it into force, after DeepSpeed has loaded the shared weights.
@@ -78,7 +83,7 @@ class IslandState:
         rule = self._islands.rule.read(island["rule"])
         residual = self._islands.kept
         kept = None if residual is None or island["kept"] is None else residual.read(island["kept"])
-        return lambda: self._take(island, rule, kept, is_resized)
+        return lambda: self._take(island, rule, kept, handed, factor)
 
     def restart(self, *, has_states: bool) -> None:
         """A checkpoint without our state was loaded: its weights are everybody's.
@@ -95,18 +100,28 @@ class IslandState:
             self._islands.kept.reset()
 
     @torch.no_grad()
-    def _take(self, island: Mapping[str, Any], rule: Any, kept: Any, is_resized: bool) -> None:
+    def _take(
+        self,
+        island: Mapping[str, Any],
+        rule: Any,
+        kept: Any,
+        handed: Handed | None,
+        factor: float,
+    ) -> None:
         islands, weights = self._islands, self._islands.weights
         weights.capture()  # what DeepSpeed has loaded are the shared weights
         islands.rule.take(rule)
         if islands.kept is not None:
-            islands.kept.take([] if kept is None or is_resized else kept)
+            islands.kept.take([] if kept is None or handed is not None else kept)
         islands.have_parted = bool(island["have_parted"])
-        self._shards.load_state_dict(island["optimizer"])
-        if self._engine.lr_scheduler is not None:
-            self._engine.lr_scheduler.load_state_dict(island["lr_scheduler"])
-        self._engine.skipped_steps = island["skipped_steps"]
-        if not is_resized:
+        if island["optimizer"] is not None:  # else DeepSpeed's files have it: see `carried`
+            self._shards.load_state_dict(island["optimizer"])
+            if self._engine.lr_scheduler is not None:
+                self._engine.lr_scheduler.load_state_dict(island["lr_scheduler"])
+            self._engine.skipped_steps = island["skipped_steps"]
+        if handed is not None:
+            deliver(weights, island["own"], handed, factor, self._decay)
+        else:
             for name, buffer in _persistent_buffers(self._engine.module):
                 buffer.copy_(island["buffers"][name])
             weights.set_own(island["own"])

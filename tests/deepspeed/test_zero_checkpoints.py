@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.fork_ranks import Ranks
 from tests.helpers.zero_answers import Found, kinds, of_all, of_one
@@ -89,10 +90,17 @@ def test_another_number_of_islands_goes_on(
     resized: Any, size: int, islands: int, kind: str
 ) -> None:
     saved, found = resized[size, islands]
-    weights, moments = (of_all(saved, kind, name) for name in ("shared", "moments"))
+    before, weights, moments = (
+        of_all(saved, kind, name) for name in ("before", "shared", "moments")
+    )
+    # Sums are made in another order than a dense exchange makes them; in bf16 a last bit may flip.
+    atol = 2.0**-6 if "bf16" in kind else 2.0**-20
+    moved = max(float((weights[0][name] - before[0][name]).abs().max()) for name in before[0])
+    assert moved > 100 * 2.0**-20  # the residual is none of the roundings
     assert of_all(found, kind, "idle") == [islands == 1] * len(found)
     for rank, shared in enumerate(of_all(found, kind, "shared")):
-        assert all((shared[name] == weights[0][name]).all() for name in shared)
+        for name in shared:
+            assert torch.allclose(shared[name], weights[0][name], rtol=0.0, atol=atol), name
         assert found[rank][kind]["moments"] == moments[rank % size]
         assert found[rank][kind]["steps"] == 6
     crcs = of_all(found, kind, "crcs")

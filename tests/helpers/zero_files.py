@@ -164,7 +164,7 @@ def scale_of(engine: Any) -> float | None:
 
 # ---- another number of islands -------------------------------------------------------------------
 
-RESIZED = ("0-fp32", "0-bf16", "2-fp32", "2-offload")
+RESIZED = ("0-fp32", "0-bf16", "1-fp32", "2-fp32", "2-offload", "3-fp32")
 
 
 def run_saved(folder: str, ranks: int) -> dict[str, Any]:
@@ -175,9 +175,19 @@ def run_saved(folder: str, ranks: int) -> dict[str, Any]:
         engine = make(PRUNED, ranks=ranks, **KINDS[kind])
         train(engine, 1, 6)
         engine.save_checkpoint(f"{folder}/{kind}", tag="t")
-        with engine.gradprune.shared_weights():
-            yield "shared", {name: w.float() for name, w in weights_of(engine).items()}
+        handle = engine.gradprune
+        with handle.shared_weights():
+            yield "before", {name: w.float() for name, w in weights_of(engine).items()}
         yield "moments", moments(engine)
+        # What the islands hand over counts as one dense exchange.
+        prepared = handle.islands.prepare_dense([])
+        prepared.start()
+        prepared.deliver()
+        prepared.commit()
+        handle.shards.publish()
+        handle.weights.note()
+        with handle.shared_weights():
+            yield "shared", {name: w.float() for name, w in weights_of(engine).items()}
 
     return collect(checks, [*RESIZED])
 
@@ -206,10 +216,9 @@ def run_resized(folder: str, ranks: int) -> dict[str, Any]:
 
 
 def moments(engine: Any) -> list[float]:
-    """Sums over the optimizer's state, in the order of its tensors."""
-    state = engine.basic_optimizer.state_dict()["state"]
-    return [
+    """Sums over the optimizer's state, the smallest first: tensors have no name at stage 3."""
+    return sorted(
         float(torch.as_tensor(value).double().sum())
-        for number in sorted(state)
-        for _, value in sorted(state[number].items())
-    ]
+        for state in engine.basic_optimizer.state.values()
+        for value in state.values()
+    )
