@@ -1,0 +1,86 @@
+"""The fault laboratory on loopback: it plays what it draws, and it finds what it should find."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.train.islands import Islands
+from ds_gradprune.train.residual import Residuals
+from labs.faults import bed, loopback
+from labs.faults.command import summarize
+from labs.faults.schedules import KINDS, Event, Schedule, draw
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def schedule(*events: Event, steps: int = 6, **block: Any) -> Schedule:
+    pinned = {"initial": 0.05, "min": 0.05, "max": 0.05}
+    given = {"prune": "update", "warmup": "unpruned", "warmup_steps": 0, "ramp_steps": 0}
+    given |= {"window_size": 4, "density": pinned, "verify_every_steps": 1} | block
+    config = GradientPruningConfig.model_validate(given)
+    return Schedule(7, config, 2, steps, 2, hides=False, resumes=True, events=events)
+
+
+def test_a_seed_gives_the_same_schedules_again() -> None:
+    drawn = [draw(3, number) for number in range(60)]
+    assert drawn == [draw(3, number) for number in range(60)]
+    assert drawn != [draw(4, number) for number in range(60)]
+    assert {event.kind for one in drawn for event in one.events} == set(KINDS)
+    beds = [bed.draw(3, number) for number in range(30)]
+    assert {one.deed for one in beds} == set(bed.DEEDS)
+    assert {one.supervised for one in beds} == {True, False}
+
+
+@pytest.mark.parametrize("prune", ["update", "gradient"])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"stop", "delay", "foreign"}))
+def test_every_kind_of_fault_ends_well(kind: str, prune: str, tmp_path: Path) -> None:
+    """A frozen and a late rank take real time: `benchmarks/faults.py` has them."""
+    life = 1 if kind == "flip" else 0
+    events = [Event(kind, life, 1, 4, 1)]
+    if kind == "flip":
+        events.append(Event("kill", 0, 0, 5, 0))
+    verdict = loopback.play(schedule(*events, prune=prune, warmup="dense"), tmp_path)
+    assert verdict.end == "finished", verdict.notes
+    assert not verdict.diverged, verdict.notes
+    assert not verdict.lost_gradient, verdict.notes
+
+
+def test_a_bit_that_flips_in_one_ranks_weights_is_found(tmp_path: Path) -> None:
+    verdict = loopback.play(schedule(Event("foreign", 0, 1, 2, 0)), tmp_path)
+    assert "RankMismatchError" in verdict.notes[0]
+    assert verdict.lives == 2
+
+
+def test_a_product_that_forgets_its_residual_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The laboratory itself can fail."""
+    real = Residuals.stage
+    monkeypatch.setattr(Residuals, "stage", lambda self, k, n, _: real(self, k, n, None))
+    verdict = loopback.play(schedule(prune="gradient", warmup="dense"), tmp_path)
+    assert verdict.lost_gradient
+
+
+def test_islands_that_apply_different_factors_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factor = property(lambda self: 0.5 + 0.01 * self.channel.rank)
+    monkeypatch.setattr(Islands, "factor", factor)
+    plain = schedule(verify_every_steps=None)
+    assert loopback.play(plain, tmp_path / "a").diverged
+    found = dataclasses.replace(plain, resumes=False, config=schedule().config)
+    assert "RankMismatchError" in loopback.play(found, tmp_path / "b").notes[0]
+
+
+def test_the_document_counts_ends_and_takes_quantiles() -> None:
+    rows = [{"end": "finished", "recover_s": float(n)} for n in range(21)]
+    rows += [{"end": "typed_error", "typed_s": 3.0, "diverged": True}, {"end": "hung"}]
+    found = summarize(rows)
+    assert (found["schedules"], found["finished"], found["hung"]) == (23, 21, 1)
+    assert (found["diverged"], found["lost_gradient"]) == (1, 0)
+    assert (found["recover_s_p95"], found["typed_s_p95"]) == (19.0, 3.0)
