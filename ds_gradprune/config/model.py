@@ -141,7 +141,7 @@ class GradientPruningConfig(_Block):
     )
     island: IslandConfig = Field(
         default_factory=IslandConfig,
-        description="With update: which ranks step together, see below.",
+        description="Which ranks step together, or sum gradients before they send, see below.",
     )
     sync_every: Annotated[int, Field(ge=1, le=10**6)] = Field(
         default=1,

@@ -9,7 +9,6 @@ from ds_gradprune.config.model import BLOCK, DensityConfig, GradientPruningConfi
 from ds_gradprune.config.wording import shown
 
 _ONLY_UPDATE = (
-    "island",
     "sync_every",
     "residual",
     "residual_decay",
@@ -52,14 +51,11 @@ def _gradient_faults(config: GradientPruningConfig) -> list[str]:
     for name in _ONLY_UPDATE:
         field = type(config).model_fields[name]
         value, default = getattr(config, name), field.get_default(call_default_factory=True)
-        if value == default:
-            continue
-        if name == "island":
-            name, value, default = "island.ranks", value.ranks, default.ranks
-        faults.append(
-            f'{BLOCK}.{name} must be {shown(default)} with prune = "gradient", got '
-            f'{shown(value)}. Leave it out, or set prune to "update".'
-        )
+        if value != default:
+            faults.append(
+                f'{BLOCK}.{name} must be {shown(default)} with prune = "gradient", got '
+                f'{shown(value)}. Leave it out, or set prune to "update".'
+            )
     return faults
 
 

@@ -88,17 +88,29 @@ def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyH
     group = on_cpu(engine.seq_data_parallel_group)
     ranks = TorchDistTransport(group, config.timeout_s)
     _together(ranks, lambda: compat.check(engine, config.prune))
-    if ranks.world_size == 1:
-        return _idle(engine, config, "there is only one rank")
+    if ranks.world_size < dist.get_world_size():
+        raise UnsupportedError(
+            'prune = "gradient" needs an engine whose data-parallel group is all '
+            f"{dist.get_world_size()} ranks, got one of {ranks.world_size}. Make it without an mpu "
+            "or mesh_param of your own."
+        )
     check_ranks(ranks, facts_of(engine, config))
-    seat = checkpoint.Seat(ranks, ranks.rank, ranks.world_size)
-    # A group of its own: a rank that saves while another one exchanges must not meet it there.
-    own = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    groups = Groups(config.island.ranks)
+    if groups.num_islands == 1:
+        groups.close(is_mpu=False)
+        return _idle(engine, config, "there is only one island")
+    seat = _seat(ranks, groups)
     if seat.is_first:
         warn_of_parameters(engine, ranks.world_size)
     reduces_itself = isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
     make = ZeroGradientHandle if reduces_itself else GradientHandle
-    return make(engine, config, _channel(config, own, clock), clock, seat)
+    return make(engine, config, _channel(config, groups.outer_cpu, clock), clock, seat, groups)
+
+
+def _seat(ranks: Transport, groups: Groups) -> checkpoint.Seat:
+    return checkpoint.Seat(
+        ranks, groups.island, groups.num_islands, groups.shard, groups.num_shards
+    )
 
 
 def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
@@ -119,11 +131,8 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
     if config.warmup == "dense" and config.warmup_steps and shards.warmup_fault is not None:
         raise UnsupportedError(shards.warmup_fault)
     equalize(engine.module, groups, shards)
-    seat = checkpoint.Seat(
-        ranks, groups.island, groups.num_islands, groups.shard, groups.num_shards
-    )
     channel = _channel(config, groups.outer_cpu, clock)
-    return IslandHandle(engine, config, channel, clock, seat, groups, shards)
+    return IslandHandle(engine, config, channel, clock, _seat(ranks, groups), groups, shards)
 
 
 def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:

@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import enum
 import math
+import struct
+import zlib
 from collections.abc import Collection, Iterator
 
 import torch
@@ -45,7 +47,7 @@ _FIX = (
 )
 
 
-_SIGNALS = 7
+_SIGNALS = 8
 """Numbers of an agreement on signals."""
 
 
@@ -75,12 +77,16 @@ class InsideIsland:
         """
         self._gather(occasion, [])
 
-    def agree(self, mine: RankSignals, dense_bytes: int) -> tuple[RankSignals, int]:
+    def agree(
+        self, mine: RankSignals, dense_bytes: int, *, island: int | None = None
+    ) -> tuple[RankSignals, int]:
         """What the island says, and what it would send without pruning.
 
         Args:
             mine: this rank's signals; `wire_bytes` is the island's already.
             dense_bytes: what this rank would send without pruning.
+            island: its number, where all its ranks must have one history. If they have not, the
+                island says one that no other has, and all ranks of all islands are told.
 
         Collective: all ranks of the island.
         """
@@ -90,11 +96,16 @@ class InsideIsland:
         loss = math.inf if mine.loss is not None and math.isnan(mine.loss) else mine.loss
         known = [loss, mine.compute_time_s, mine.codec_time_s, mine.comm_time_s]
         row = [math.nan if value is None else float(value) for value in known]
-        row += [float(mine.nonfinite), float(mine.written), float(dense_bytes)]
-        losses, computes, codecs, comms, nonfinite, written, dense = (
+        row += [
+            float(mine.nonfinite),
+            float(mine.written),
+            float(dense_bytes),
+            float(mine.agreement),
+        ]
+        losses, computes, codecs, comms, nonfinite, written, dense, histories = (
             list(column) for column in zip(*self._gather(Occasion.SIGNALS, row), strict=True)
         )
-        island = dataclasses.replace(
+        together = dataclasses.replace(
             mine,
             loss=_or_none(sum(losses) / len(losses)),
             compute_time_s=_or_none(_most(computes)),
@@ -102,8 +113,9 @@ class InsideIsland:
             comm_time_s=_most(comms),
             nonfinite=any(nonfinite),
             written=any(written),
+            agreement=mine.agreement if island is None else _history(histories, island),
         )
-        return island, int(sum(dense))
+        return together, int(sum(dense))
 
     def outcome(
         self,
@@ -181,6 +193,13 @@ def _raise(transport: Transport, error: Exception | None) -> None:
         raise_together(transport, told)
     assert error is not None
     raise error
+
+
+def _history(histories: list[float], island: int) -> int:
+    """What all have, or something that only this island has."""
+    if len(set(histories)) == 1:
+        return int(histories[0])
+    return zlib.crc32(struct.pack(f"<{len(histories)}dI", *histories, island))
 
 
 def _most(values: list[float]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ds_gradprune.deepspeed.groups import Seat
+    from ds_gradprune.deepspeed.seats import Seat
 
 logger = logging.getLogger(__name__)
 

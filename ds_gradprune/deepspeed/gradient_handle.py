@@ -1,5 +1,7 @@
 """Gradient mode in DeepSpeed's step loop, where every rank reduces whole gradients in one go.
 
+The ranks of an island sum their gradients first, and agree on what it tells the others.
+
 That is ZeRO stage 0, and stage 1 with bf16 weights whose gradients are summed in fp32
 (`BF16_Optimizer`). Beyond what `Handle` hooks:
 
@@ -12,24 +14,27 @@ That is ZeRO stage 0, and stage 1 with bf16 weights whose gradients are summed i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import google_crc32c
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import backend as backends
 from ds_gradprune.deepspeed import checkpoint
 from ds_gradprune.deepspeed.clock import Clock
+from ds_gradprune.deepspeed.consensus import InsideIsland
+from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Handle
-from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
+from ds_gradprune.deepspeed.places import Places, places_of, whole_gradients
 from ds_gradprune.deepspeed.poison import refuse_poison
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.law.signals import RankSignals
-from ds_gradprune.train.gradients import Gradient, GradientPruning
+from ds_gradprune.train.gradients import GradientPruning
+from ds_gradprune.train.inside import Gradient, Inside
 from ds_gradprune.wire.channel import Announcement, Channel
+from ds_gradprune.wire.torchdist import TorchDistTransport
 
 UNREDUCED = (
     "step {step} ended without reducing any gradient; was engine.backward called, and outside "
@@ -44,7 +49,17 @@ OTHER_SIZE = (
 class GradientHandle(Handle):
     """`engine.gradprune` of an engine that prunes gradients.
 
+    Args:
+        engine: the DeepSpeed engine.
+        config: the validated block.
+        channel: between the same-index ranks of all islands.
+        clock: where time comes from.
+        seat: this rank's place, for its checkpoint file.
+        groups: the islands; closed with the handle.
+
     Attributes:
+        groups: see there.
+        inside: how the ranks of the island agree.
         pruning: the algorithm, with the residuals.
     """
 
@@ -55,13 +70,22 @@ class GradientHandle(Handle):
         channel: Channel,
         clock: Clock,
         seat: checkpoint.Seat,
+        groups: Groups,
     ) -> None:
         super().__init__(engine, config, channel, clock, seat)
+        self.groups = groups
+        self.inside = InsideIsland(
+            None
+            if groups.inner_cpu is None
+            else TorchDistTransport(groups.inner_cpu, config.timeout_s),
+            groups.num_islands,
+        )
         self.pruning = GradientPruning(
             channel,
             self.loop.stopwatch,
             value_bits=config.value_bits,
             error_feedback=config.error_feedback,
+            inside=self._inner(),
         )
         self._backend = backends.install()
         self._places = Places()
@@ -72,16 +96,36 @@ class GradientHandle(Handle):
 
     @property
     def held_bytes(self) -> int:
-        """See `Handle`: 4 bytes for every parameter that was ever pruned."""
+        """See `Handle`: 4 bytes for every parameter that was ever pruned, by the island's ranks."""
         return self.pruning.residuals.nbytes
+
+    @property
+    def _whose(self) -> str:
+        """What messages call one of those that announce."""
+        return "rank" if self.groups.inner is None else "island"
 
     def _hook(self) -> None:
         """Put ourselves where gradients are reduced."""
         self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
         self.hooks.replace("allreduce_bucket", self._reduce_bucket)
 
+    def _inner(self) -> Inside | None:
+        """The ranks of the island, which sum buckets where those lie."""
+        groups = self.groups
+        if groups.inner is None:
+            return None
+        transport = TorchDistTransport(groups.inner, self.config.timeout_s)
+
+        def together(error: Exception | None) -> None:
+            self.inside.outcome(error=error)
+
+        return Inside(transport, self.loop.stopwatch, together)
+
     def _before_detach(self) -> None:
         backends.uninstall(self._backend)
+
+    def _after_detach(self) -> None:
+        self.groups.close(is_mpu=False)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -100,8 +144,9 @@ class GradientHandle(Handle):
             self._note_names([place.gradient.key for place in places])
             self.channel.advance(self.loop.exchange_step)
             self.pruning.begin()
-            self._signals = self.loop.signals(self.losses.so_far(), nonfinite=not all_finite(grads))
-            self._announcement = self.announce(self._signals)
+            self._announcement = self._announce(
+                self.losses.so_far(), nonfinite=not all_finite(grads)
+            )
         return original(grads=grads, elements_per_buffer=elements_per_buffer)
 
     def _reduce_bucket(
@@ -124,7 +169,8 @@ class GradientHandle(Handle):
         scale = loss_scale(self.engine)
         with self.loop.stopwatch.phase("codec"):
             if self.loop.decision.density == 1.0:
-                bad = any(signals.nonfinite for signals in self._agreed())
+                with self.inside.together():
+                    bad = any(signals.nonfinite for signals in self._agreed())
                 self.pruning.reduce_dense(vector, gradients, nonfinite=bad, scale=scale)
                 return
             self.pruning.reduce(
@@ -137,12 +183,18 @@ class GradientHandle(Handle):
                 agreed=self._agreed,
             )
 
+    def _announce(self, loss: float | None, *, nonfinite: bool) -> Announcement:
+        """Tell all islands what this one measured and is about to send. Collective: all ranks."""
+        mine = self.loop.signals(loss, nonfinite=nonfinite)
+        self._signals, _ = self.inside.agree(mine, 0, island=self.groups.island)
+        return self.announce(self._signals)
+
     def _agreed(self) -> list[RankSignals]:
-        """What all ranks have announced; raises where they disagree."""
+        """What all islands have announced; raises where they disagree."""
         assert self._announcement is not None
         with self.loop.stopwatch.phase("wire"):
             ranks = [header.signals for header in self._announcement.headers()]
-        refuse_poison(self.engine, ranks, self.loop.exchange_step, "rank")
+        refuse_poison(self.engine, ranks, self.loop.exchange_step, self._whose)
         return ranks
 
     def _note_names(self, names: list[str]) -> None:
@@ -167,16 +219,17 @@ class GradientHandle(Handle):
         ranks, self._announcement = self._ranks(), None
         self.losses.reset()
         self.loop.begin_exchange()
+        _, wire_bytes = self.inside.outcome(wire_bytes=self.channel.take_wire_bytes())
         self.finish(
             ranks,
-            wire_bytes=self.channel.take_wire_bytes(),
+            wire_bytes=wire_bytes,
             dense_bytes=self.pruning.take_dense_bytes(),
         )
         self.loop.end_step()
         return result
 
     def _ranks(self) -> list[RankSignals]:
-        """What all ranks have said of the step that has ended."""
+        """What all islands have said of the step that has ended."""
         return self._agreed()
 
     # ---- checkpoints ---------------------------------------------------------------------------
@@ -201,7 +254,7 @@ class GradientHandle(Handle):
             self.loop.take(loop)
             self._names_crc = int(mine["names_crc"])
             self.channel.load_state_dict(channel)
-            # With another number of ranks there is no telling whose residual is whose.
+            # With another number of islands there is no telling whose residual is whose.
             self.pruning.residuals.take({} if state.is_resized else residuals)
             if not state.is_resized:
                 checkpoint.set_random_state(state.random)
@@ -217,36 +270,6 @@ class GradientHandle(Handle):
     def _forget(self) -> None:
         self.pruning.abort()
         self._announcement = None
-
-
-def whole_gradients(engine: Any) -> list[torch.Tensor]:
-    """What DeepSpeed is about to reduce, as `buffered_allreduce_fallback` finds it itself."""
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        grads, _ = engine.optimizer.get_grads_for_reduction()
-    else:
-        grads, _ = engine._get_gradients_for_reduction()
-    return list(grads)
-
-
-def places_of(engine: Any, min_numel: int) -> Iterator[Place]:
-    """Where the whole gradients lie that DeepSpeed is about to reduce."""
-    optimizer = engine.optimizer
-    if not isinstance(optimizer, BF16_Optimizer):
-        for name, parameter in engine.module.named_parameters():
-            if parameter.grad is not None and parameter.numel():
-                yield place_of(parameter.grad, gradient_of(name, parameter, min_numel))
-        return
-    # One flat tensor for every parameter group, whose end may be padding.
-    for number, parameters in enumerate(optimizer.bf16_groups):
-        end = optimizer.fp32_groups_gradients_flat[number]
-        for parameter, grad in zip(
-            parameters, optimizer.fp32_groups_gradients[number], strict=True
-        ):
-            name = optimizer.param_names[parameter]
-            yield place_of(grad, gradient_of(name, parameter, min_numel))
-            end = end[grad.numel() :]
-        if end.numel():
-            yield place_of(end, Gradient(f"(padding of group {number})", end.numel(), False))
 
 
 def all_finite(grads: list[torch.Tensor]) -> bool:

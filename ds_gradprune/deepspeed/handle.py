@@ -141,12 +141,17 @@ class Handle:
         self.hooks.remove()
         self._log.close()
         self.channel.close()
+        self._after_detach()
         self.engine.gradprune = None
 
     # ---- what a mode does ----------------------------------------------------------------------
 
     def _before_detach(self) -> None:
         """Give back what the mode has hooked."""
+
+    def _after_detach(self) -> None:
+        """Close the mode's process groups."""
+        raise NotImplementedError
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Shadow `engine.step`."""

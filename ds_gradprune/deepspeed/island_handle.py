@@ -138,6 +138,9 @@ class IslandHandle(Handle):
         self._warmup.close()
         self.shards.close()
 
+    def _after_detach(self) -> None:
+        self.groups.close(is_mpu=True)
+
     # ---- the step ------------------------------------------------------------------------------
 
     @property

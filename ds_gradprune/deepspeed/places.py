@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from ds_gradprune.errors import UnsupportedError
-from ds_gradprune.train.gradients import Gradient
+from ds_gradprune.train.inside import Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Places:
                 if parts and parts[-1][0] is place and parts[-1][2] == start:
                     start = parts.pop()[1]
                 parts.append((place, start, stop))
-        return tuple(_part(place.gradient, start, stop) for place, start, stop in parts)
+        return tuple(place.gradient.part(start, stop) for place, start, stop in parts)
 
     def _at(self, address: int) -> Place:
         index = bisect_right(self._starts, address) - 1
@@ -84,8 +86,31 @@ class Places:
         return self._places[index]
 
 
-def _part(gradient: Gradient, start: int, stop: int) -> Gradient:
-    """Elements start .. stop - 1 of a gradient."""
-    if stop - start == gradient.numel:
-        return gradient
-    return Gradient(f"{gradient.key}[{start}:{stop}]", stop - start, gradient.pruned)
+def whole_gradients(engine: Any) -> list[torch.Tensor]:
+    """What DeepSpeed is about to reduce, as `buffered_allreduce_fallback` finds it itself."""
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        grads, _ = engine.optimizer.get_grads_for_reduction()
+    else:
+        grads, _ = engine._get_gradients_for_reduction()
+    return list(grads)
+
+
+def places_of(engine: Any, min_numel: int) -> Iterator[Place]:
+    """Where the whole gradients lie that DeepSpeed is about to reduce."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, BF16_Optimizer):
+        for name, parameter in engine.module.named_parameters():
+            if parameter.grad is not None and parameter.numel():
+                yield place_of(parameter.grad, gradient_of(name, parameter, min_numel))
+        return
+    # One flat tensor for every parameter group, whose end may be padding.
+    for number, parameters in enumerate(optimizer.bf16_groups):
+        end = optimizer.fp32_groups_gradients_flat[number]
+        for parameter, grad in zip(
+            parameters, optimizer.fp32_groups_gradients[number], strict=True
+        ):
+            name = optimizer.param_names[parameter]
+            yield place_of(grad, gradient_of(name, parameter, min_numel))
+            end = end[grad.numel() :]
+        if end.numel():
+            yield place_of(end, Gradient(f"(padding of group {number})", end.numel(), False))

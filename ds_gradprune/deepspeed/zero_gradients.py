@@ -33,7 +33,7 @@ from ds_gradprune.deepspeed.gradient_handle import GradientHandle, all_finite
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
 from ds_gradprune.law.signals import RankSignals
-from ds_gradprune.train.gradients import Gradient
+from ds_gradprune.train.inside import Gradient
 from ds_gradprune.wire.channel import Announcement
 from ds_gradprune.wire.traffic import all_gather_bytes
 
@@ -130,8 +130,7 @@ class ZeroGradientHandle(GradientHandle):
                 self._loss = self.losses.so_far() if self._is_closed else None
             self.loop.note_weights(google_crc32c.value(repr(gradients).encode()))
             bad = vector is not None and not all_finite([vector])
-            self._signals = self.loop.signals(self._loss, nonfinite=bad)
-            self._announcement = self.announce(self._signals)
+            self._announcement = self._announce(self._loss, nonfinite=bad)
             self._told.append(self._announcement)
 
     def _end_round(self, original: Callable[..., Any]) -> Any:

@@ -1,53 +1,46 @@
 """Gradient mode: a gradient bucket is replaced by the sum of what all ranks send of theirs.
 
-Every rank adds the same decoded payloads in rank order, so all get equal bits. The result is a
-*sum*, as an all-reduce gives, so that DeepSpeed's own averaging, pre-division and clipping stay in
-force around it. What is not sent stays in the residual; it is staged until the step was applied, so
-a step that is skipped, or that fails in a later bucket, touches no residual. Until then the old and
-the new residual exist side by side.
+Islands send, one payload per element each: the ranks of an island sum a bucket among themselves and
+divide the sum (`inside`). Every rank adds the same decoded payloads in the islands' order, so all
+get equal bits. The result is a *sum*, as an all-reduce gives, so that DeepSpeed's own averaging,
+pre-division and clipping stay in force around it.
+
+What is not sent stays in the residual; it is staged until the step was applied, so a step that is
+skipped, or that fails in a later bucket, touches no residual. Until then the old and the new
+residual exist side by side.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from ds_gradprune.bucket.apply import scatter_add
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
+from ds_gradprune.train.inside import Gradient, Inside
 from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
 from ds_gradprune.train.residual import Residuals
 from ds_gradprune.train.stopwatch import Stopwatch
-from ds_gradprune.wire.channel import Channel
+from ds_gradprune.wire.channel import Channel, Pending
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Gradient:
-    """One parameter's share of a bucket.
-
-    Attributes:
-        key: the parameter's name; stable over the run.
-        numel: its elements.
-        pruned: its elements are selected; False: always sent whole.
-    """
-
-    key: str
-    numel: int
-    pruned: bool
+__all__ = ["Gradient", "GradientPruning"]
 
 
 class GradientPruning:
     """The algorithm of gradient mode on one rank.
 
     Args:
-        channel: between all ranks.
+        channel: between the same-index ranks of all islands.
         stopwatch: waiting counts as "wire" there.
         value_bits: bits of a value on the wire.
         error_feedback: keep what was not sent and add it to the next gradient.
         bucket_numel: elements that are selected and applied at a time.
+        inside: the ranks of this rank's island; None: it is alone in it.
 
     Attributes:
         residuals: what this rank owes.
@@ -62,6 +55,7 @@ class GradientPruning:
         value_bits: int,
         error_feedback: bool,
         bucket_numel: int = BUCKET_NUMEL,
+        inside: Inside | None = None,
     ) -> None:
         self.residuals = Residuals()
         self.channel = channel
@@ -69,6 +63,7 @@ class GradientPruning:
         self.value_bits = value_bits
         self._error_feedback = error_feedback
         self._bucket_numel = bucket_numel
+        self._inside = inside
         self._cuts: dict[tuple[Gradient, ...], tuple[Bucket, ...]] = {}
         self._memory = Memory()
         self._number = 0
@@ -95,7 +90,7 @@ class GradientPruning:
         self.commit(applied=False)
 
     def take_dense_bytes(self) -> int:
-        """What this rank would have sent without pruning since the last call. Local."""
+        """What this island would have sent without pruning since the last call. Local."""
         total, self._dense_bytes = self._dense_bytes, 0
         return total
 
@@ -111,27 +106,38 @@ class GradientPruning:
         scale: float = 1.0,
         agreed: Callable[[], object] = bool,
     ) -> None:
-        """Replace `vector` by the sum of what all ranks send of theirs.
+        """Replace `vector` by the sum of what all islands send of theirs.
 
         Args:
-            vector: (numel,) fp32, bf16 or fp16, contiguous; changed in place. If some rank's
+            vector: (numel,) fp32, bf16 or fp16, contiguous; changed in place. If some island's
                 gradient is not finite it becomes nan everywhere, and no residual is staged.
             gradients: what lies in it, in order.
             k: kept elements per full chunk.
             step: optimizer step under way, counted from 1.
-            signals: this rank's measurements, for the headers.
+            signals: this island's measurements, for the headers.
             scale: loss scale of `vector`.
-            agreed: called before the payloads leave; raises where the ranks disagree about them.
+            agreed: called before the payloads leave; raises where the islands disagree about them.
 
         Raises:
-            TransportError, WireFormatError, RankMismatchError: the exchange failed; no residual
-                has changed.
+            TransportError, WireFormatError, RankMismatchError: the exchange failed, on all ranks of
+                the island; no residual has changed.
 
         Collective: all ranks, same order.
         """
+        self._count(vector)
+        with self._share(vector, gradients) as (share, parts):
+            self._reduce(share, parts, Stamp(step, self.channel.rank, k, signals), scale, agreed)
+
+    def _reduce(
+        self,
+        vector: torch.Tensor,
+        gradients: Sequence[Gradient],
+        stamp: Stamp,
+        scale: float,
+        agreed: Callable[[], object],
+    ) -> None:
         buckets = self._buckets(gradients)
         keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
-        self._count(vector)
         owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
         sources = [
             Source(
@@ -142,20 +148,10 @@ class GradientPruning:
             )
             for bucket in buckets
         ]
-        stamp = Stamp(step, self.channel.rank, k, signals, self._number)
+        stamp = dataclasses.replace(stamp, first_bucket=self._number)
         self._number += len(buckets)
         message = Message(sources, stamp, self.value_bits, self.channel, self._memory)
-        payloads = message.write()
-        agreed()
-        pending = self.channel.start(payloads, message.sizes, message.layouts)
-        try:
-            with self._stopwatch.phase("wire"):
-                pending.wait()
-            arrived = message.arrived(pending)
-        except Exception:
-            self._memory.abandon()
-            pending.finish(applied=False)
-            raise
+        arrived = self._exchange(message, message.write(), agreed)
         if arrived.nonfinite:
             vector.fill_(float("nan"))
             arrived.finish(applied=False)
@@ -165,6 +161,25 @@ class GradientPruning:
         self._apply(arrived, buckets, vector, staged, scale)
         if self._error_feedback:
             self.residuals.stage(keys, numels, staged)
+
+    def _exchange(
+        self, message: Message, payloads: torch.Tensor, agreed: Callable[[], object]
+    ) -> Arrived:
+        """Everything that all islands sent, verified on all ranks of this one. Collective."""
+        pending: Pending | None = None
+        try:
+            with self._together():
+                agreed()
+                pending = self.channel.start(payloads, message.sizes, message.layouts)
+                with self._stopwatch.phase("wire"):
+                    pending.wait()
+                arrived = message.arrived(pending)
+        except Exception:
+            self._memory.abandon()
+            if pending is not None:
+                pending.finish(applied=False)
+            raise
+        return arrived
 
     def _apply(
         self,
@@ -209,6 +224,12 @@ class GradientPruning:
         Collective: all ranks, same order; `nonfinite` must be agreed.
         """
         self._count(vector)
+        with self._share(vector, gradients) as (share, parts):
+            self._sum(share, parts, nonfinite=nonfinite, scale=scale)
+
+    def _sum(
+        self, vector: torch.Tensor, gradients: Sequence[Gradient], *, nonfinite: bool, scale: float
+    ) -> None:
         keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
         owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
         if not nonfinite:
@@ -218,12 +239,38 @@ class GradientPruning:
                 here = vector[bucket.start : bucket.stop]
                 self.channel.pay(number, bucket.layout, here, scale)
                 self._number = number + 1
-        with self._stopwatch.phase("wire"):
-            self.channel.start_all_reduce(vector).wait()
+        with self._together(), self._stopwatch.phase("wire"):
+            if vector.numel():
+                self.channel.start_all_reduce(vector).wait()
         if owed is not None and not nonfinite:
             self.residuals.stage(keys, numels, None)
 
     # ---- details -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _share(
+        self, vector: torch.Tensor, gradients: Sequence[Gradient]
+    ) -> Iterator[tuple[torch.Tensor, Sequence[Gradient]]]:
+        """What this rank exchanges for its island, and what lies in it; its result goes to all."""
+        if self._inside is None:
+            yield vector, gradients
+            return
+        share, parts = self._inside.take(vector, gradients)
+        yield share, parts
+        self._inside.give(share, vector, gradients)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails inside on one rank is raised on all of its island."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as exc:
+            error = exc
+        if self._inside is not None:
+            self._inside.together(error)
+        if error is not None:
+            raise error
 
     def _count(self, vector: torch.Tensor) -> None:
         tensor_bytes = vector.numel() * vector.element_size()

@@ -88,9 +88,9 @@ class TorchDistTransport(Transport):
         )
 
     def start_all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
-        """See `Transport.start_all_gather`. Collective."""
+        """See `Transport.start_all_gather`; both may lie on the GPU. Collective."""
         self._gate.check()
-        check_all_gather(payload, out, self.world_size)
+        check_all_gather(payload, out, self.world_size, payload.device.type)
         if payload.numel() == 0:
             return Finished()
         if self._on_device:

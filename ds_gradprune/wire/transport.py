@@ -226,10 +226,12 @@ class Call(Work):
         """Whether `_finish` would return, or raise, at once."""
 
 
-def check_all_gather(payload: torch.Tensor, out: torch.Tensor, world_size: int) -> None:
+def check_all_gather(
+    payload: torch.Tensor, out: torch.Tensor, world_size: int, device: str = "cpu"
+) -> None:
     """Raise ValueError unless the buffers are what `Transport.start_all_gather` says."""
-    _check_bytes("payload", payload, (payload.numel(),))
-    _check_bytes("out", out, (world_size, payload.numel()))
+    _check_bytes("payload", payload, (payload.numel(),), device)
+    _check_bytes("out", out, (world_size, payload.numel()), device)
 
 
 def check_all_to_all(send: torch.Tensor, out: torch.Tensor, world_size: int) -> None:
@@ -248,11 +250,13 @@ def check_all_reduce(tensor: torch.Tensor) -> None:
         )
 
 
-def _check_bytes(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    plain = tensor.dtype == torch.uint8 and tensor.device.type == "cpu"
+def _check_bytes(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: str = "cpu"
+) -> None:
+    plain = tensor.dtype == torch.uint8 and tensor.device.type == device
     if not (plain and tensor.is_contiguous() and tuple(tensor.shape) == shape):
         raise ValueError(
-            f"{name} must be a contiguous uint8 tensor of shape {shape} on the CPU, got "
+            f"{name} must be a contiguous uint8 tensor of shape {shape} on the {device}, got "
             f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides "
             f"{tensor.stride()}"
         )

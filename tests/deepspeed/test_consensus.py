@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.filterwarnings("default")
 
-from ds_gradprune.deepspeed.consensus import InsideIsland, Occasion  # noqa: E402
+from ds_gradprune.deepspeed.consensus import InsideIsland, Occasion, _history  # noqa: E402
 from ds_gradprune.errors import (  # noqa: E402
     GradPruneError,
     RankMismatchError,
@@ -50,6 +50,20 @@ def test_an_island_speaks_with_one_voice() -> None:
         assert island == signals(
             0, loss=1.5, codec_time_s=0.01, written=True, agreement=7 + rank, wire_bytes=70
         )
+
+
+@pytest.mark.parametrize("island", [0, 1])
+def test_ranks_that_must_have_one_history_say_so_or_nothing_that_another_says(island: int) -> None:
+    def work(transport: Transport) -> Any:
+        inside = InsideIsland(transport, 2)
+        same = inside.agree(signals(0), 0, island=island)[0].agreement
+        return same, inside.agree(signals(transport.rank), 0, island=island)[0].agreement
+
+    (one, apart), other = on_ranks(2, work)
+    assert other == (one, apart)
+    assert one == 7
+    assert apart not in (7, 8)
+    assert apart == _history([7.0, 8.0], island) != _history([7.0, 8.0], 1 - island)
 
 
 def test_what_one_rank_does_not_know_the_island_does_not_know() -> None:

@@ -11,9 +11,9 @@ from ds_gradprune.errors import UnsupportedError
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.filterwarnings("default")
 
-from ds_gradprune.deepspeed import groups  # noqa: E402
+from ds_gradprune.deepspeed import seats as launched  # noqa: E402
 from ds_gradprune.deepspeed.crowd import crowd  # noqa: E402
-from ds_gradprune.deepspeed.groups import Seat, ranks_per_island  # noqa: E402
+from ds_gradprune.deepspeed.seats import Seat, ranks_per_island  # noqa: E402
 
 
 def seats(*hosts: int, told: int | None = None) -> list[Seat]:
@@ -79,11 +79,11 @@ def test_the_launchers_count_must_fit() -> None:
         ranks_per_island(seats(2, 2, told=4), None)
 
 
-@pytest.mark.parametrize("name", groups._LOCAL_SIZES)
+@pytest.mark.parametrize("name", launched._LOCAL_SIZES)
 def test_every_launchers_count_is_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for other in groups._LOCAL_SIZES:
+    for other in launched._LOCAL_SIZES:
         monkeypatch.delenv(other, raising=False)
-    for other in groups._LOCAL_RANKS:
+    for other in launched._LOCAL_RANKS:
         monkeypatch.delenv(other, raising=False)
     with pytest.raises(UnsupportedError, match="must hold LOCAL_RANK"):
         Seat.here()
@@ -94,5 +94,5 @@ def test_every_launchers_count_is_read(monkeypatch: pytest.MonkeyPatch, name: st
 
 
 def test_any_hosts_name_has_room() -> None:
-    text = json.dumps([10**6, 10**6, "\u00e9" * groups._HOST_CHARS])
-    assert len(text) <= groups._SEAT_BYTES
+    text = json.dumps([10**6, 10**6, "\u00e9" * launched._HOST_CHARS])
+    assert len(text) <= launched._SEAT_BYTES

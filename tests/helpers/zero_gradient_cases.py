@@ -127,16 +127,15 @@ def local_gradients(engine: Any, step: int) -> dict[str, torch.Tensor]:
 
 
 def whole_residuals(engine: Any) -> dict[str, torch.Tensor]:
-    """By parameter, joined from its parts."""
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    """By parameter, joined from its parts; what other ranks of the island owe is 0."""
+    numels = {name: p.numel() for name, p in engine.module.named_parameters()}
+    whole: dict[str, torch.Tensor] = {}
     for key, flat in engine.gradprune.pruning.residuals.state_dict().items():
-        match = re.fullmatch(r"(.*)\[(\d+):\d+\]", key)
-        name, start = (key, 0) if match is None else (match[1], int(match[2]))
-        parts.setdefault(name, []).append((start, flat))
-    return {
-        name: torch.cat([flat for _, flat in sorted(found, key=lambda part: part[0])])
-        for name, found in parts.items()
-    }
+        name, start = key.split("[")[0], sum(map(int, re.findall(r"\[(\d+):", key)))
+        if name in numels:  # not padding
+            owed = whole.setdefault(name, torch.zeros(numels[name]))
+            owed[start : start + flat.numel()] = flat
+    return whole
 
 
 def averaged(engine: Any) -> dict[str, torch.Tensor]:

@@ -11,9 +11,10 @@ import torch
 from ds_gradprune.errors import TransportError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.gradients import Gradient, GradientPruning
+from ds_gradprune.train.inside import Inside, divide
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.all_gather import AllGather
-from ds_gradprune.wire.loopback import LoopbackTransport
+from ds_gradprune.wire.loopback import LoopbackHub, LoopbackTransport
 from ds_gradprune.wire.owner_reduce import OwnerReduce
 from tests.helpers.ranks import VirtualClock, run_ranks
 
@@ -149,3 +150,107 @@ def test_nan_on_one_rank_is_nan_everywhere_and_spoils_no_residual() -> None:
         return [bool(vectors[0].isnan().all()), bool(vectors[1].isnan().any()), "a" in owed]
 
     assert on_ranks(2, work) == [[True, False, False]] * 2
+
+
+# ---- islands of several ranks --------------------------------------------------------------------
+
+
+def in_islands(work: Callable[[GradientPruning, int], Any], fault: int | None = None) -> list[Any]:
+    """Two islands of two ranks; `fault`: the rank on which the exchange fails."""
+    inner, outer = ([LoopbackHub(2, 10.0), LoopbackHub(2, 10.0)] for _ in range(2))
+
+    def main(everyone: LoopbackTransport) -> Any:
+        island, shard = divmod(everyone.rank, 2)
+        transport, watch = inner[island].transport(shard), Stopwatch(VirtualClock().now_s)
+
+        def together(error: Exception | None) -> None:
+            rows = torch.zeros(2, 1, dtype=torch.uint8)
+            transport.all_gather(torch.tensor([error is not None], dtype=torch.uint8), rows)
+            if rows.any():
+                raise error or TransportError("another rank of the island has failed")
+
+        pruning = GradientPruning(
+            AllGather(outer[shard].transport(island)),
+            watch,
+            value_bits=32,
+            error_feedback=True,
+            bucket_numel=BUCKET_NUMEL,
+            inside=Inside(transport, watch, together),
+        )
+        if everyone.rank == fault:
+            fail_in_exchange(pruning)
+        return work(pruning, everyone.rank)
+
+    return run_ranks(4, main)
+
+
+def fail_in_exchange(pruning: GradientPruning) -> None:
+    start = pruning.channel.start
+
+    def broken(*args: Any) -> Any:
+        pending = start(*args)
+        pending.wait()
+        raise TransportError("the link is gone")
+
+    pruning.channel.start = broken  # type: ignore[method-assign, assignment]
+
+
+def test_every_rank_gets_the_same_part_of_every_gradient() -> None:
+    gradients = (Gradient("a", 10, True), Gradient("b", 1, False), Gradient("c", 3, False))
+    shares = divide(gradients, 3)
+    places = sorted((part.start, part.stop) for share in shares for part in share)
+    assert [start for start, _ in places] == [0, *(stop for _, stop in places[:-1])]
+    assert places[-1][1] == 14
+    sizes = [sum(part.stop - part.start for part in share) for share in shares]
+    assert max(sizes) - min(sizes) <= len(gradients)
+    assert [part.gradient.key for part in shares[0]] == ["a[0:3]", "c[0:1]"]
+    # What else lies in the bucket does not matter, so a residual stays where it is.
+    assert [part.gradient for part in divide(gradients[:1], 3)[0]] == [shares[0][0].gradient]
+    assert [part.gradient.key for part in divide(gradients, 1)[0]] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_island_puts_in_the_sum_of_its_ranks_and_each_rank_owes_its_share(dense: bool) -> None:
+    def work(pruning: GradientPruning, rank: int) -> list[torch.Tensor]:
+        put_in, summed = torch.zeros(6010).double(), torch.zeros(6010).double()
+        for number in range(1, 5):
+            vectors = [gradient(rank, number, bucket) for bucket in (0, 1)]
+            put_in += vectors[0]
+            if dense and number == 4:
+                pruning.begin()
+                pruning.reduce_dense(vectors[0], FIRST, nonfinite=False)
+            else:
+                step(pruning, number, vectors)
+            pruning.commit(applied=True)
+            summed += vectors[0]
+        owed = torch.zeros(6010).double()
+        for key, flat in pruning.residuals.state_dict().items():
+            if key[0] in "ab":
+                first = (0 if key[0] == "a" else 6000) + int(key.split("[")[1].split(":")[0])
+                owed[first : first + flat.numel()] = flat
+        return [put_in, summed, owed]
+
+    ranks = in_islands(work)
+    assert all(torch.equal(rank[1], ranks[0][1]) for rank in ranks)
+    owed = [rank[2] for rank in ranks]
+    assert not (owed[0] * owed[1]).any()  # no element has two debtors in an island
+    assert dense == (not any(bool(each.any()) for each in owed))
+    total, left = sum(rank[0] for rank in ranks), sum(owed)
+    # Values around 4, some 40 roundings of each: 2^-22 apiece.
+    assert torch.allclose(total, ranks[0][1] + left, rtol=0.0, atol=64 * 2.0**-22)
+
+
+@pytest.mark.parametrize("fault", [0, 1])
+def test_what_fails_on_one_rank_is_raised_in_its_island_and_touches_no_residual(fault: int) -> None:
+    def work(pruning: GradientPruning, rank: int) -> bool:
+        pruning.begin()
+        vector = gradient(rank, 1, 0)
+        if rank < 2:
+            with pytest.raises(TransportError, match=r"the link is gone|another rank"):
+                pruning.reduce(vector, FIRST, 100, step=1, signals=SIGNALS)
+            pruning.abort()
+        else:
+            pruning.reduce(vector, FIRST, 100, step=1, signals=SIGNALS)
+        return not pruning.residuals.state_dict()
+
+    assert in_islands(work, fault)[:2] == [True, True]
