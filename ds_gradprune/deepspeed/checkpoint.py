@@ -1,6 +1,6 @@
 """Every rank's pruning state beside DeepSpeed's checkpoint files.
 
-DeepSpeed lets island 0 alone save the model, but every rank owes something else and draws other
+DeepSpeed lets one island save the model, but every rank owes something else and draws other
 random numbers. So each rank writes a file of its own into the tag folder, before DeepSpeed writes
 its files and, last, `latest`: a run killed in between resumes from the checkpoint before.
 
@@ -181,6 +181,8 @@ def agree_on(error: GradPruneError | None, seat: Seat) -> None:
 def agree_tag(load_dir: str, tag: Any, seat: Seat) -> str | None:
     """The tag to load, equal on all ranks: the one given, or what `latest` says.
 
+    A host without a `latest` takes what rank 0's says.
+
     Returns:
         None if no tag is given and no rank has a `latest` file, which DeepSpeed then tells of.
 
@@ -197,8 +199,9 @@ def agree_tag(load_dir: str, tag: Any, seat: Seat) -> str | None:
         fault = str(exc)
     ranks = _tell(seat, {"fault": fault, "tag": found})
     _raise_faults(load_dir, ranks)
-    _raise_differing(load_dir, "tag", [rank["tag"] for rank in ranks], ranks)
-    return found
+    first: str | None = ranks[0]["tag"]
+    _raise_differing(load_dir, "tag", [rank["tag"] or first for rank in ranks], ranks)
+    return first
 
 
 # ---- what is there -------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ _EVERYWHERE = Names(
         "mp_world_size",
         "optimizer",
         "pipeline_parallelism",
+        "save_non_zero_checkpoint",
         "seq_data_parallel_group",
         "sequence_parallel_size",
         "skipped_steps",
@@ -104,7 +105,8 @@ _STAGE_0 = Names(
     modules={"deepspeed.comm.comm": ("cdb",), "deepspeed.comm.torch": ("TorchBackend",)},
 )
 _ISLANDS = Names(
-    attributes=("param_names", "save_non_zero_checkpoint"),
+    attributes=("param_names", "save_zero_checkpoint"),
+    methods={"zero_optimization_partition_weights": ()},
     modules={"deepspeed.utils.groups": ("mpu", "_clone_world_group")},
 )
 _STAGES_1_TO_3 = Names(methods={"_take_model_step": ("lr_kwargs",)})

@@ -96,23 +96,29 @@ class Groups:
             yield
 
     @contextmanager
-    def writing(self, engine: Any) -> Iterator[None]:
-        """Island 0 alone writes DeepSpeed's checkpoint files inside. Local.
+    def writing(self, engine: Any, writes: bool) -> Iterator[None]:
+        """This rank writes DeepSpeed's checkpoint files inside, as one of island 0 would. Local.
 
-        At stages 0 to 2 this already follows from `get_sequence_data_parallel_rank`. At stage 3
-        every rank writes a file with the model's states, named by its rank in the inner group.
+        At stage 0 the first rank writes the model, at stages 1 and 2 each rank its partition as
+        well. At stage 3 each rank writes its part of both, named by its rank in the inner group.
+
+        Args:
+            engine: whose mpu this is.
+            writes: False: it writes nothing.
         """
-        before = engine.save_non_zero_checkpoint
-        engine.save_non_zero_checkpoint = before and self.island == 0
+        before = engine.save_non_zero_checkpoint, engine.save_zero_checkpoint
+        has_all = self.shard == 0 or bool(engine.zero_optimization_partition_weights())
+        engine.save_non_zero_checkpoint = writes and has_all
+        engine.save_zero_checkpoint = writes and hasattr(engine.optimizer, "dp_process_group")
         try:
             with self.in_force():
                 yield
         finally:
-            engine.save_non_zero_checkpoint = before
+            engine.save_non_zero_checkpoint, engine.save_zero_checkpoint = before
 
     @contextmanager
     def reading(self, engine: Any) -> Iterator[None]:
-        """Every island reads the files that island 0 wrote, by inner rank. Local."""
+        """Every rank reads the files of its inner rank on its disk. Local."""
         assert engine.mpu is self
         with self.in_force():
             yield
@@ -148,7 +154,7 @@ class Groups:
     def get_sequence_data_parallel_rank(self) -> int:
         """DeepSpeed compares it with 0 and with the inner rank to see who writes its files.
 
-        The rank among all says: island 0 does.
+        The rank among all says: island 0 does. `writing` says it anew for each disk.
         """
         return self._rank
 

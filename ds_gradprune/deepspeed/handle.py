@@ -24,7 +24,7 @@ import torch
 from ds_gradprune import codec
 from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.deepspeed import checkpoint, monitor
+from ds_gradprune.deepspeed import checkpoint, disks, monitor
 from ds_gradprune.deepspeed.agree import check_weights
 from ds_gradprune.deepspeed.archives import check_files
 from ds_gradprune.deepspeed.clock import Clock, after_device
@@ -56,6 +56,7 @@ class Handle:
         config: see there.
         channel: see there.
         clock: see there.
+        seat: see there.
         loop: counts, measures, decides.
         losses: of the step under way.
         facts: what this run was started with; compared when it is resumed.
@@ -79,7 +80,7 @@ class Handle:
         self.loop = Loop(config, after_device(clock.now_s, engine.device))
         self.losses = StepLosses()
         self.facts: Mapping[str, str] = {}
-        self._seat = seat
+        self.seat = seat
         self._is_first = seat.is_first
         self._log = monitor.StepLog(config.log_path if self._is_first else None)
         self._decisions = monitor.DecisionLog(config)
@@ -255,16 +256,36 @@ class Handle:
         original: Callable[..., Any],
         save_dir: str,
         tag: Any = None,
+        client_state: Any = None,
+        save_latest: bool = True,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
-        if save_dir:
-            seat = self._seat
-            check_weights(seat.transport, seat.shard, self.parameters_crc(), self.loop.step)
-            state = self._state() | {"facts": dict(self.facts)}
-            checkpoint.save(save_dir, tag, self._seat, state, self.loop.step)
-        return original(save_dir, tag, *args, **kwargs)
+        given = (save_dir, tag, client_state or {}, save_latest, *args)
+        if not save_dir:
+            return original(*given, **kwargs)
+        seat = self.seat
+        check_weights(seat.transport, seat.shard, self.parameters_crc(), self.loop.step)
+        state = self._state() | {"facts": dict(self.facts)}
+        checkpoint.save(save_dir, tag, seat, state, self.loop.step)
+        first = disks.first_island(os.path.join(save_dir, tag), seat)
+        with self._writing(first == seat.island):
+            result = original(*given, **kwargs)
+        if first == seat.island > seat.shard == 0:
+            disks.name_latest(save_dir, tag, names=save_latest)
+        return result
+
+    @contextmanager
+    def _writing(self, writes: bool) -> Iterator[None]:
+        """The first rank of an island may have to write DeepSpeed's files; so its disk has them."""
+        before = self.engine.save_non_zero_checkpoint
+        if self.seat.island:
+            self.engine.save_non_zero_checkpoint = writes and self.seat.shard == 0
+        try:
+            yield
+        finally:
+            self.engine.save_non_zero_checkpoint = before
 
     def _load_checkpoint(
         self,
@@ -277,12 +298,12 @@ class Handle:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
-        tag = checkpoint.agree_tag(load_dir, tag, self._seat)
+        tag = checkpoint.agree_tag(load_dir, tag, self.seat)
         resumes = load_optimizer_states and not load_module_only and tag is not None
         if tag is not None:
-            check_files(os.path.join(load_dir, str(tag)), self._seat.transport)
+            check_files(os.path.join(load_dir, str(tag)), self.seat.transport)
         # Ours is read, checked and agreed on first: what cannot be resumed changes nothing.
-        saved = checkpoint.load(load_dir, str(tag), self._seat) if resumes else None
+        saved = checkpoint.load(load_dir, str(tag), self.seat) if resumes else None
         fault: CheckpointError | None = None
         take: Callable[[], None] | None = None
         if saved is not None:
@@ -290,7 +311,7 @@ class Handle:
                 take = self._read(saved)
             except CheckpointError as exc:
                 fault = exc
-            checkpoint.agree_on(fault, self._seat)
+            checkpoint.agree_on(fault, self.seat)
         result = original(
             load_dir,
             tag,

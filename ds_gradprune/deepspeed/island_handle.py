@@ -192,8 +192,13 @@ class IslandHandle(Handle):
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.rounds.land()
-        with self.weights.shared(), self.groups.writing(self.engine):
+        with self.weights.shared():
             return super()._save_checkpoint(original, *args, **kwargs)
+
+    @contextmanager
+    def _writing(self, writes: bool) -> Iterator[None]:
+        with self.groups.writing(self.engine, writes):
+            yield
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.weights.hold_own()

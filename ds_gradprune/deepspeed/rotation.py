@@ -16,6 +16,7 @@ from collections.abc import Collection
 
 from ds_gradprune.deepspeed.agree import gather_texts
 from ds_gradprune.deepspeed.checkpoint import FILE_NAME, Seat
+from ds_gradprune.deepspeed.disks import DEEPSPEED, OWN_DISK
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ def drop_orphans(save_dir: str, keep: Collection[str]) -> list[str]:
     """Delete checkpoints of which this host has nothing but our files. Local.
 
     A folder goes if it holds at least one state file of ours and, besides, only random states and
-    empty folders. So a folder with DeepSpeed's files, or anything of the user's, stays.
+    empty folders; where it is marked as of a disk that is not rank 0's, DeepSpeed's files, too. So
+    a folder with anything of the user's stays.
 
     Args:
         save_dir: what holds the checkpoints, the Trainer's `output_dir`.
@@ -75,13 +77,17 @@ def _listed(folder: str) -> list[str]:
 
 
 def _is_orphan(folder: str) -> bool:
-    ours = 0
+    ours, is_own_disk, theirs = 0, False, 0
     for parent, folders, names in os.walk(folder):
         if any(os.path.islink(os.path.join(parent, name)) for name in (*folders, *names)):
             return False
         for name in names:
-            is_ours = FILE_NAME.fullmatch(name.removesuffix(".tmp")) is not None
-            if not is_ours and not _RANDOM_STATES.fullmatch(name):
+            if FILE_NAME.fullmatch(name.removesuffix(".tmp")):
+                ours += 1
+            elif name == OWN_DISK:
+                is_own_disk = True
+            elif DEEPSPEED.fullmatch(name):
+                theirs += 1
+            elif not _RANDOM_STATES.fullmatch(name):
                 return False
-            ours += is_ours
-    return ours > 0
+    return ours > 0 and (is_own_disk or not theirs)

@@ -69,7 +69,7 @@ def compare_trainers(handle: Any, args: Any, max_steps: int, num_examples: int |
         return
     values = {f"TrainingArguments.{n}": str(getattr(args, n, None)) for n in _COMPARED}
     values |= {"steps of the Trainer": str(max_steps), "training examples": str(num_examples)}
-    check_ranks(handle._seat.transport, Facts(values))
+    check_ranks(handle.seat.transport, Facts(values))
 
 
 def rotate_for(handle: Any, args: Any) -> list[str]:
@@ -86,7 +86,7 @@ def rotate_for(handle: Any, args: Any) -> list[str]:
     """
     if not isinstance(handle, Handle) or not args.save_total_limit:
         return []
-    return rotate(args.output_dir, handle._seat)
+    return rotate(args.output_dir, handle.seat)
 
 
 def join_trainers() -> None:

@@ -69,6 +69,22 @@ def test_every_rank_reads_its_own_file(num_shards: int, tmp_path: Path) -> None:
         assert len(loaded.paths) == 4
 
 
+def test_hosts_without_latest_take_that_of_rank_0(tmp_path: Path) -> None:
+    """Hosts with disks of their own were told that their checkpoints differ."""
+    latest = {0: "new", 1: None, 2: "new"}
+
+    def work(transport: Transport) -> str | None:
+        disk = tmp_path / str(transport.rank)
+        disk.mkdir(exist_ok=True)
+        if tag := latest[transport.rank]:
+            (disk / "latest").write_text(tag)
+        return checkpoint.agree_tag(str(disk), None, seat(transport))
+
+    assert on_ranks(3, work) == ["new"] * 3
+    latest[1] = "old"
+    assert "has not the same tag everywhere: new on " in fault(on_ranks(3, work))
+
+
 def test_hosts_need_only_their_own_files(tmp_path: Path) -> None:
     save(tmp_path, 2)
     disks = [tmp_path / "host0", tmp_path / "host1"]

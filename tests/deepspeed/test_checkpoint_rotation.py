@@ -41,6 +41,15 @@ def test_what_rank_0_no_longer_has_is_deleted(
     assert "deleted checkpoint-4, checkpoint-8, which rank 0" in caplog.text
 
 
+def test_what_an_island_wrote_on_a_disk_of_its_own_goes_with_it(tmp_path: Path) -> None:
+    theirs = ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    own = [f"global_step4/{name}" for name in (OURS, "gradient_pruning_own_disk", *theirs)]
+    make(tmp_path / "checkpoint-4", "latest", "rng_state_1.pth", *own)
+    make(tmp_path / "checkpoint-6", "config.json", *own)
+    assert rotation.drop_orphans(str(tmp_path), ["checkpoint-8"]) == ["checkpoint-4"]
+    assert names(tmp_path) == ["checkpoint-6"]
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -33,6 +33,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 """Kinds that are resumed, with what is special in them."""
 
+OWN_DISKS = ("0-fp16", "1-fp32", "2-offload", "3-offload")
+"""Those of them whose islands have a disk each."""
+
 
 # ---- what is in them -----------------------------------------------------------------------------
 
@@ -131,6 +134,8 @@ def run_resumed(folder: str, at: int, last: int, is_first: bool) -> dict[str, An
 
     def checks(kind: str) -> Any:
         special, path = RESUMED[kind], f"{folder}/{kind}"
+        if kind in OWN_DISKS:
+            path = f"{folder}/disk_{dist.get_rank() // 2}/{kind}"
         block = PRUNED | special.get("block", {})
         options = KINDS[kind] | {"scheduler": SCHEDULE, "gradient_accumulation_steps": 2}
         engine = make(block, seed=0 if is_first else 7, **options)
