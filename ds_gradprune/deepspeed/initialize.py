@@ -71,8 +71,7 @@ def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any
     if not config.enabled:
         return _call(given), True
     _refuse_strided(given.arguments["model"])
-    if config.prune == "update":
-        _refuse_other_groups(given.arguments, ds_config)
+    _refuse_other_groups(given.arguments, ds_config, config.prune)
     _open_comm(given.arguments)
     if comm.get_world_size() > 1:
         _compare(given.arguments, config)
@@ -169,20 +168,25 @@ def _refuse_strided(model: torch.nn.Module) -> None:
         )
 
 
-def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any]) -> None:
-    """Islands bring their process groups with them; there can be no others."""
-    refused = {
-        "an mpu": given.get("mpu") is not None,
+def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any], prune: str) -> None:
+    """Models that are divided, and with islands, which bring them along, other process groups."""
+    divided = {
+        "a PipelineModule": isinstance(given.get("model"), PipelineModule),
         "mesh_param": given.get("mesh_param") is not None,
         "sequence_parallel_size": "sequence_parallel_size" in ds_config,
-        "a PipelineModule": isinstance(given.get("model"), PipelineModule),
     }
-    found = [name for name, is_present in refused.items() if is_present]
-    found += refused_by(ds_config)
+    found = [name for name, is_present in divided.items() if is_present]
+    by_config = refused_by(ds_config)
+    if prune == "update":
+        found += ["an mpu"] if given.get("mpu") is not None else []
+        found += by_config
+        words = "keeps DeepSpeed inside islands and does not support"
+    else:
+        found += [name for name in by_config if name.startswith("tensor_parallel.")]
+        words = "does not support"
     if found:
         raise UnsupportedError(
-            f'{BLOCK}.prune = "update" keeps DeepSpeed inside islands and does not support '
-            f"{', '.join(found)}. Leave that out."
+            f'{BLOCK}.prune = "{prune}" {words} {", ".join(found)}. Leave that out.'
         )
 
 

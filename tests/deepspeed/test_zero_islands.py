@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.helpers.fork_ranks import Ranks
 from tests.helpers.zero_answers import Found, check_shares, kinds, of_all, of_one
 from tests.helpers.zero_cases import KINDS, STEPS
 from tests.helpers.zero_features import STAGES, WAYS
-from tests.helpers.zero_refusals import REFUSED
+from tests.helpers.zero_refusals import DIVIDED, PIPELINE, REFUSED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300)]
 
@@ -216,8 +217,20 @@ def refusals(cradle: Ranks) -> list[dict[str, str]]:
     return cradle.run(4, "tests.helpers.zero_refusals", "run_refusals")
 
 
-@pytest.mark.parametrize("name", REFUSED)
+def _marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(n, marks=[pytest.mark.pipeline] if n == PIPELINE else []) for n in names]
+
+
+@pytest.mark.parametrize("name", _marked(REFUSED))
 def test_what_islands_cannot_serve_is_refused_by_name(refusals: Any, name: str) -> None:
     for found in refusals:
         assert found[name].startswith("UnsupportedError: ")
         assert name in found[name]
+
+
+@pytest.mark.parametrize("name", _marked(DIVIDED))
+def test_models_that_are_divided_are_refused_in_gradient_mode(refusals: Any, name: str) -> None:
+    for found in refusals:
+        assert found[f"gradient, {name}"].startswith("UnsupportedError: ")
+        assert name in found[f"gradient, {name}"]
+        assert "islands" not in found[f"gradient, {name}"]

@@ -34,6 +34,15 @@ def experts() -> nn.Module:
     return model
 
 
+def stages() -> nn.Module:
+    """A model in two pipeline stages."""
+    from deepspeed.pipe import PipelineModule
+
+    layers = [nn.Linear(16, 16), nn.Linear(16, 16)]
+    made: nn.Module = PipelineModule(layers, num_stages=2, loss_fn=nn.functional.mse_loss)
+    return made
+
+
 def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "zero": more}
 
@@ -52,6 +61,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "zenflow": zero(2, zenflow={"topk_ratio": 0.1}),
     "sequence_parallel_size": {"sequence_parallel_size": 2},
     "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
+    "a PipelineModule": {"model": stages},
     "mixture of experts": {"model": experts, "stage": 2},
     "Muon turns gradients into updates": {"stage": 2, "optimizer": MUON},
     "fp16 under torch_autocast": {
@@ -65,16 +75,23 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 """Words of the message -> what is asked for."""
 
+PIPELINE = "a PipelineModule"
+DIVIDED = (PIPELINE, "sequence_parallel_size", "tensor_parallel.autotp_size", "mixture of experts")
+"""Those that pruned gradients cannot serve either."""
+GRADIENT = {"prune": "gradient", "island": {"ranks": 2}, "timeout_s": 60}
+
 
 def run_refusals() -> dict[str, Any]:
     """Two islands of two ranks."""
     start_deepspeed()
     found = {}
-    for name, wanted in REFUSED.items():
-        options = dict(wanted)
+    cases = [(name, name, PRUNED) for name in REFUSED]
+    cases += [(f"gradient, {name}", name, GRADIENT) for name in DIVIDED]
+    for name, asked, block in cases:
+        options = dict(REFUSED[asked])
         model = options.pop("model", Odd)()
         try:
-            make(PRUNED, model=model, **options)
+            make(block, model=model, **options)
             found[name] = "accepted"
         except GradPruneError as exc:
             found[name] = f"{type(exc).__name__}: {exc}"
