@@ -228,8 +228,8 @@ class GradientPruningConfig(_Block):
     )
     overlap: Literal["auto", False] = Field(
         default=False,
-        description="With update: auto lets training go on while an exchange travels. False waits "
-        "for it.",
+        description="With update: auto lets training go on while an exchange travels, and true "
+        "says the same. False waits for it.",
     )
     shared_device: Literal["auto", "device", "cpu"] = Field(
         default="auto",
@@ -258,6 +258,12 @@ class GradientPruningConfig(_Block):
     throttle: ThrottleConfig | None = Field(
         default=None, description="Emulates a slow link, for laptops and tests, see below."
     )
+
+    @pydantic.field_validator("overlap", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        """Accelerate refuses "auto" in a block that it does not know: true stands for it."""
+        return "auto" if value is True else value
 
     @property
     def residual_form(self) -> Literal["used", "reset"]:

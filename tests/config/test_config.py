@@ -69,6 +69,12 @@ def test_auto_means_the_default(name: str) -> None:
     assert getattr(load({name: "auto"}), name) == getattr(load({}), name)
 
 
+def test_true_stands_for_auto_where_auto_is_a_value() -> None:
+    """Accelerate 1.15.0 raises at an "auto" in a block that it does not know."""
+    config = load({"overlap": True, "sync_every": 8})
+    assert (config.overlap, config.delay_steps) == ("auto", 2)
+
+
 def test_auto_is_a_value_of_overlap() -> None:
     assert (load({}).overlap, load({"overlap": "auto"}).overlap) == (False, "auto")
 
@@ -184,7 +190,8 @@ def test_value_out_of_range_names_path_rule_and_value(block: dict[str, Any], fau
         ({"value_bits": 12}, "value_bits must be 2, 4, 16 or 32, got 12."),
         ({"value_bits": "16"}, 'value_bits must be 2, 4, 16 or 32, got "16".'),
         ({"value_bits": 8}, "value_bits must be 2, 4, 16 or 32, got 8."),
-        ({"overlap": True}, 'overlap must be "auto" or false, got true.'),
+        ({"overlap": "yes"}, 'overlap must be "auto" or false, got "yes".'),
+        ({"overlap": 1}, 'overlap must be "auto" or false, got 1.'),
         (
             {"exchange": "two_level"},
             'exchange must be "auto", "all_gather" or "owner_reduce", got "two_level".',
