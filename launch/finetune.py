@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:
     __package__ = "launch"
 
 from .support.peers import Peers
-from .support.script import run_script
+from .support.script import run_script, warn_of_locks
 from .support.start import check_ds_config, end_process, skip_shm_op
 from .support.tuning_settings import TuningSettings, read_tuning_settings
 
@@ -38,6 +38,7 @@ def _tune(settings: TuningSettings, peers: Peers) -> None:
     peers.check_alike(settings.facts())
     prompts = peers.together(settings.check_inputs)
     peers.check_alike({"prompts": prompts})
+    warn_of_locks(peers.place)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

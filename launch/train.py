@@ -21,11 +21,9 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "launch"
 
-from ds_gradprune.deepspeed.build_locks import stale_locks, warning
-
 from .support.peers import Peers
-from .support.run import Run, say
-from .support.script import run_script
+from .support.run import Run
+from .support.script import run_script, warn_of_locks
 from .support.settings import Settings, read_settings
 from .support.start import check_ds_config, end_process, skip_shm_op
 
@@ -41,8 +39,7 @@ def _train(settings: Settings, peers: Peers) -> None:
     text = peers.patiently(settings.check_inputs)
     resumed = settings.folder.newest() if settings.flags.resume else None
     peers.check_alike({"text": text, "checkpoint": resumed})
-    if peers.place.local_rank == 0 and (locks := stale_locks()):
-        say(warning(locks))
+    warn_of_locks(peers.place)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed.build_locks import stale_locks, warning
 from ds_gradprune.errors import GradPruneError, TransportError
 
 from .lost import situated, translated
@@ -66,6 +67,12 @@ def run_script(
             say("Interrupted; nothing new was saved.")
         return 130
     return 0
+
+
+def warn_of_locks(place: Place) -> None:
+    """Say, once per host, which compilations were killed: a run that needs one waits for ever."""
+    if place.local_rank == 0 and (locks := stale_locks()):
+        say(warning(locks))
 
 
 def _tell(exc: GradPruneError, place: Place, peers: Peers | None) -> None:
