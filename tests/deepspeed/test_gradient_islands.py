@@ -38,6 +38,8 @@ def cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         arguments = {"folder": str(folder), "name": name, "at": 3, "last": 5}
         found[f"resumes-{name}"] = ("own_disks", arguments)
     found["overflow"] = ("overflow", {"name": "2-fp16"})
+    for stage in (0, 2):
+        found[f"watched-{stage}"] = ("watched", {"stage": stage})
     found["foreign"] = ("foreign", {})
     found["owners"] = ("owners", {})
     found["differing"] = ("differing", {"density": 0.02})  # the last: it leaves groups unusable
@@ -125,6 +127,17 @@ def test_owners_sum_the_shares(four: Any) -> None:
     first, *others = four("owners")
     assert all(other["crcs"] == first["crcs"] for other in others)
     assert len(set(first["crcs"])) == 6
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_batch_grows_while_deepspeed_looks_on(four: Any, stage: int) -> None:
+    ranks = four(f"watched-{stage}")
+    assert all(rank["crcs"] == ranks[0]["crcs"] for rank in ranks)
+    assert ranks[0]["count"] == 4
+    for step, report in enumerate(ranks[0]["reports"]):
+        mean = sum(rank["losses"][step] for rank in ranks) / 4
+        assert report["loss"] == pytest.approx(mean, rel=1e-6)  # float32 in the header
+    assert {"gradient_pruning_density", "gradient_pruning_wire_mb"} <= set(ranks[0]["series"])
 
 
 def test_an_engine_with_groups_of_its_own_is_refused(four: Any) -> None:

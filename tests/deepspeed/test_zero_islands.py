@@ -99,11 +99,15 @@ def test_every_way_of_exchanging(features: Found, way: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_everything_people_add_to_a_training(features: Found, stage: int) -> None:
-    """Accumulation, clipping, predivide, groups; tied, frozen, unused, checkpointed layers."""
+    """Accumulation, clipping, predivide, groups; tied, frozen, unused, checkpointed layers.
+
+    Watched by a monitor, DeepSpeed's profiler and its breakdown of the wall clock.
+    """
     for found in of_all(features, "everything", str(stage)):
         unit = ROUNDED["fp32"]
         assert found["off"] <= 2 * 3 * unit * (8 * found["step"] + 2 * found["weight"])
         check_shares(found["shares"], 6)
+        assert {"gradient_pruning_density", "gradient_pruning_wire_mb"} <= set(found["series"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any
 
@@ -13,6 +14,7 @@ from ds_gradprune.errors import UnsupportedError
 from tests.helpers import zero_gradient_cases
 from tests.helpers.shard_bench import make_engine, start_deepspeed
 from tests.helpers.zero_bench import SGD, everywhere, farthest, make, traffic, way
+from tests.helpers.zero_features import observed, series
 from tests.helpers.zero_gradient_bench import BUCKET, KINDS, PRUNED, train
 
 RANKS = 2
@@ -82,6 +84,20 @@ def pruned(name: str) -> dict[str, Any]:
     answers["residual"] = engine.gradprune.pruning.residuals.norm()
     engine.gradprune.detach()
     return answers
+
+
+def watched(stage: int) -> dict[str, Any]:
+    """A batch that grows in mid-run, a monitor, DeepSpeed's profiler and its breakdown."""
+    folder = f"{os.environ['DS_TEST_STORE']}_csv_{stage}"
+    engine = zero_gradient_cases.make(ISLANDS, stage=stage, **observed(folder))
+    found = train(engine, 1, 2)
+    engine.set_train_batch_size(2 * engine.train_batch_size())
+    for name, rows in train(engine, 3, 5).items():
+        found[name] += rows
+    dist.barrier()
+    count = engine.gradient_accumulation_steps()
+    engine.gradprune.detach()
+    return found | {"count": count, "series": series(folder)}
 
 
 def own_disks(folder: str, **arguments: Any) -> dict[str, Any]:

@@ -65,14 +65,15 @@ def registered_only(folder: str, **changes: Any) -> dict[str, Any]:
     return trainer_main.trained(trainer)
 
 
-def each_node(folder: str, **changes: Any) -> dict[str, Any]:
+def each_node(folder: str, resume: str | None = None, **changes: Any) -> dict[str, Any]:
     """Every rank is the only one of a host of its own, and `save_on_each_node` is on."""
     from ds_gradprune.trainer import follow
 
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     trainer = make_trainer(folder, {}, save_on_each_node=True, **changes)
     follow(trainer)
-    trained = trainer_main.trained(trainer)
+    where = os.path.join(trainer.args.output_dir, resume) if resume else None
+    trained = trainer_main.trained(trainer, where)
     files = [str(p.relative_to(trainer.args.output_dir)) for p in _files(trainer.args.output_dir)]
     return trained | {"files": files}
 

@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "0-fp16": {"stage": 0, "dtype": "fp16"},
     "1-fp32": {"stage": 1},
     "1-bf16": {"stage": 1, "dtype": "bf16"},
+    "1-fp16": {"stage": 1, "dtype": "fp16"},
     "1-fp32-sums": {
         "stage": 1,
         "dtype": "bf16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,11 +46,36 @@ def everything(stage: int) -> dict[str, Any]:
     """Accumulation, clipping, predivide, groups, tied, frozen, unused, checkpointed: as plain."""
     more = EVERYTHING | {"stage": stage, "groups": two_groups, "zero": PREDIVIDES.get(stage, {})}
     options = SGD | more
+    folder = f"{os.environ['DS_TEST_STORE']}_csv_{stage}"
+    more = more | observed(folder)
     plain, largest = way(make(None, model=rich(), **options), 3)
     warmed, _ = way(make(PRUNED | {"warmup_steps": 99}, model=rich(), **options), 3)
     weight = max(float(w.abs().max()) for w in plain.values())
     found = shares(2, more, steps=6, model=rich)
-    return {"off": farthest(plain, warmed), "weight": weight, "step": largest, "shares": found}
+    dist.barrier()
+    return {
+        "off": farthest(plain, warmed),
+        "weight": weight,
+        "step": largest,
+        "shares": found,
+        "series": series(folder),
+    }
+
+
+def observed(folder: str) -> dict[str, Any]:
+    """DeepSpeed's ways to look at a training: a monitor, its profiler, its breakdown."""
+    return {
+        "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"},
+        "flops_profiler": {"enabled": True, "profile_step": 3, "output_file": f"{folder}.txt"},
+        "wall_clock_breakdown": True,
+    }
+
+
+def series(folder: str) -> list[str]:
+    """Our series that a monitor wrote; the profiler has written, too."""
+    assert "params" in Path(f"{folder}.txt").read_text()
+    names = [path.stem.removeprefix("Train_Samples_") for path in Path(folder).rglob("*.csv")]
+    return sorted(name for name in names if name.startswith("gradient_pruning"))
 
 
 def adapters(stage: int) -> dict[str, Any]:

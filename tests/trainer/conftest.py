@@ -56,6 +56,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         ),
         "no_limit": ("train", {"folder": str(home / "n{rank}"), "block": {}} | SAVING),
         "each_node": ("each_node", {"folder": own["node_own"], "save_total_limit": 1} | SAVING),
+        "nodes": ("each_node", {"folder": str(home / "nodes{rank}")} | SAVING),
+        "nodes again": (
+            "each_node",
+            {"folder": str(home / "nodes{rank}"), "resume": "checkpoint-4"} | SAVING,
+        ),
         "gradient": (
             "train",
             {"folder": str(home / "gradient"), "block": {"prune": "gradient"}}

@@ -70,6 +70,16 @@ def test_every_host_keeps_as_many_checkpoints_as_the_limit_says(name: str, runs:
         assert rank["checkpoints"] == ["checkpoint-8"]
 
 
+def test_every_host_resumes_from_a_disk_of_its_own(runs: Runs) -> None:
+    """DeepSpeed's files lay on the first host alone, whatever `save_on_each_node` said."""
+    for before, after in zip(result(runs, "nodes"), result(runs, "nodes again"), strict=True):
+        assert after["seen"] == before["seen"][4:]
+        for name, value in before["final"].items():
+            assert torch.equal(value, after["final"][name])
+        kept = {name for name in before["files"] if name.startswith("checkpoint-4/")}
+        assert {"checkpoint-4/latest", "checkpoint-4/trainer_state.json"} <= kept
+
+
 def test_nothing_is_deleted_without_a_limit(runs: Runs) -> None:
     for rank in result(runs, "no_limit"):
         assert rank["checkpoints"] == ["checkpoint-4", "checkpoint-8"]
