@@ -46,6 +46,13 @@ def parser() -> ScriptParser:
     add("--max-restarts", type=natural, default=10, help="in all (default: 10)")
     add("--wait", type=natural, default=600, help="seconds to wait for --min-hosts (default: 600)")
     add(
+        "--rejoin",
+        type=natural,
+        default=60,
+        help="seconds between questions to hosts that are left out; 0: they wait for the next "
+        "restart (default: 60)",
+    )
+    add(
         "--host-timeout",
         type=positive,
         default=10,
@@ -119,6 +126,7 @@ def read_task(arguments: Sequence[str]) -> Task:
         min_hosts=flags.min_hosts,
         max_restarts=flags.max_restarts,
         wait_s=float(flags.wait),
+        rejoin_s=float(flags.rejoin),
         limits=Limits(float(flags.host_timeout), float(flags.grace)),
         master_addr=flags.master_addr,
         master_port=flags.master_port,

@@ -43,12 +43,14 @@ class Outcome:
         code: 0: every rank has ended well. Else that of the rank that failed first.
         lost: hosts that were not heard any more.
         killed: a signal has ended some rank, and it was not from here.
+        grows: the ranks were asked to end, because a host is back.
         free_s: by then, on the monotonic clock, the ranks of lost hosts have ended, too.
     """
 
     code: int = 0
     lost: list[str] = field(default_factory=list)
     killed: bool = False
+    grows: bool = False
     free_s: float = 0.0
 
 
@@ -61,6 +63,7 @@ class Attempt:
         limits: see there.
         note: writes an event down: its name, and facts.
         asked: how often the user has asked to end: 1: ranks end by themselves; 2: they are killed.
+        grows: whether a host is back; the ranks are asked to end then.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class Attempt:
         limits: Limits,
         note: Callable[..., None],
         asked: Callable[[], int],
+        grows: Callable[[], bool],
     ) -> None:
         self._limits = limits
+        self._grows = grows
         self._note = note
         self._asked = asked
         self._told = 0
@@ -159,7 +164,11 @@ class Attempt:
                 host.send({})
 
     def _pass_on(self) -> None:
-        """Pass on to the ranks what the user has asked."""
+        """Pass on to the ranks what the user has asked, or that a host is back."""
+        if not self._outcome.grows and self._deadline_s is None and self._grows():
+            self._outcome.grows = True
+            for host in self._running():
+                host.send({"do": "end"})
         asked = self._asked()
         while self._told < asked:
             self._told += 1

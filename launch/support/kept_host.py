@@ -10,12 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_gradprune.commands.hosts import is_here
+from ds_gradprune.errors import ConfigError
+
+PROBE_S = 10.0
+"""A host that has not let us in by then does not answer."""
 
 KEEPER = Path(__file__).with_name("keeper.py")
 
@@ -42,6 +46,9 @@ class KeptHost:
         heard: where lines go.
         shows_name: lines of the ranks begin with the host's name.
 
+    Raises:
+        ConfigError: there is no ssh to reach it with.
+
     Attributes:
         name: see there.
         codes: exit codes of the ranks that have ended, by local rank.
@@ -59,13 +66,8 @@ class KeptHost:
         self.heard_s = self.beaten_s = time.monotonic()
         self._queue = heard
         self._prefix = f"{name}: " if shows_name else ""
-        self._process = subprocess.Popen(
-            words_on(name, ssh, [sys.executable, str(KEEPER)]),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us to pass on
-        )
+        words = words_on(name, ssh, [sys.executable, str(KEEPER)])
+        self._process = _start(words, talks=True)
         self._threads = [
             threading.Thread(target=work, daemon=True) for work in (self._listen, self._show)
         ]
@@ -123,22 +125,18 @@ def ssh_to(name: str, ssh: Sequence[str], *, is_given: bool) -> list[str]:
     return [] if is_here(name) and not is_given else list(ssh)
 
 
-def answering(hosts: Mapping[str, Sequence[str]], limit_s: float) -> list[str]:
+def answering(hosts: Mapping[str, Sequence[str]], limit_s: float = PROBE_S) -> list[str]:
     """The hosts on which a command runs within `limit_s`, in order.
 
     Args:
         hosts: name to the words of ssh; empty: this host.
         limit_s: for all of them together, which are asked at once.
+
+    Raises:
+        ConfigError: there is no ssh to ask with.
     """
     asked = {
-        name: subprocess.Popen(
-            words_on(name, ssh, ["true"]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for name, ssh in hosts.items()
+        name: _start(words_on(name, ssh, ["true"]), talks=False) for name, ssh in hosts.items()
     }
     deadline_s = time.monotonic() + limit_s
     found = []
@@ -150,3 +148,58 @@ def answering(hosts: Mapping[str, Sequence[str]], limit_s: float) -> list[str]:
             process.kill()
             process.wait()
     return found
+
+
+def _start(words: Sequence[str], *, talks: bool) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own: Ctrl-C is for us to pass on."""
+    end = subprocess.PIPE if talks else subprocess.DEVNULL
+    try:
+        return subprocess.Popen(
+            list(words), stdin=end, stdout=end, stderr=end, start_new_session=True
+        )
+    except OSError as exc:
+        raise ConfigError(
+            f"--ssh must begin with a command that can be run, got {words[0]}: {exc.strerror}."
+        ) from exc
+
+
+class Absent:
+    """Hosts that are left out, asked again and again whether they are back; a context manager.
+
+    Args:
+        hosts: name to the words of ssh.
+        every_s: seconds between two questions; 0: they are never asked.
+        note: writes an event down.
+    """
+
+    def __init__(
+        self, hosts: Mapping[str, Sequence[str]], every_s: float, note: Callable[..., None]
+    ) -> None:
+        self._hosts = hosts
+        self._every_s = every_s
+        self._note = note
+        self._over = threading.Event()
+        self._back = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def are_back(self) -> bool:
+        """Whether one of them has answered."""
+        return self._back.is_set()
+
+    def __enter__(self) -> Absent:
+        """Begin to ask."""
+        if self._hosts and self._every_s:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ask no more."""
+        self._over.set()
+
+    def _ask(self) -> None:
+        while not self._over.wait(self._every_s):
+            found = answering(self._hosts)
+            if found and not self._over.is_set():
+                self._note("back", hosts=found)
+                self._back.set()
+                return

@@ -19,15 +19,12 @@ from ds_gradprune.commands.hosts import exports
 from ds_gradprune.errors import CheckpointError, DataError, TransportTimeout
 
 from .attempt import SIGNALLED, Attempt, Limits, Outcome
-from .kept_host import answering, ssh_to
+from .kept_host import Absent, answering, ssh_to
 from .run_folder import RunFolder
 from .whole import candidates, fault_of, name_latest
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Before the first restart, and before any. It doubles while no new checkpoint is made."""
-
-PROBE_S = 10.0
-"""A host that has not let us in by then does not answer."""
 
 FRUITLESS = 3
 """So many attempts in a row that end by themselves, without a new checkpoint, are the last: what
@@ -46,6 +43,7 @@ class Task:
         min_hosts: with fewer nothing is started.
         max_restarts: so often it is started again.
         wait_s: so long hosts that do not answer are waited for.
+        rejoin_s: so often hosts that are left out are asked again; 0: never.
         limits: of an attempt.
         master_addr: address of the hostfile's first host; None: its name.
         master_port: of the first attempt; each later one takes the next.
@@ -62,6 +60,7 @@ class Task:
     min_hosts: int
     max_restarts: int
     wait_s: float
+    rejoin_s: float
     limits: Limits
     master_addr: str | None
     master_port: int
@@ -82,7 +81,7 @@ class Supervisor:
         self._task = task
         self._asked: list[int] = []
         self._is_own = task.folder is not None and task.folder.is_empty()
-        self._restarts = 0
+        self._restarts = self._starts = 0
 
     def run(self) -> int:
         """Returns the exit code: that of the ranks in the last attempt.
@@ -104,9 +103,12 @@ class Supervisor:
             if self._asked:
                 self._note("interrupted", code=outcome.code)
                 return outcome.code
-            if not outcome.code:
+            if not outcome.code and not outcome.grows:
                 self._note("finished")
                 return 0
+            if outcome.grows and not outcome.code:
+                self._starts += 1
+                continue
             if self._saved() != before:
                 pause_s, fruitless = FIRST_PAUSE_S, 0
             elif not outcome.lost and not outcome.killed:
@@ -114,6 +116,7 @@ class Supervisor:
             if self._gives_up(fruitless, outcome):
                 return outcome.code
             self._restarts += 1
+            self._starts += 1
             free_s = outcome.free_s - time.monotonic()
             self._note("waiting", seconds=round(max(pause_s, free_s), 1), restart=self._restarts)
             self._nap(max(pause_s, free_s))
@@ -135,7 +138,7 @@ class Supervisor:
         """The hosts that answer, at least `min_hosts`."""
         task, began_s, pause_s = self._task, time.monotonic(), FIRST_PAUSE_S
         while True:
-            names = answering({host.name: self._ssh(host.name) for host in task.hosts}, PROBE_S)
+            names = answering({host.name: self._ssh(host.name) for host in task.hosts})
             absent = [host.name for host in task.hosts if host.name not in names]
             if absent:
                 self._note("absent", hosts=absent)
@@ -158,15 +161,19 @@ class Supervisor:
         task = self._task
         words = [*task.words, *self._resume_words()]
         named = [host.name for host in hosts]
-        self._note("started", attempt=self._restarts + 1, hosts=named, words=words)
+        self._note("started", attempt=self._starts + 1, hosts=named, words=words)
+        names = [host.name for host in task.hosts if host not in hosts]
+        absent = Absent({name: self._ssh(name) for name in names}, task.rejoin_s, self._note)
         attempt = Attempt(
             {host.name: self._ssh(host.name) for host in hosts},
             [self._job(words, hosts, number) for number in range(len(hosts))],
             task.limits,
             self._note,
             lambda: len(self._asked),
+            absent.are_back,
         )
-        outcome = attempt.run()
+        with absent:
+            outcome = attempt.run()
         self._note("stopped", code=outcome.code, lost=outcome.lost)
         return outcome
 
@@ -179,7 +186,7 @@ class Supervisor:
             "LOCAL_SIZE": str(slots),
             "LOCAL_WORLD_SIZE": str(slots),
             "MASTER_ADDR": self._master(hosts),
-            "MASTER_PORT": str(task.master_port + self._restarts),
+            "MASTER_PORT": str(task.master_port + self._starts),
             # As DeepSpeed's launcher has it.
             "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
         }
@@ -230,7 +237,7 @@ class Supervisor:
                 f"{task.checkpoints} must hold a checkpoint that is whole, but has none: "
                 f"{faults[0]}. Name another folder to begin anew."
             )
-        if self._restarts and self._is_own and task.folder is not None:
+        if self._starts and self._is_own and task.folder is not None:
             task.folder.begin_again()
         return []
 

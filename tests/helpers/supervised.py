@@ -23,9 +23,9 @@ place = [world, os.environ["LOCAL_SIZE"], os.environ["MASTER_PORT"], resumes]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
 (folder / f"{rank}.{turn}").write_text(" ".join(map(str, place)))
 deed = plan[min(turn, len(plan) - 1)]
-if deed == "save":
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    (folder / "checkpoints" / "latest").write_text("step1")
+if deed == "save":  # what training does on SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    time.sleep(60)
 elif deed.startswith("wait"):
     time.sleep(60)
 elif deed.startswith("die") and rank == deed[3:]:

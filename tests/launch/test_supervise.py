@@ -65,6 +65,22 @@ def test_a_host_that_is_gone_is_left_out_and_one_that_is_back_takes_part(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
+def test_a_host_that_is_back_is_let_in_while_the_others_train(tmp_path: Path) -> None:
+    """The others are asked to end, as by Ctrl-C, and end well."""
+    (tmp_path / "gone.host-b").touch()
+    hosts = "host-a slots=1\nhost-b slots=1"
+    run = supervised(tmp_path, hosts, "save,0", "--rejoin", "1", "--max-restarts", "0")
+    run.until(lambda: run.places())
+    (tmp_path / "gone.host-b").unlink()
+    code, told = run.end()
+    assert code == 0, told
+    assert [event["hosts"] for event in run.events("started")] == [["host-a"], ["host-a", "host-b"]]
+    assert run.events("back")[0]["hosts"] == ["host-b"]
+    assert not run.events("waiting")  # it is no restart
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
 def test_a_silent_host_is_lost_and_its_ranks_are_fenced(tmp_path: Path) -> None:
     """Its cable is out: what is said on either side does not arrive, and nobody notices an end."""
     run = supervised(tmp_path, "host-a slots=1\nhost-b slots=1", "wait,0", "--host-timeout", "2")
@@ -121,3 +137,13 @@ def test_too_few_hosts_end_in_one_sentence(tmp_path: Path) -> None:
     code, told = run.end()
     assert code == 2
     assert "error: --min-hosts 2 must answer within 1 s, but host-b did not" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_an_ssh_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    run = supervised(tmp_path, "host-a slots=1", "0", "--ssh", "no-such-ssh -x")
+    code, told = run.end()
+    assert code == 2
+    assert "error: --ssh must begin with a command that can be run, got no-such-ssh" in told
+    assert "Traceback" not in told
