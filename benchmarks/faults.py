@@ -16,8 +16,9 @@ the rate falls. Two thirds of the runs are started by launch/supervise.py, and m
 others must end typed, on every rank that lives.
 
 The last line of stdout is one JSON document: schedules, finished, typed_error, hung, untyped,
-diverged, lost_gradient, recover_s_p95 (from a deed, or its end, to the next step), typed_s_p95
-(from a deed to the end of the last rank without a supervisor).
+diverged, lost_gradient, recover_s_p95 (from a deed that lasts to the first step of the run that
+launch/supervise.py has started again), typed_s_p95 (from a deed to the end of the last rank without
+a supervisor).
 """
 
 import sys

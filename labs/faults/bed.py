@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import subprocess
 import sys
 import time
@@ -17,51 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labs.faults.bed_schedule import LASTING, BedSchedule
 from tools.netbed import Bed
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 10.0
-"""`gradient_pruning.timeout_s` of these runs."""
-
-TYPED_S = TIMEOUT_S + 5.0
-"""A rank that lives has said what is wrong by then, counted from the deed."""
-
 HUNG_S = 60.0
 """A bare rank that has not ended so long after the deed hangs: the machine's cores are shared by
 all hosts, and a start alone may take half of it."""
 
 LIMIT_S = 240.0
 """Of a whole schedule."""
-
-DEEDS = ("kill", "stop", "down", "outage", "one way", "one way for a while", "rate")
-LASTING = ("kill", "stop", "down", "one way")
-
-
-@dataclass(frozen=True)
-class BedSchedule:
-    """One run on a bed.
-
-    Attributes:
-        hosts: 2 or 3, with a rank each.
-        mode: "update" or "gradient".
-        rate: of all links.
-        supervised: started by launch/supervise.py.
-        deed: see `DEEDS`.
-        host: to which it is done.
-        step: after which it is done.
-        for_s: how long what passes lasts.
-        steps: of the run.
-    """
-
-    hosts: int
-    mode: str
-    rate: str
-    supervised: bool
-    deed: str
-    host: int
-    step: int
-    for_s: float
-    steps: int = 160
 
 
 @dataclass
@@ -79,56 +43,6 @@ class BedVerdict:
     recover_s: float | None = None
     typed_s: float | None = None
     notes: list[str] = field(default_factory=list)
-
-
-def draw(seed: int, number: int) -> BedSchedule:
-    """Schedule `number` of a seed; the deeds take turns."""
-    chance = random.Random(f"bed {seed}/{number}")
-    hosts = chance.choice([2, 3])
-    return BedSchedule(
-        hosts=hosts,
-        mode=chance.choice(["update", "update", "gradient"]),
-        rate=chance.choice(["20mbit", "100mbit", "1gbit"]),
-        supervised=number // len(DEEDS) % 3 != 2,
-        deed=DEEDS[number % len(DEEDS)],
-        host=chance.randrange(hosts),
-        step=chance.randint(25, 60),
-        for_s=chance.uniform(2.0, 5.0),
-    )
-
-
-def write_inputs(folder: Path) -> None:
-    """A text, a model of two layers and a configuration for each mode."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from textgen.corpus import open_text
-    from textgen.model import save_model
-    from textgen.tokenizer import train_tokenizer
-
-    text = folder / "text.txt"
-    text.write_text("".join(f"{i}. the fox sees the {i * 7 % 13} hens\n" for i in range(3000)))
-    tokenizer = train_tokenizer(open_text(text), 300)
-    shape = {"n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 2}
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = GPT2Config(vocab_size=len(tokenizer), **shape, **special)
-    save_model(GPT2LMHeadModel(config), tokenizer, folder / "model")
-    for mode in ("update", "gradient"):
-        block = {
-            "prune": mode,
-            "warmup_steps": 3,
-            "ramp_steps": 0,
-            "window_size": 4,
-            "density": {"initial": 0.05, "min": 0.05, "max": 0.05},
-            "timeout_s": TIMEOUT_S,
-            "verify_every_steps": 10,
-        }
-        document = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": 1,
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-            "gradient_pruning": block,
-        }
-        (folder / f"{mode}.json").write_text(json.dumps(document))
 
 
 def play(schedule: BedSchedule, inputs: Path, folder: Path) -> BedVerdict:
@@ -259,14 +173,16 @@ class _Supervised(_Run):
 
     def _has_recovered(self, before: int) -> bool:
         """A step was made after the deed: by the next attempt, or by this one where it lives on."""
-        starts = [event for event in self.events() if event["event"] == "started"]
-        if len(starts) > 1:
-            path = self.out / "log.jsonl"
-            began = [e for e in self.events() if e["event"] == "ranks"][len(starts) - 1 :]
-            with contextlib.suppress(OSError):
-                return bool(began) and path.stat().st_mtime > _seconds(starts[-1]) + 1.0
-            return False
-        return self.schedule.deed not in LASTING and self.logged() > before + 1
+        events = self.events()
+        starts = [event for event in events if event["event"] == "started"]
+        if len(starts) == 1:
+            return self.schedule.deed not in LASTING and self.logged() > before + 1
+        tags = [event["tag"] for event in events if event["event"] == "checkpoint"]
+        resumed = int(tags[-1].removeprefix("step")) if tags else 0
+        with contextlib.suppress(OSError):  # the log is cut to that step first, then it grows
+            written_s = (self.out / "log.jsonl").stat().st_mtime
+            return written_s > _seconds(starts[-1]) and self.logged() > resumed
+        return False
 
     def events(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError):
@@ -291,21 +207,8 @@ class _Supervised(_Run):
 class _Bare(_Run):
     def play(self) -> BedVerdict:
         schedule = self.schedule
-        for number, host in enumerate(self.bed.hosts):
-            place = {"RANK": str(number), "WORLD_SIZE": str(schedule.hosts), "LOCAL_RANK": "0"}
-            place |= {"LOCAL_SIZE": "1", "MASTER_ADDR": self.bed.hosts[0].address}
-            place |= {"MASTER_PORT": "29500", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-            with (self.folder / f"told{number}.txt").open("wb") as told:
-                words = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(self.folder / f"pid{number}")]
-                self.processes.append(
-                    host.popen(
-                        [*words, sys.executable, *self.words],
-                        cwd=ROOT,
-                        env=self.bed.environ() | place,
-                        stdout=told,
-                        stderr=told,
-                    )
-                )
+        for number in range(schedule.hosts):
+            self._start(number)
         if not self.until(lambda: self.logged() >= schedule.step, LIMIT_S / 2):
             return BedVerdict("untyped", notes=["never began", *self.told()])
         before = self.logged()
@@ -315,6 +218,27 @@ class _Bare(_Run):
             recover_s = time.monotonic() - self.over_s
             if went_on and self.until(self.ended, LIMIT_S) and not self.whole():
                 return BedVerdict("finished", recover_s)
+        return self._survivors()
+
+    def _start(self, number: int) -> None:
+        place = {"RANK": str(number), "WORLD_SIZE": str(self.schedule.hosts), "LOCAL_RANK": "0"}
+        place |= {"LOCAL_SIZE": "1", "MASTER_ADDR": self.bed.hosts[0].address}
+        place |= {"MASTER_PORT": "29500", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        words = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(self.folder / f"pid{number}")]
+        with (self.folder / f"told{number}.txt").open("wb") as told:
+            self.processes.append(
+                self.bed.hosts[number].popen(
+                    [*words, sys.executable, *self.words],
+                    cwd=ROOT,
+                    env=self.bed.environ() | place,
+                    stdout=told,
+                    stderr=told,
+                )
+            )
+
+    def _survivors(self) -> BedVerdict:
+        """All that live must end, with one typed line each at most and no traceback."""
+        schedule = self.schedule
         victim = schedule.host if schedule.deed in ("kill", "stop") else None
         alive = [i for i in range(schedule.hosts) if i != victim]
         processes = [self.processes[i] for i in alive]

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from labs.faults import bed, loopback, schedules
+from labs.faults import bed, bed_schedule, loopback, schedules
+from labs.faults.bed_schedule import LASTING
 from labs.faults.page import ENDS, page
 from labs.machine import commit, machine
 
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The document of the last line."""
     ends = Counter(row["end"] for row in rows)
-    recover_s = sorted(row["recover_s"] for row in rows if row.get("recover_s") is not None)
+    lasting = [row for row in rows if row.get("supervised") and row["deed"] in LASTING]
+    recover_s = sorted(row["recover_s"] for row in lasting if row["recover_s"] is not None)
     typed_s = sorted(row["typed_s"] for row in rows if row.get("typed_s") is not None)
     return {
         "schedules": len(rows),
@@ -94,9 +96,9 @@ def _on_bed(seed: int, numbers: range) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as inputs:
         if numbers:
-            bed.write_inputs(Path(inputs))
+            bed_schedule.write_inputs(Path(inputs))
         for number in numbers:
-            schedule = bed.draw(seed, number)
+            schedule = bed_schedule.draw(seed, number)
             with tempfile.TemporaryDirectory() as folder:
                 verdict = bed.play(schedule, Path(inputs), Path(folder))
             row = {"part": "bed", "number": number} | dataclasses.asdict(schedule)

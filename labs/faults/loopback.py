@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from ds_gradprune.errors import GradPruneError
 from ds_gradprune.wire.all_gather import AllGather
 from ds_gradprune.wire.loopback import LoopbackHub
 from ds_gradprune.wire.owner_reduce import OwnerReduce
-from labs.faults.ranks import GradientRank, Rank, UpdateRank, check_finite, crc
+from labs.faults.gradient import GradientRank
+from labs.faults.island import UpdateRank
+from labs.faults.rank import Rank, check_finite, crc
 from labs.faults.schedules import LIVES, Event, Schedule
 from labs.faults.transport import FaultyTransport, Gone
+from labs.faults.verdict import Life, Verdict, disagree, judge
 from launch.support.whole import candidates, fault_of, name_latest
 
 TIMEOUT_S = 1.0
@@ -32,42 +35,6 @@ DEADLINE_S = 30.0
 """A rank that has not ended by then hangs: ten times what the waits of a life may add up to."""
 
 CALLS = ("kill", "stop", "delay", "corrupt sent", "corrupt received")
-
-
-@dataclass
-class Life:
-    """How one start of a run ended.
-
-    Attributes:
-        ends: of every rank: "done", "typed", "gone", "untyped" or "hung".
-        told: of every rank: what it said at its end.
-        crcs: of every rank: (step, hash of what must be equal).
-        ranks: the ranks that are done.
-    """
-
-    ends: list[str]
-    told: list[str]
-    crcs: list[dict[int, int]]
-    ranks: list[Rank | None] = field(default_factory=list)
-
-
-@dataclass
-class Verdict:
-    """How a schedule ended.
-
-    Attributes:
-        end: "finished", "typed_error", "hung" or "untyped".
-        diverged: ranks disagree, or a resumed run ended with other bits than an unbroken one.
-        lost_gradient: what was put in is not what came out and what is still owed.
-        lives: starts of the run.
-        notes: what every life ended with, for people.
-    """
-
-    end: str
-    diverged: bool = False
-    lost_gradient: bool = False
-    lives: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def play(schedule: Schedule, folder: Path) -> Verdict:
@@ -81,73 +48,18 @@ def play(schedule: Schedule, folder: Path) -> Verdict:
         counted = Counter(found.ends)
         told = next((t for t, end in zip(found.told, found.ends, strict=True) if end != "done"), "")
         verdict.notes.append(f"{dict(counted)} from {tag}: {told[:200]}")
-        verdict.diverged |= _disagree(found, schedule)
+        verdict.diverged |= disagree(found, schedule)
         for end in ("hung", "untyped"):
             if counted[end]:
                 verdict.end = end
                 return verdict
         if counted["done"] == schedule.ranks:
             verdict.end = "finished"
-            _judge(schedule, found, verdict)
+            judge(schedule, found, verdict, lambda: _live(schedule, None, [], None, 0))
             return verdict
         if not schedule.resumes:
             return verdict
     return verdict
-
-
-# ---- the end -------------------------------------------------------------------------------------
-
-
-def _judge(schedule: Schedule, life: Life, verdict: Verdict) -> None:
-    """Conservation over the whole run, and the bits of an unbroken one."""
-    ranks = [rank for rank in life.ranks if rank is not None]
-    if any(event.kind == "foreign" for event in schedule.events):
-        return  # a flipped bit of the weights is no gradient
-    balances = [rank.balance() for rank in ranks]
-    put_in = torch.stack([balance[0] for balance in balances]).sum(0)
-    bound = sum(balance[2] for balance in balances)
-    off = float((put_in - balances[0][1]).abs().max())
-    if not off <= bound:
-        verdict.lost_gradient = True
-        verdict.notes.append(f"off by {off:.3g}, rounding explains {bound:.3g}")
-    if verdict.lives > 1 and _is_repeatable(schedule):
-        plain = _live(schedule, None, [], None, 0).ranks[0]
-        assert plain is not None
-        if crc(plain.agreed()) != crc(ranks[0].agreed()):
-            verdict.diverged = True
-            verdict.notes.append("other bits than the unbroken run")
-
-
-def _is_repeatable(schedule: Schedule) -> bool:
-    """Measured times decide nothing, and every fault ended its life or changed nothing.
-
-    A nan in a gradient costs that step's gradient, on all ranks alike, and is no fault of the run.
-    """
-    density = schedule.config.density
-    poisons = schedule.config.prune == "gradient"
-    is_poisoned = poisons and any(event.kind == "nan" for event in schedule.events)
-    return density.min == density.max and not is_poisoned
-
-
-def _disagree(life: Life, schedule: Schedule) -> bool:
-    """Ranks had other bits after the same step, and did not find it."""
-    if any(event.kind == "foreign" for event in schedule.events):
-        # One rank was made to differ. Whether it was found is all that counts.
-        last = [max(crcs.items(), default=(0, 0)) for crcs in life.crcs]
-        return "done" in life.ends and len(set(last)) > 1 and _had_time(life, schedule)
-    steps = {step for crcs in life.crcs for step in crcs}
-    return any(len({crcs[step] for crcs in life.crcs if step in crcs}) > 1 for step in steps)
-
-
-def _had_time(life: Life, schedule: Schedule) -> bool:
-    """Two verifications have passed between the flipped bit and the end of the run."""
-    every = schedule.config.verify_every_steps or 1
-    sync_every = schedule.config.sync_every if schedule.config.prune == "update" else 1
-    window = 2 * max(every, sync_every) + 2 * sync_every
-    return any(
-        event.kind == "foreign" and event.step <= schedule.steps - window
-        for event in schedule.events
-    )
 
 
 # ---- one life ------------------------------------------------------------------------------------
@@ -251,36 +163,39 @@ def _walk(
     """From the checkpoint to the last step."""
     if tag is not None:
         assert folder is not None
-        loaded = checkpoint.load(str(folder), tag, seat)
-        assert loaded is not None
-        first = statefile.read(loaded.paths[0, 0])[0]["pruning"]
-        rank.load(loaded.state, first)
+        _load(rank, seat, folder, tag)
     events = list(events)
     while rank.loop.step < schedule.steps:
         step = rank.loop.exchange_step
-        here = [event for event in events if event.step == step]
+        here = {event.kind: event for event in events if event.step == step}
         events = [event for event in events if event.step != step]
         _strike(rank, here)
-        transport.begin({event.call: event.kind for event in here if event.kind in CALLS})
-        rank.step(spoil=any(event.kind == "nan" for event in here))
+        transport.begin({here[kind].call: kind for kind in CALLS if kind in here})
+        rank.step(spoil="nan" in here)
         done = rank.loop.step
         if done == schedule.steps or done % schedule.save_every == 0:
             rank.settle()
             if folder is not None:
-                _save(rank, seat, folder, done, any(event.kind == "full disk" for event in here))
+                _save(rank, seat, folder, done, "full disk" in here)
         crcs[done] = crc(rank.agreed())
 
 
-def _strike(rank: Rank, events: list[Event]) -> None:
+def _load(rank: Rank, seat: Seat, folder: Path, tag: str) -> None:
+    loaded = checkpoint.load(str(folder), tag, seat)
+    assert loaded is not None
+    first = statefile.read(loaded.paths[0, 0])[0]["pruning"]
+    rank.load(loaded.state, first)
+
+
+def _strike(rank: Rank, events: Collection[str]) -> None:
     """What happens before a step."""
-    for event in events:
-        if event.kind == "raise":
-            raise Gone("an error of its own")
-        if event.kind == "behind" and rank.loop.last_exchange:
-            rank.loop.step -= 1
-            rank.loop.last_exchange -= 1
-        if event.kind == "foreign":
-            rank.agreed()[0].view(torch.int32)[3] ^= 1
+    if "raise" in events:
+        raise Gone("an error of its own")
+    if "behind" in events and rank.loop.last_exchange:
+        rank.loop.step -= 1
+        rank.loop.last_exchange -= 1
+    if "foreign" in events:
+        rank.agreed()[0].view(torch.int32)[3] ^= 1
 
 
 def _save(rank: Rank, seat: Seat, folder: Path, step: int, is_full: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.residual import Residuals
-from labs.faults import bed, loopback
+from labs.faults import bed_schedule, loopback
 from labs.faults.command import summarize
 from labs.faults.schedules import KINDS, Event, Schedule, draw
 
@@ -31,8 +31,8 @@ def test_a_seed_gives_the_same_schedules_again() -> None:
     assert drawn == [draw(3, number) for number in range(60)]
     assert drawn != [draw(4, number) for number in range(60)]
     assert {event.kind for one in drawn for event in one.events} == set(KINDS)
-    beds = [bed.draw(3, number) for number in range(30)]
-    assert {one.deed for one in beds} == set(bed.DEEDS)
+    beds = [bed_schedule.draw(3, number) for number in range(30)]
+    assert {one.deed for one in beds} == set(bed_schedule.DEEDS)
     assert {one.supervised for one in beds} == {True, False}
 
 
@@ -78,7 +78,8 @@ def test_islands_that_apply_different_factors_are_found(
 
 
 def test_the_document_counts_ends_and_takes_quantiles() -> None:
-    rows = [{"end": "finished", "recover_s": float(n)} for n in range(21)]
+    restarted = {"end": "finished", "deed": "kill", "supervised": True}
+    rows = [restarted | {"recover_s": float(n)} for n in range(21)]
     rows += [{"end": "typed_error", "typed_s": 3.0, "diverged": True}, {"end": "hung"}]
     found = summarize(rows)
     assert (found["schedules"], found["finished"], found["hung"]) == (23, 21, 1)
