@@ -218,6 +218,11 @@ class GradientPruningConfig(_Block):
     error_feedback: bool = Field(
         default=True, description="What is not sent is added to the next exchange."
     )
+    clip_to_median: Annotated[float, Field(gt=0.0, le=1000.0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="No sender counts for more than so many times the median norm of all messages "
+        "in a pruned exchange. With two senders the smaller norm is the median. Null means off.",
+    )
     min_numel: Annotated[int, Field(ge=1, le=2**40)] = Field(
         default=4096, description="Tensors with fewer elements, and 1-D ones, are sent whole."
     )

@@ -39,6 +39,12 @@ def cross_field_faults(
     if config.performance_target_schedule is not None:
         path = f"{BLOCK}.performance_target_schedule"
         faults += _order_faults(path, [point.step for point in config.performance_target_schedule])
+    if config.clip_to_median is not None and config.exchange == "owner_reduce":
+        faults.append(
+            f'{BLOCK}.clip_to_median must be null with exchange = "owner_reduce", got '
+            f"{shown(config.clip_to_median)}. Owners deliver sums, and nobody sees who sent what. "
+            'Leave it out, or set exchange to "all_gather".'
+        )
     if config.throttle is not None:
         faults += _link_faults([point.step for point in config.throttle.schedule])
     if total_steps is not None and config.enabled and not faulty & {"enabled", "window_size"}:

@@ -209,6 +209,11 @@ def _channel(config: GradientPruningConfig, group: Any, clock: Clock) -> Channel
             transport, schedule, config.timeout_s, sleep=clock.sleep, clock=clock.now_s
         )
     if config.exchange_of(transport.world_size) == "owner_reduce":
+        if config.clip_to_median is not None:
+            raise UnsupportedError(
+                f'gradient_pruning.clip_to_median needs exchange = "all_gather", and with '
+                f'{transport.world_size} islands "auto" is owner_reduce. Set exchange.'
+            )
         keeps = config.prune == "update" or config.error_feedback
         return OwnerReduce(transport, error_feedback=keeps)
     return AllGather(transport)

@@ -86,6 +86,7 @@ class GradientHandle(Handle):
             value_bits=config.value_bits,
             error_feedback=config.error_feedback,
             inside=self._inner(),
+            clip=config.clip_to_median,
         )
         self._backend = backends.install()
         self._places = Places()

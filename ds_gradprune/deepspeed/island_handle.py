@@ -85,6 +85,7 @@ class IslandHandle(Handle):
             scale=update_scale(groups.num_islands, config.update_scale),
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
+            clip=config.clip_to_median,
         )
         inner = None
         if groups.inner_cpu is not None:

@@ -21,6 +21,7 @@ import torch
 from ds_gradprune.bucket.apply import scatter_add
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
+from ds_gradprune.train.clip import factors
 from ds_gradprune.train.inside import Gradient, Inside
 from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
 from ds_gradprune.train.residual import Residuals
@@ -41,6 +42,7 @@ class GradientPruning:
         error_feedback: keep what was not sent and add it to the next gradient.
         bucket_numel: elements that are selected and applied at a time.
         inside: the ranks of this rank's island; None: it is alone in it.
+        clip: a sender counts at most for so many times the median norm; None: as it is.
 
     Attributes:
         residuals: what this rank owes.
@@ -56,6 +58,7 @@ class GradientPruning:
         error_feedback: bool,
         bucket_numel: int = BUCKET_NUMEL,
         inside: Inside | None = None,
+        clip: float | None = None,
     ) -> None:
         self.residuals = Residuals()
         self.channel = channel
@@ -64,6 +67,7 @@ class GradientPruning:
         self._error_feedback = error_feedback
         self._bucket_numel = bucket_numel
         self._inside = inside
+        self._clip = clip
         self._cuts: dict[tuple[Gradient, ...], tuple[Bucket, ...]] = {}
         self._memory = Memory()
         self._number = 0
@@ -156,6 +160,8 @@ class GradientPruning:
             vector.fill_(float("nan"))
             arrived.finish(applied=False)
             return
+        if self._clip is not None:
+            arrived.factors = factors(arrived, len(buckets), self._clip, vector.device)
         self._open.append(arrived)
         staged = _unscaled(vector, owed, scale) if self._error_feedback else None
         self._apply(arrived, buckets, vector, staged, scale)
@@ -193,10 +199,10 @@ class GradientPruning:
         vector.zero_()
         for number, bucket in enumerate(buckets):
             here = slice(bucket.start, bucket.stop)
-            for block, is_own in arrived.deliveries(number, vector.device):
+            for delivery, (block, is_own) in enumerate(arrived.deliveries(number, vector.device)):
                 if staged is not None and is_own:
                     scatter_add(staged[here], block, -1.0 / scale)
-                scatter_add(vector[here], block)
+                scatter_add(vector[here], block, arrived.factor(delivery))
             apart = arrived.sent(number, vector.device)
             if staged is not None and apart is not None:
                 scatter_add(staged[here], apart, -1.0 / scale)

@@ -22,6 +22,7 @@ import torch
 from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
 from ds_gradprune.errors import NonFiniteError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.clip import factors
 from ds_gradprune.train.dense import DenseExchange
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
@@ -71,6 +72,7 @@ class Islands:
         scale: factor on the islands' mean update.
         rule: what moves the shared weights besides.
         kept: where progress waits that was not sent; None: in the own weights, and used at once.
+        clip: an island's update counts at most for so many times the median norm; None: as it is.
 
     Attributes:
         weights: see there.
@@ -80,6 +82,7 @@ class Islands:
         scale: see there.
         rule: see there.
         kept: see there.
+        clip: see there.
         memory: scratch memory, kept.
         have_parted: the islands have stepped alone, so their own weights differ. A fact of the
             run, kept in its checkpoints, not derived from the configuration.
@@ -95,8 +98,10 @@ class Islands:
         scale: float,
         rule: OuterRule,
         kept: KeptResidual | None = None,
+        clip: float | None = None,
     ) -> None:
         self.weights = weights
+        self.clip = clip
         self.rule = rule
         self.kept = kept
         self.have_parted = False
@@ -179,11 +184,18 @@ class _Pruned:
             with self._islands.stopwatch.phase("wire"):
                 self._pending.wait()
             self._arrived = self._message.arrived(self._pending)
+            self._clip(self._arrived)
         except Exception:
             self._islands.memory.abandon()
             self._pending.finish(applied=False)
             raise
         return self._arrived.nonfinite
+
+    def _clip(self, arrived: Arrived) -> None:
+        bounds = self._islands.weights.bound()
+        if self._islands.clip is not None and bounds and not arrived.nonfinite:
+            device = bounds[0].own[0].device
+            arrived.factors = factors(arrived, len(bounds), self._islands.clip, device)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -212,7 +224,7 @@ class _Pruned:
     def _move(self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor) -> None:
         """Own weights keep what they have beyond the shared ones, less what was sent."""
         rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
-        blocks = arrived.all_at_once(number, device)
+        blocks = None if arrived.factors else arrived.all_at_once(number, device)
         if blocks is not None:
             rank = self._islands.channel.rank
             move_at_once(bound.own, shared, blocks, rank=rank, factor=factor)
@@ -220,9 +232,10 @@ class _Pruned:
                 rule.note(block, factor)
         else:
             move = Move(bound.own, shared, bound.layout)
-            for block, is_own in arrived.deliveries(number, device):
-                move.add(block, factor, is_own=is_own)
-                rule.note(block, factor)
+            for delivery, (block, is_own) in enumerate(arrived.deliveries(number, device)):
+                weight = factor * arrived.factor(delivery)
+                move.add(block, weight, is_own=is_own)
+                rule.note(block, weight)
             apart = arrived.sent(number, device)
             if apart is not None:
                 move.sent(apart)
@@ -244,11 +257,12 @@ class _Pruned:
         kept = residual.of(bound, self._islands.weights.stores[bound.store])
         before = self._before[number] if self._copies else bound.own
         residual.gather(kept, bound, before, shared)
-        for block, is_own in arrived.deliveries(number, device):
+        for delivery, (block, is_own) in enumerate(arrived.deliveries(number, device)):
             if is_own:
                 residual.sent(kept, block)
-            scatter_add(shared, block, factor)
-            rule.note(block, factor)
+            weight = factor * arrived.factor(delivery)
+            scatter_add(shared, block, weight)
+            rule.note(block, weight)
         apart = arrived.sent(number, device)
         if apart is not None:
             residual.sent(kept, apart)

@@ -197,6 +197,7 @@ class Arrived:
 
     Attributes:
         nonfinite: ranks whose values hold inf or nan.
+        factors: by how much each delivery is scaled; empty: by nothing. See `clip`.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class Arrived:
         self._shares = shares
         self._stamp = stamp
         self._memory = memory
+        self.factors: list[float] = []
         self._headers: list[list[codec.Header]] = []
         bad: set[int] = set()
         for number, parts in enumerate(shares):
@@ -239,6 +241,10 @@ class Arrived:
             here = slice(first, first + count)
             block = self._read(number, payloads[here], self._headers[number][here], device)
             yield block, is_by_rank and delivery == self._stamp.rank
+
+    def factor(self, delivery: int) -> float:
+        """By how much a delivery is scaled."""
+        return self.factors[delivery] if self.factors else 1.0
 
     def all_at_once(self, number: int, device: torch.device) -> list[SparseBlock] | None:
         """What every rank sent of a bucket, in rank order; None where that is too much memory."""

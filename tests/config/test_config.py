@@ -209,7 +209,7 @@ def test_wrong_type_is_refused_not_converted(block: dict[str, Any], fault: str) 
 
 def test_a_key_of_an_older_release_is_unknown() -> None:
     (fault,) = faults_of({"two_level": "auto"})
-    assert fault.startswith("two_level is not a known key. Known keys: controller, density, ")
+    assert fault.startswith("two_level is not a known key. Known keys: clip_to_median, ")
 
 
 @pytest.mark.parametrize(
@@ -498,3 +498,9 @@ def test_schedule_of_the_target() -> None:
         load_block({"gradient_pruning": {"performance_target_schedule": points}})
     with pytest.raises(ConfigError, match="schedule must have at least 1 entry"):
         load_block({"gradient_pruning": {"performance_target_schedule": []}})
+
+
+def test_senders_that_nobody_sees_cannot_be_bounded() -> None:
+    (fault,) = faults_of({"clip_to_median": 2.0, "exchange": "owner_reduce"})
+    assert fault.startswith('clip_to_median must be null with exchange = "owner_reduce", got 2.')
+    assert load_block({BLOCK: {"clip_to_median": 2}}).clip_to_median == 2.0

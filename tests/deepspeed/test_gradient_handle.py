@@ -52,6 +52,7 @@ def two_rank_cases(folder: Path) -> dict[str, Case]:
     cases: dict[str, Case] = {
         "disabled": ("train", {"block": {"enabled": False}, "steps": 20}),
         "learns": ("train", {"block": FIXED, "steps": 40}),
+        "clipped": ("train", {"block": FIXED | {"clip_to_median": 0.5}, "steps": 6}),
         "accumulated": ("train", {"block": FIXED, "steps": 3, "gas": 4}),
         "monitor": ("csv_monitor", {"folder": str(folder / "csv")}),
         "detach": ("detach_leaves_nothing", {}),
@@ -193,6 +194,12 @@ def test_detach_gives_everything_back(two: Any) -> None:
 def test_other_collectives_pass_and_are_logged(two: Any) -> None:
     answers = two("collectives")
     assert answers[0] == answers[1] == {"sum": 3.0, "max": 2.0, "gathered": [1.0, 2.0], "op": True}
+
+
+def test_clipped_gradients_leave_all_ranks_equal(two: Any) -> None:
+    one, other = two("clipped")
+    assert one["crcs"] == other["crcs"]
+    assert one["crcs"] != two("way-attach")[0]["crcs"]
 
 
 def test_nan_on_one_rank_stops_all_before_the_step(two: Any) -> None:

@@ -41,6 +41,7 @@ def two_island_cases(folder: Path) -> dict[str, Case]:
     cases: dict[str, Case] = {
         "4-bit": ("islands", {"block": ADAPTIVE | {"value_bits": 4}, "steps": 24}),
         "every-4": ("islands", {"block": {"sync_every": 4}, "steps": 22}),
+        "clipped": ("islands", {"block": ADAPTIVE | {"clip_to_median": 1.0}, "steps": 24}),
         "dense": (
             "islands",
             {"block": {"density": dict.fromkeys(("initial", "min", "max"), 1.0)}, "steps": 8},
@@ -110,6 +111,13 @@ def test_shared_weights_are_equal_after_every_step_and_own_ones_differ(two: Any,
     assert densities[:2] == [1.0, 1.0]
     assert 0.002 <= min(densities) < 0.1
     assert one["bytes"] == 4 * TINY_NUMEL
+
+
+def test_clipped_updates_leave_the_shared_weights_equal(two: Any) -> None:
+    one, other = two("clipped")
+    assert one["shared"] == other["shared"]
+    assert one["shared"][:2] == two("equal-fp32")[0]["shared"][:2]  # nothing is clipped in warm-up
+    assert one["shared"][-1] != two("equal-fp32")[0]["shared"][-1]
 
 
 @pytest.mark.parametrize("name", ["equal-fp32", "4-bit"])

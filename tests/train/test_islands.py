@@ -31,6 +31,7 @@ def make(
     slow: float = 0.0,
     decay: float | None = None,
     value_bits: int = 32,
+    clip: float | None = None,
 ) -> Islands:
     return Islands(
         SharedWeights(shards, BUCKET_NUMEL),
@@ -40,6 +41,7 @@ def make(
         scale=update_scale(transport.world_size, None),
         rule=make_rule(slow, 1),
         kept=None if decay is None else KeptResidual(decay),
+        clip=clip,
     )
 
 
@@ -87,6 +89,26 @@ def test_shared_weights_are_equal_after_every_exchange(
     ranks = on_islands(3, work, value_bits=value_bits, **options)
     assert ranks[0] == ranks[1] == ranks[2]
     assert len(set(ranks[0])) == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.95, "slow": 1.0}])
+def test_an_island_that_shouts_moves_no_more_than_the_others(options: dict[str, float]) -> None:
+    """Two buckets, three islands, and one whose progress is a million times too large."""
+
+    def work(islands: Islands, shards: PlainShards, rank: int) -> tuple[int, float]:
+        start = islands.weights.stores[0].clone()
+        for step in range(1, 4):
+            train(shards, rank, step)
+            if rank == 2:
+                for tensor in shards.tensors.values():
+                    tensor.mul_(1e6)
+            exchange(islands, step)
+        return islands.weights.crc(), float((islands.weights.stores[0] - start).norm())
+
+    quiet = on_islands(3, work, clip=1.0, **options)
+    loud = on_islands(3, work, **options)
+    assert len({crc for crc, _ in quiet}) == 1
+    assert loud[0][1] > 1e4 * quiet[0][1] > 0.0
 
 
 def test_what_was_sent_and_what_is_left_is_what_was_learned() -> None:
