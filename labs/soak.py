@@ -214,14 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--numel", type=int, default=20_000)
     parser.add_argument("--sync-every", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a page of results; its JSON is put beside it")
+    parser.add_argument("--out", type=Path, help="a page of results")
     flags = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         document = soak(flags.steps, flags.ranks, flags.numel, flags.sync_every, Path(folder))
     if flags.out is not None:
         flags.out.write_text(_page(document))
-        flags.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
     return int(
         document["memory_growth_max"] > MAX_GROWTH

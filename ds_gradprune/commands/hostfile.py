@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ds_gradprune.errors import ConfigError
 
-_LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
+_LINE = re.compile(r"(\S{1,255})\s+slots\s*=\s*([0-9]{1,6})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ def read_hostfile(path: Path) -> list[HostLine]:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"--hostfile must be readable, got {path}: {exc.strerror}.") from exc
+    except UnicodeError as exc:
+        raise ConfigError(f"--hostfile must be a text file in UTF-8, got {path}: {exc}.") from exc
     hosts: list[HostLine] = []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.split("#")[0].strip()
@@ -42,7 +44,7 @@ def read_hostfile(path: Path) -> list[HostLine]:
         found = _LINE.fullmatch(line)
         if not found or not int(found[2]):
             raise ConfigError(
-                f'{path}, line {number} must read "NAME slots=N" with N >= 1, got {line!r}.'
+                f'{path}, line {number} must read "NAME slots=N" with N >= 1, got {line!r:.80}.'
             )
         if found[1] in [host.name for host in hosts]:
             raise ConfigError(f"{path}, line {number} must name a new host, got {found[1]} again.")

@@ -37,6 +37,8 @@ def test_hostfile(tmp_path: Path) -> None:
         ("host-a slots=0\n", r'line 1 must read "NAME slots=N"'),
         ("host-a slots=1\nhost-a slots=1\n", "line 2 must name a new host"),
         ("host-a slots=1\nhost-b slots=2\n", "equally many slots"),
+        ("host-a slots=" + "9" * 5000, 'line 1 must read "NAME slots=N"'),
+        ("x" * 300 + " slots=1", 'line 1 must read "NAME slots=N"'),
     ],
 )
 def test_faulty_hostfile(text: str, fault: str, tmp_path: Path) -> None:
@@ -44,6 +46,13 @@ def test_faulty_hostfile(text: str, fault: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=fault):
         read_hostfile(path)
+
+
+def test_hostfile_that_is_no_text(tmp_path: Path) -> None:
+    """It was a UnicodeDecodeError."""
+    (tmp_path / "hosts").write_bytes(b"host-a slots=1\n\xff\xfe")
+    with pytest.raises(ConfigError, match="--hostfile must be a text file in UTF-8, got"):
+        read_hostfile(tmp_path / "hosts")
 
 
 def test_absent_hostfile(tmp_path: Path) -> None:
