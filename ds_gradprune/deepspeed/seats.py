@@ -51,16 +51,25 @@ class Seat:
         """This process's seat. Local.
 
         Raises:
-            UnsupportedError: no launcher has said the local rank, which DeepSpeed needs, too.
+            UnsupportedError: no launcher has said the local rank, which DeepSpeed needs, too; or
+                what it has said is no number.
         """
-        ranks = [os.environ[name] for name in _LOCAL_RANKS if name in os.environ]
-        sizes = [os.environ[name] for name in _LOCAL_SIZES if name in os.environ]
+        ranks = [_number(name) for name in _LOCAL_RANKS if name in os.environ]
+        sizes = [_number(name) for name in _LOCAL_SIZES if name in os.environ]
         if not ranks:
             raise UnsupportedError(
                 "the environment must hold LOCAL_RANK, this rank's number on its host. Start with "
                 "deepspeed, torchrun or mpirun, or set it."
             )
-        return cls(int(ranks[0]), int(sizes[0]) if sizes else None, socket.gethostname())
+        return cls(ranks[0], sizes[0] if sizes else None, socket.gethostname())
+
+
+def _number(name: str) -> int:
+    """A variable of the environment that is a small whole number."""
+    value = os.environ[name]
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise UnsupportedError(f"{name} must be a whole number, got {value[:40]!r}. Set it.")
+    return int(value)
 
 
 def ranks_per_island(seats: Sequence[Seat], ranks: int | None) -> int:

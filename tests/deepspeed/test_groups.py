@@ -91,6 +91,10 @@ def test_every_launchers_count_is_read(monkeypatch: pytest.MonkeyPatch, name: st
     assert Seat.here().local_size is None
     monkeypatch.setenv(name, "8")
     assert (Seat.here().local_rank, Seat.here().local_size) == (1, 8)
+    for wrong in ("", "x", "-1", "9" * 5000):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(UnsupportedError, match=f"{name} must be a whole number, got "):
+            Seat.here()
 
 
 def test_any_hosts_name_has_room() -> None:

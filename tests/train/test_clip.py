@@ -18,7 +18,7 @@ from ds_gradprune.wire.all_gather import AllGather
 from tests.helpers.loopback_ranks import on_ranks
 
 SIGNALS = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
-NUMEL, RANKS, STEPS = 4096, 4, 400
+NUMEL, RANKS, STEPS = 4096, 4, 200
 WHOLE = (Gradient("weight", NUMEL, True),)
 
 
@@ -90,10 +90,9 @@ def train(clip: float | None, loud: float) -> list[tuple[float, bool]]:
 
 def test_a_rank_that_shouts_is_bounded_by_the_median() -> None:
     """Its gradients were a million times too large, and every weight followed them."""
-    assert all(is_equal for _, is_equal in train(1.0, 1e6))
-    lost = train(None, 1e6)[0][0]
-    kept = train(1.0, 1e6)[0][0]
-    quiet = train(None, 1.0)[0][0]
+    bounded_ranks = train(1.0, 1e6)
+    assert all(is_equal for _, is_equal in bounded_ranks)
+    kept, lost, quiet = bounded_ranks[0][0], train(None, 1e6)[0][0], train(None, 1.0)[0][0]
     assert lost > 1e4
-    assert kept < 0.5
-    assert abs(kept - quiet) < 0.3
+    assert kept < 0.1
+    assert abs(kept - quiet) < 0.1
