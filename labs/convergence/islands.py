@@ -42,7 +42,8 @@ class IslandSimulation(SharedGradient, abc.ABC):
         self.method: Update | DiLoCo = method
         self._ranks = Ranks(setting.workers, method.exchange)
         self._in_turn = method.exchange == "all_gather"
-        self._trained = self._own = torch.zeros(0)
+        self._trained = self._own = self._landed = torch.zeros(0)
+        self._coming: torch.cuda.Event | None = None
         self._begun: list[Prepared] = []
         self._begun_after = self._lands_after = 0
 
@@ -83,6 +84,7 @@ class IslandSimulation(SharedGradient, abc.ABC):
         trained.copy_(self.shared.expand_as(trained))
         if self.setting.exchange_device != self.setting.device:
             self._own = torch.empty(trained.shape, pin_memory=trained.is_cuda)
+            self._landed = torch.empty(trained.shape[1:], pin_memory=trained.is_cuda)
             self._fetch()
         for row, channel in zip(self._own, self._ranks.channels, strict=True):
             shards = RowShards(self.setting.gpt.views(row[None]))
@@ -95,11 +97,18 @@ class IslandSimulation(SharedGradient, abc.ABC):
         """What the product does after an optimizer step, counted from 0."""
         if self._begun and step + 1 == self._lands_after:
             self._land()
-        if (step + 1 - self.setting.train.warmup_steps) % self.method.sync_every == 0:
+        if self._is_due(step):
             self._begin(step + 1)
             # The run's last exchange is waited for, as a checkpoint waits for it.
             if not self.delay_steps or step + 1 == self.setting.steps:
                 self._land()
+
+    def fetch_ahead(self, step: int) -> None:
+        """Start what `exchange(step)` fetches from an accelerator: one wait for many runs."""
+        if self._own.is_pinned() and self._is_due(step):
+            self._own.copy_(self._trained, non_blocking=True)
+            self._coming = torch.cuda.Event()
+            self._coming.record()
 
     @torch.no_grad()
     def flushed(self) -> torch.Tensor:
@@ -148,15 +157,24 @@ class IslandSimulation(SharedGradient, abc.ABC):
             prepared.commit()
         self._begun = []
         self.committed()
-        if self._own is not self._trained:
-            self._trained.copy_(self._own)
-        self.shared[0].copy_(self.islands[0].weights.stores[0])
+        store = self.islands[0].weights.stores[0]
+        if self._own is self._trained:
+            self.shared[0].copy_(store)
+        else:  # the next fetch, which is waited for, comes after these
+            self._trained.copy_(self._own, non_blocking=True)
+            self.shared[0].copy_(self._landed.copy_(store), non_blocking=True)
         self.received_bits += self._ranks.take_received_bits()
 
     def _fetch(self) -> None:
         """What was learned since is exchanged on the host, if it is not learned there."""
-        if self._own is not self._trained:
+        if self._coming is not None:
+            self._coming.synchronize()
+            self._coming = None
+        elif self._own is not self._trained:
             self._own.copy_(self._trained)
+
+    def _is_due(self, step: int) -> bool:
+        return (step + 1 - self.setting.train.warmup_steps) % self.method.sync_every == 0
 
     def _owed(self, number: int) -> torch.Tensor:
         """(numel,) what an island has learned and not sent."""

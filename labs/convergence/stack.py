@@ -102,6 +102,9 @@ class Stack:
             if isinstance(simulation, IslandSimulation)
         ]
         self._adam.step(self._apart.weights, self._apart.gradient, rates)
+        for simulation in self.simulations:
+            if isinstance(simulation, IslandSimulation):
+                simulation.fetch_ahead(step)
         for number, simulation in enumerate(self.simulations):
             if self.stopped_at[number] is None and isinstance(simulation, IslandSimulation):
                 try:
