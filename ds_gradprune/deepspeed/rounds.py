@@ -142,7 +142,11 @@ class Rounds:
     def _send(self, begun: _Begun) -> _Begun:
         handle, hides = self._handle, self._delay_steps > 0
         prepared = handle.islands.prepare(
-            handle.k, step=begun.step, signals=begun.signals, hides=hides
+            handle.k,
+            step=begun.step,
+            signals=begun.signals,
+            hides=hides,
+            unscaled=self._sends_all_in_levels(),
         )
         announcement = handle.announce(begun.signals, prepared.sizes)
         prepared.write()

@@ -120,7 +120,15 @@ class Islands:
         """What this rank would send in an exchange without pruning."""
         return ring_all_reduce_bytes(4 * self.weights.numel, self.channel.world_size)
 
-    def prepare(self, k: int, *, step: int, signals: RankSignals, hides: bool = False) -> Prepared:
+    def prepare(
+        self,
+        k: int,
+        *,
+        step: int,
+        signals: RankSignals,
+        hides: bool = False,
+        unscaled: bool = False,
+    ) -> Prepared:
         """Prepare to send the progress of this island; changes nothing. Local.
 
         Args:
@@ -129,8 +137,11 @@ class Islands:
             signals: this rank's measurements, for the headers.
             hides: the island trains on between `write` and `commit`. With a residual that is kept
                 aside its weights are copied meanwhile, 4 bytes per parameter.
+            unscaled: the shared weights take the islands' mean update. `scale` makes up for what
+                is not sent.
         """
-        return _Pruned(self, Stamp(step, self.channel.rank, k, signals), hides=hides)
+        factor = 1.0 / self.channel.world_size if unscaled else self.factor
+        return _Pruned(self, Stamp(step, self.channel.rank, k, signals), factor, hides=hides)
 
     def source(self, bound: Bound) -> Source:
         """What is selected from in a bucket: own - shared, and what is kept of it."""
@@ -151,8 +162,9 @@ class Islands:
 class _Pruned:
     """A pruned exchange."""
 
-    def __init__(self, islands: Islands, stamp: Stamp, *, hides: bool) -> None:
+    def __init__(self, islands: Islands, stamp: Stamp, factor: float, *, hides: bool) -> None:
         self._islands = islands
+        self._factor = factor
         self._copies = hides and islands.kept is not None
         self._before: list[tuple[torch.Tensor, ...]] = []
         sources = [islands.source(bound) for bound in islands.weights.bound()]
@@ -223,7 +235,7 @@ class _Pruned:
 
     def _move(self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor) -> None:
         """Own weights keep what they have beyond the shared ones, less what was sent."""
-        rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
+        rule, factor, device = self._islands.rule, self._factor, bound.own[0].device
         blocks = None if arrived.factors else arrived.all_at_once(number, device)
         if blocks is not None:
             rank = self._islands.channel.rank
@@ -253,7 +265,7 @@ class _Pruned:
         shared: torch.Tensor,
     ) -> None:
         """Own weights become the shared ones; what was not sent is kept aside."""
-        rule, factor, device = self._islands.rule, self._islands.factor, bound.own[0].device
+        rule, factor, device = self._islands.rule, self._factor, bound.own[0].device
         kept = residual.of(bound, self._islands.weights.stores[bound.store])
         before = self._before[number] if self._copies else bound.own
         residual.gather(kept, bound, before, shared)

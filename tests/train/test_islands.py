@@ -111,6 +111,26 @@ def test_an_island_that_shouts_moves_no_more_than_the_others(options: dict[str, 
     assert loud[0][1] > 1e4 * quiet[0][1] > 0.0
 
 
+def test_an_unscaled_exchange_moves_by_the_mean_of_what_was_sent() -> None:
+    """An unpruned warm-up once multiplied the mean by the root of N, and lost 1.5 % of the loss."""
+
+    def work(islands: Islands, shards: PlainShards, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        before = torch.cat([store.clone() for store in islands.weights.stores])
+        train(shards, rank, 0)
+        learned = torch.cat([piece.own.clone() for piece in shards.pieces()]) - before
+        prepared = islands.prepare(4096, step=1, signals=SIGNALS, unscaled=True)
+        prepared.write()
+        prepared.start()
+        refuse(prepared.deliver(), 1)
+        prepared.commit()
+        return torch.cat(list(islands.weights.stores)) - before, learned
+
+    (moved, first), (_, second) = on_islands(2, work)
+    # Sums of numbers below 4, so that a rounding is at most 2 ** -23.
+    torch.testing.assert_close(moved, (first + second) / 2, rtol=0.0, atol=4 * 2.0**-23)
+    assert moved.abs().max() > 1e-3
+
+
 def test_what_was_sent_and_what_is_left_is_what_was_learned() -> None:
     """own - shared is all that was learned and not sent; nothing is lost, nothing counts twice."""
 
