@@ -24,6 +24,9 @@ HUNG_S = 60.0
 """A bare rank that has not ended so long after the deed hangs: the machine's cores are shared by
 all hosts, and a start alone may take half of it."""
 
+STACK = ("frame #", "Exception raised from", "<omitting")
+"""Lines of a stack that torch prints with its warnings begin so."""
+
 LIMIT_S = 240.0
 """Of a whole schedule."""
 
@@ -256,10 +259,14 @@ class _Bare(_Run):
         return int((self.folder / f"pid{host}").read_text())
 
     def told(self) -> list[str]:
-        """What every rank wrote at last."""
-        return [
-            (self.folder / f"told{number}.txt").read_text(errors="replace")[-600:]
+        """What every rank wrote at last, without the frames of torch's stacks."""
+        texts = [
+            (self.folder / f"told{number}.txt").read_text(errors="replace")
             for number in range(self.schedule.hosts)
+        ]
+        return [
+            "\n".join(line for line in text.splitlines() if not line.startswith(STACK))[-600:]
+            for text in texts
         ]
 
 
