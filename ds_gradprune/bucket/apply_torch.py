@@ -26,7 +26,9 @@ def scatter_add(vector: torch.Tensor, block: SparseBlock, factor: float) -> None
         origin = block.layout.segments[segment].offset
         # Not alpha=factor: whether that is one rounding or two depends on the processor.
         product = block.values[kept].mul(factor).to(vector.dtype)
-        vector.index_add_(0, positions.add_(origin), product)
+        # Not index_add_: CUDA's atomics add 0.0 to a neighbour of 16 bits, and drop subnormals.
+        total = vector.index_select(0, positions.add_(origin)).add_(product)
+        vector.index_copy_(0, positions, total)
     for segment, start, dense in _dense_spans(block):
         origin = block.layout.segments[segment].offset + start
         vector[origin : origin + dense.numel()].add_(dense.mul(factor).to(vector.dtype))

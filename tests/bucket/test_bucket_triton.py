@@ -189,6 +189,24 @@ def test_moves_on_a_gpu_are_the_cpu_s() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("switch", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_added_block_leaves_its_neighbours_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, switch: str
+) -> None:
+    vector = torch.full((ALIGNED.numel,), -0.0)
+    vector[::3] = 1e-40  # not normal, and 0.0 in float16
+    for k in (1, 41, 1024):
+        block = select(numbers("normal", ALIGNED.numel, k), ALIGNED, k)
+        expected = vector.to(dtype)
+        scatter_add(expected, block, 1e-38)
+        monkeypatch.setenv("DS_GRADPRUNE_TRITON", switch)
+        got = vector.to(dtype).cuda()
+        scatter_add(got, on(block, "cuda"), 1e-38)
+        assert torch.equal(got.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.gpu
 def test_the_reference_on_a_gpu_is_what_runs_without_triton(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
