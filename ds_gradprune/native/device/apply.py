@@ -1,10 +1,7 @@
 """What blocks do to vectors and weights, on an accelerator, without atomics.
 
-A program owns whole rows, so no two programs meet in one place, and a block lists no place twice.
-Where one program applies several blocks, a barrier stands between them. Every product is rounded
-before it is added.
-
-Longer than 300 lines: one wrapper per kernel.
+A block lists no place twice, and of several blocks that list one the first one's program writes
+it, so no two programs write to one place. Every product is rounded before it is added.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import triton.language as tl
 from ds_gradprune.native.device.rows import MAX_ROW_NUMEL, Memory, Rows
 
 MAX_AT_ONCE = 4
-"""Blocks that `move_at_once` takes; their places stay in registers."""
+"""Blocks that `move_at_once` takes; every place of one is looked up in all others."""
 
 _TILE = 512
 """Listed elements of a program, but one row at least."""
@@ -113,87 +110,61 @@ def _close_rows(
 
 
 @triton.jit
-def _read(table, b: tl.constexpr, kept, listed, ALL: tl.constexpr, KP: tl.constexpr):
-    """Places and values of block b; its line of the table: indices, values, dense values."""
+def _list_of(table, b, ALL: tl.constexpr):
+    """Where block b lies; its line of the table: indices, values, dense values."""
     indices = tl.load(table + 3 * b).to(tl.pointer_type(tl.int16))
-    places = _places(indices, kept, listed, ALL, KP)
     if ALL:
         values = tl.load(table + 3 * b + 2).to(tl.pointer_type(tl.float32))
     else:
         values = tl.load(table + 3 * b + 1).to(tl.pointer_type(tl.float32))
-    return places, tl.load(values + kept, mask=listed, other=0.0)
+    return indices, values
 
 
 @triton.jit
-def _sum_at(own, shared, places, listed, sign: tl.constexpr):
-    mine = tl.load(own + places, mask=listed, other=0.0)
-    common = tl.load(shared + places, mask=listed, other=0.0)
-    if sign < 0:
-        total = mine - common
-    else:
-        total = mine + common
-    return total
+def _find(indices, first, m, places, listed, KP: tl.constexpr, STEPS: tl.constexpr):
+    """Where ascending lists of m have places, by bisection, and whether they do: (R, KP) each."""
+    below = places * 0  # so many of a list are less
+    for nth in tl.static_range(STEPS):
+        step = KP >> nth
+        inside = listed & (below + step <= m)
+        at = tl.load(indices + first + (below + step - 1), mask=inside, other=0).to(tl.int32) & 4095
+        below += tl.where(inside & (at < places), step, 0)
+    found = listed & (below < m)
+    at = tl.load(indices + first + below, mask=found, other=0).to(tl.int32) & 4095
+    return below, found & (at == places)
 
 
-@triton.jit
-def _combine(own, shared, p0, p1, p2, p3, listed, sign: tl.constexpr, N: tl.constexpr):
-    """Own becomes own + sign * shared at all places of N blocks, once, however many list one."""
-    x0 = _sum_at(own, shared, p0, listed, sign)
-    x1, x2, x3 = x0, x0, x0
-    if N > 1:
-        x1 = _sum_at(own, shared, p1, listed, sign)
-    if N > 2:
-        x2 = _sum_at(own, shared, p2, listed, sign)
-    if N > 3:
-        x3 = _sum_at(own, shared, p3, listed, sign)
-    tl.debug_barrier()
-    tl.store(own + p0, x0, mask=listed)
-    if N > 1:
-        tl.store(own + p1, x1, mask=listed)
-    if N > 2:
-        tl.store(own + p2, x2, mask=listed)
-    if N > 3:
-        tl.store(own + p3, x3, mask=listed)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _deliver(own, shared, places, value, listed, factor, sent: tl.constexpr):
-    if sent:
-        mine = tl.load(own + places, mask=listed, other=0.0)
-        tl.store(own + places, mine - value, mask=listed)
-    common = tl.load(shared + places, mask=listed, other=0.0)
-    tl.store(shared + places, common + value * factor, mask=listed)
-    tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["num_rows", "k"])
+@triton.jit(do_not_specialize=["num_rows", "k", "rank"])
 def _move_at_once(
     own_flat, own_bases, shared_flat, starts, insides, segments, numels, kept_starts,
-    table, factor, num_rows, k,
-    RANK: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
+    table, factor, num_rows, k, rank,
+    N: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
     R: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     rows, there, start, kept, listed = _tile(starts, numels, kept_starts, num_rows, k, ALL, R, KP)
-    own = _own_rows(own_flat, own_bases, insides, segments, rows, there, start, WHOLE)
-    shared = shared_flat + start
-    p0, v0 = _read(table, 0, kept, listed, ALL, KP)
-    p1, v1, p2, v2, p3, v3 = p0, v0, p0, v0, p0, v0
-    if N > 1:
-        p1, v1 = _read(table, 1, kept, listed, ALL, KP)
-    if N > 2:
-        p2, v2 = _read(table, 2, kept, listed, ALL, KP)
-    if N > 3:
-        p3, v3 = _read(table, 3, kept, listed, ALL, KP)
-    _combine(own, shared, p0, p1, p2, p3, listed, -1, N)
-    _deliver(own, shared, p0, v0, listed, factor, RANK == 0)
-    if N > 1:
-        _deliver(own, shared, p1, v1, listed, factor, RANK == 1)
-    if N > 2:
-        _deliver(own, shared, p2, v2, listed, factor, RANK == 2)
-    if N > 3:
-        _deliver(own, shared, p3, v3, listed, factor, RANK == 3)
-    _combine(own, shared, p0, p1, p2, p3, listed, 1, N)
+    j = tl.arange(0, KP)[None, :] + (kept * 0).to(tl.int32)
+    first = kept - j
+    m = tl.sum(listed.to(tl.int32), axis=1)[:, None]
+    mine = tl.program_id(1)
+    indices, values = _list_of(table, mine, ALL)
+    places = _places(indices, kept, listed, ALL, KP)
+    own = _own_rows(own_flat, own_bases, insides, segments, rows, there, start, WHOLE) + places
+    shared = shared_flat + start + places
+    common = tl.load(shared, mask=listed, other=0.0)
+    beyond = tl.load(own, mask=listed, other=0.0) - common
+    writes = listed
+    for other in range(N):
+        at, found = j, listed
+        indices, values = _list_of(table, other, ALL)
+        if not ALL:
+            if other != mine:
+                at, found = _find(indices, first, m, places, listed, KP, STEPS)
+        value = tl.load(values + first + at, mask=found, other=0.0)
+        beyond = tl.where(found & (other == rank), beyond - value, beyond)
+        common = tl.where(found, common + value * factor, common)
+        writes = writes & ((found == 0) | (other >= mine))
+    tl.store(own, common + beyond, mask=writes)
+    tl.store(shared, common, mask=writes)
 
 
 def scatter_add(
@@ -287,17 +258,17 @@ def move_at_once(
         rows: as for `scatter_add`.
         kept_starts: as there.
         k: as there.
-        table: (blocks, 3) int64, 1 to 4 blocks: addresses of each one's indices, values and dense
-            values. The caller keeps them alive.
+        table: (blocks, 3) int64, MAX_AT_ONCE blocks at most: addresses of each one's indices,
+            values and dense values. The caller keeps them alive.
         rank: number of the own block.
         factor: shared += factor * value.
     """
     if rows.count:
-        tile, grid = _tiles(rows, k)
-        _move_at_once[grid](
+        tile, (programs,) = _tiles(rows, k)
+        _move_at_once[programs, 1 if k is None else len(table)](
             *own.pointers, shared, *rows.tables(), kept_starts, table, float(factor),
-            rows.count, k or MAX_ROW_NUMEL, RANK=rank, N=len(table), WHOLE=own.bases is None,
-            **tile, enable_fp_fusion=False,
+            rows.count, k or MAX_ROW_NUMEL, rank, N=len(table), WHOLE=own.bases is None,
+            STEPS=int(tile["KP"]).bit_length(), **tile, enable_fp_fusion=False,
         )  # fmt: skip
 
 
