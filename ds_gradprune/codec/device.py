@@ -34,14 +34,14 @@ def write_body(
         block: what to send.
         formats: how values are written.
         cuts: where the header, the values, the dense values and the places end.
-        size: bytes of the payload.
+        size: bytes of the payload, a multiple of 4.
 
     Returns:
-        (size,) uint8; the header's bytes are undefined.
+        (size,) uint8; the header's bytes are 0.
     """
     from ds_gradprune.native.device import places
 
-    payload = torch.empty(size, dtype=torch.uint8, device=block.device)
+    payload = torch.zeros(size, dtype=torch.uint8, device=block.device)
     values, dense, where = _cut(payload, cuts)
     with accelerator.at(block.device):
         _write_values(formats[0], block.values, values)
@@ -49,7 +49,6 @@ def write_body(
         for group, code, starts, low, high in _streams(block.layout, block.k, where):
             if group.nbytes:
                 places.write(code, starts, block.indices, low, high)
-        payload[cuts[-1] :] = 0
     return payload
 
 

@@ -60,9 +60,9 @@ def _write_low(
         tl.store(out + start + byte, (part & 255).to(tl.uint8), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "m", "row_bits"])
+@triton.jit(do_not_specialize=["num_rows", "m", "row_bits", "before"])
 def _write_high(
-    indices, kept_starts, num_rows, m, row_bits, words,
+    indices, kept_starts, num_rows, m, row_bits, words, before,
     LOW: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -70,7 +70,7 @@ def _write_high(
     there = (row < num_rows)[:, None] & (j < m)
     first = tl.load(kept_starts + row, mask=row < num_rows, other=0)[:, None]
     index = tl.load(indices + first + j, mask=there, other=0).to(tl.int32) & 4095
-    bit = (row * row_bits)[:, None] + (index >> LOW)
+    bit = before + (row * row_bits)[:, None] + (index >> LOW)
     if RUN:
         bit += j
     one = (bit * 0 + 1).to(tl.int32) << (bit & 31).to(tl.int32)
@@ -152,7 +152,8 @@ def write(
         kept_starts: (rows,) int64, the first kept element of every row.
         indices: (num_kept,) int16.
         low: uint8, all bytes of the lower parts; written.
-        high: uint8, all bytes of the upper parts; written.
+        high: uint8, all bytes of the upper parts, zero; in memory of whole words of 4 bytes, of
+            which the other bytes stay as they are.
     """
     num_rows, m = kept_starts.numel(), code.row_kept
     if code.low_bits:
@@ -161,14 +162,16 @@ def write(
             num_warps=4,
         )  # fmt: skip
     if code.row_bits:
-        words = torch.zeros(-(-high.numel() // 4), dtype=torch.int32, device=high.device)
+        begin, skipped = high.storage_offset(), high.storage_offset() % 4
+        covered = -(-(skipped + high.numel()) // 4) * 4
+        words = high.as_strided((covered,), (1,), begin - skipped).view(torch.int32)
         width: int = triton.next_power_of_2(m)
         rows = max(1, _TILE // width)
         _write_high[(-(-num_rows // rows),)](
-            indices, kept_starts, num_rows, m, code.row_bits, words, LOW=code.low_bits,
-            RUN=code.run_length, R=rows, KP=width, num_warps=max(4, width // 256),
+            indices, kept_starts, num_rows, m, code.row_bits, words, 8 * skipped,
+            LOW=code.low_bits, RUN=code.run_length, R=rows, KP=width,
+            num_warps=max(4, width // 256),
         )  # fmt: skip
-        high.copy_(words.view(torch.uint8)[: high.numel()])
 
 
 def read(
