@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from ds_gradprune.train.shared_weights import Bound
 from ds_gradprune.wire.transport import Work
 
 if TYPE_CHECKING:
@@ -36,17 +37,23 @@ class DenseExchange:
         self._islands.channel.settle(applied=False)
 
     @torch.no_grad()
-    def start(self) -> None:
-        """Let the progress travel. Collective: all islands."""
-        if self._nonfinite:
-            return
-        channel = self._islands.channel
-        for number, bound in enumerate(self._bounds):
+    def given(self) -> Iterator[tuple[Bound, torch.Tensor]]:
+        """The whole progress, bucket after bucket. Local."""
+        for bound in self._bounds:
             move = torch.cat(bound.own).sub_(bound.beside())
             if self._islands.kept is not None:
                 store = self._islands.weights.stores[bound.store]
                 kept = self._islands.kept
                 move.add_(kept.of(bound, store), alpha=kept.decay)
+            yield bound, move
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Let the progress travel. Collective: all islands."""
+        if self._nonfinite:
+            return
+        channel = self._islands.channel
+        for number, (bound, move) in enumerate(self.given()):
             channel.pay(number, bound.layout, move)
             self._moves.append(move)
             self._works.append(channel.start_all_reduce(move))

@@ -14,22 +14,21 @@ commit the island may go on training: `own` is read again at the commit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
-from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
 from ds_gradprune.errors import NonFiniteError
 from ds_gradprune.law.signals import RankSignals
-from ds_gradprune.train.clip import factors
 from ds_gradprune.train.dense import DenseExchange
 from ds_gradprune.train.kept import KeptResidual
-from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
+from ds_gradprune.train.message import Memory, Source, Stamp
 from ds_gradprune.train.outer import OuterRule
+from ds_gradprune.train.pruned import PrunedExchange
 from ds_gradprune.train.shared_weights import Bound, SharedWeights
 from ds_gradprune.train.stopwatch import Stopwatch
-from ds_gradprune.wire.channel import Channel, Pending
+from ds_gradprune.wire.channel import Channel
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
 
 
@@ -59,6 +58,9 @@ class Prepared(Protocol):
 
     def abort(self) -> None:
         """Apply nothing: some rank could not deliver. Local."""
+
+    def given(self) -> Iterator[tuple[Bound, torch.Tensor]]:
+        """What this island let travel, bucket after bucket, (numel,) fp32, if it failed. Local."""
 
 
 class Islands:
@@ -141,7 +143,7 @@ class Islands:
                 is not sent.
         """
         factor = 1.0 / self.channel.world_size if unscaled else self.factor
-        return _Pruned(self, Stamp(step, self.channel.rank, k, signals), factor, hides=hides)
+        return PrunedExchange(self, Stamp(step, self.channel.rank, k, signals), factor, hides=hides)
 
     def source(self, bound: Bound) -> Source:
         """What is selected from in a bucket: own - shared, and what is kept of it."""
@@ -157,133 +159,6 @@ class Islands:
             nonfinite: the islands whose weights hold inf or nan, agreed on.
         """
         return DenseExchange(self, nonfinite)
-
-
-class _Pruned:
-    """A pruned exchange."""
-
-    def __init__(self, islands: Islands, stamp: Stamp, factor: float, *, hides: bool) -> None:
-        self._islands = islands
-        self._factor = factor
-        self._copies = hides and islands.kept is not None
-        self._before: list[tuple[torch.Tensor, ...]] = []
-        sources = [islands.source(bound) for bound in islands.weights.bound()]
-        self._message = Message(sources, stamp, islands.value_bits, islands.channel, islands.memory)
-        self.sizes: Sequence[int] = self._message.sizes
-        self._payloads: torch.Tensor | None = None
-        self._pending: Pending | None = None
-        self._arrived: Arrived | None = None
-
-    def write(self) -> None:
-        self._payloads = self._message.write()
-        if self._copies:
-            bounds = self._islands.weights.bound()
-            self._before = [tuple(own.clone() for own in bound.own) for bound in bounds]
-
-    def start(self) -> None:
-        assert self._payloads is not None
-        self._pending = self._islands.channel.start(
-            self._payloads, self.sizes, self._message.layouts
-        )
-
-    def wait(self) -> None:
-        assert self._pending is not None
-        self._pending.wait()
-
-    def deliver(self) -> list[int]:
-        assert self._pending is not None
-        try:
-            with self._islands.stopwatch.phase("wire"):
-                self._pending.wait()
-            self._arrived = self._message.arrived(self._pending)
-            self._clip(self._arrived)
-        except Exception:
-            self._islands.memory.abandon()
-            self._pending.finish(applied=False)
-            raise
-        return self._arrived.nonfinite
-
-    def _clip(self, arrived: Arrived) -> None:
-        bounds = self._islands.weights.bound()
-        if self._islands.clip is not None and bounds and not arrived.nonfinite:
-            device = bounds[0].own[0].device
-            arrived.factors = factors(arrived, len(bounds), self._islands.clip, device)
-
-    @torch.no_grad()
-    def commit(self) -> None:
-        assert self._arrived is not None
-        # Own weights may have moved to other memory meanwhile: ask for them again.
-        for number, bound in enumerate(self._islands.weights.bound()):
-            self._apply(self._arrived, number, bound)
-        self._arrived.finish(applied=True)
-
-    def abort(self) -> None:
-        if self._arrived is not None:
-            self._arrived.finish(applied=False)
-
-    def _apply(self, arrived: Arrived, number: int, bound: Bound) -> None:
-        islands = self._islands
-        shared = bound.beside()
-        islands.rule.begin(
-            bound.store, islands.weights.stores[bound.store], bound.start, bound.stop
-        )
-        if islands.kept is None:
-            self._move(arrived, number, bound, shared)
-        else:
-            self._reset(islands.kept, arrived, number, bound, shared)
-        bound.give_back(shared)
-
-    def _move(self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor) -> None:
-        """Own weights keep what they have beyond the shared ones, less what was sent."""
-        rule, factor, device = self._islands.rule, self._factor, bound.own[0].device
-        blocks = None if arrived.factors else arrived.all_at_once(number, device)
-        if blocks is not None:
-            rank = self._islands.channel.rank
-            move_at_once(bound.own, shared, blocks, rank=rank, factor=factor)
-            for block in blocks:
-                rule.note(block, factor)
-        else:
-            move = Move(bound.own, shared, bound.layout)
-            for delivery, (block, is_own) in enumerate(arrived.deliveries(number, device)):
-                weight = factor * arrived.factor(delivery)
-                move.add(block, weight, is_own=is_own)
-                rule.note(block, weight)
-            apart = arrived.sent(number, device)
-            if apart is not None:
-                move.sent(apart)
-            move.close()
-        drift = rule.drift()
-        if drift is not None:
-            bound.shift(shared, drift)
-
-    def _reset(
-        self,
-        residual: KeptResidual,
-        arrived: Arrived,
-        number: int,
-        bound: Bound,
-        shared: torch.Tensor,
-    ) -> None:
-        """Own weights become the shared ones; what was not sent is kept aside."""
-        rule, factor, device = self._islands.rule, self._factor, bound.own[0].device
-        kept = residual.of(bound, self._islands.weights.stores[bound.store])
-        before = self._before[number] if self._copies else bound.own
-        residual.gather(kept, bound, before, shared)
-        for delivery, (block, is_own) in enumerate(arrived.deliveries(number, device)):
-            if is_own:
-                residual.sent(kept, block)
-            weight = factor * arrived.factor(delivery)
-            scatter_add(shared, block, weight)
-            rule.note(block, weight)
-        apart = arrived.sent(number, device)
-        if apart is not None:
-            residual.sent(kept, apart)
-        drift = rule.drift()
-        if drift is not None:
-            shared.add_(drift.to(shared.device))
-        for own, old, part in zip(bound.own, before, bound.split(shared), strict=True):
-            # What was learned since the payloads were written stays.
-            own.copy_(torch.sub(own, old).add_(part) if self._copies else part)
 
 
 def refuse(nonfinite: Sequence[int], step: int) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ds_gradprune import codec
-from ds_gradprune.bucket.block import Scratch, SparseBlock
+from ds_gradprune.bucket.block import SparseBlock
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout
 from ds_gradprune.bucket.select import select
 from ds_gradprune.errors import RankMismatchError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.scratch import Memory as Memory
 from ds_gradprune.wire.channel import Channel, Pending
 from ds_gradprune.wire.shares import Share
 
@@ -71,31 +72,6 @@ class Stamp:
 AT_ONCE_BYTES = 4 * 2**20
 """All deliveries of a bucket are decoded at once where they take no more: one pass over the weights
 instead of one per delivery. Beyond, one after the other, so that memory is flat in the ranks."""
-
-
-class Memory:
-    """Scratch memory of a rank, kept from exchange to exchange."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[tuple[torch.device, int], Scratch] = {}
-        self._message = torch.empty(0, dtype=torch.uint8)
-
-    def block(
-        self, layout: BucketLayout, k: int, device: torch.device, number: int = 0
-    ) -> SparseBlock:
-        """Memory for one block; the next call with the same number overwrites it."""
-        scratch = self._blocks.setdefault((device, number), Scratch(device))
-        return scratch.block(layout, k)
-
-    def message(self, size: int) -> torch.Tensor:
-        """(size,) uint8, CPU; the next call overwrites it."""
-        if self._message.numel() < size:
-            self._message = torch.empty(size, dtype=torch.uint8)
-        return self._message[:size]
-
-    def abandon(self) -> None:
-        """An exchange failed: whoever still reads the message may keep its memory."""
-        self._message = torch.empty(0, dtype=torch.uint8)
 
 
 class Message:
@@ -178,6 +154,13 @@ class Message:
                 signals=signals,
                 out=payload,
             )
+
+    def written(self, number: int, payloads: torch.Tensor, device: torch.device) -> SparseBlock:
+        """What `write` has put into the payloads of one bucket, as receivers read it."""
+        shares, first = self._shares[number], sum(map(len, self._shares[:number]))
+        parts = torch.split(payloads, self.sizes)[first : first + len(shares)]
+        block = self._memory.block(self.layouts[number], self.stamp.k, device)
+        return _read(block, shares, parts, [codec.read_header(part) for part in parts])
 
     def arrived(self, pending: Pending) -> Arrived:
         """Everything that has come, verified.
@@ -277,12 +260,21 @@ class Arrived:
         device: torch.device,
         place: int = 0,
     ) -> SparseBlock:
-        """One block of the whole bucket out of the payloads of its shares."""
         block = self._memory.block(self._layouts[number], self._stamp.k, device, place)
-        for share, payload, header in zip(self._shares[number], payloads, headers, strict=True):
-            reader = codec.CODECS[header.codec_id]
-            reader.read_body(header, payload, share.layout, out=share.of(block), checked=True)
-        return block
+        return _read(block, self._shares[number], payloads, headers)
+
+
+def _read(
+    block: SparseBlock,
+    shares: Sequence[Share],
+    payloads: Sequence[torch.Tensor],
+    headers: Sequence[codec.Header],
+) -> SparseBlock:
+    """One block of the whole bucket out of the payloads of its shares, which were checked."""
+    for share, payload, header in zip(shares, payloads, headers, strict=True):
+        reader = codec.CODECS[header.codec_id]
+        reader.read_body(header, payload, share.layout, out=share.of(block), checked=True)
+    return block
 
 
 def _expect(header: codec.Header, stamp: Stamp, bucket: int) -> None:

@@ -63,13 +63,16 @@ class TorchDistTransport(Transport):
     Args:
         group: process group; None means the world.
         timeout_s: longest wait for one call, seconds.
+        is_apart: the group is gloo's and was made beside torch's world, see `epochs`.
 
     Raises:
         TransportError: torch.distributed is not initialised.
     """
 
-    def __init__(self, group: Any = None, timeout_s: float = 600.0) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+    def __init__(
+        self, group: Any = None, timeout_s: float = 600.0, *, is_apart: bool = False
+    ) -> None:
+        if not is_apart and not (dist.is_available() and dist.is_initialized()):
             raise TransportError(
                 "torch.distributed must be initialised before the torch transport is opened"
             )
@@ -77,9 +80,9 @@ class TorchDistTransport(Transport):
         self._timeout_s = timeout_s
         self._gate = Gate("torch")
         self._step: int | None = None
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
-        config = dist.get_backend_config(group)
+        self.rank = group.rank() if is_apart else dist.get_rank(group)
+        self.world_size = group.size() if is_apart else dist.get_world_size(group)
+        config = "cpu:gloo" if is_apart else dist.get_backend_config(group)
         self._on_device = "cpu" not in config
         self._on_nccl = "nccl" in config
         # Noted here: a call may be started in a thread of its own, which begins on device 0.

@@ -1,0 +1,45 @@
+"""A transport for one epoch of `members`: gloo over a prefix of the store, beside torch's world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_gradprune.errors import TransportError
+from ds_gradprune.wire.members import Epoch
+from ds_gradprune.wire.torchdist import TorchDistTransport
+from ds_gradprune.wire.transport import Transport
+
+
+def gloo_opener(store: Any, island: int, timeout_s: float) -> Callable[[Epoch], Transport]:
+    """What `Members` opens its epochs with.
+
+    Args:
+        store: a store of torch.distributed that all islands reach.
+        island: this one.
+        timeout_s: of connecting, and of every call.
+    """
+
+    def opens(epoch: Epoch) -> Transport:
+        place, size = epoch.islands.index(island), len(epoch.islands)
+        prefix = dist.PrefixStore(f"gloo/{epoch.number}", store)  # type: ignore[attr-defined] # torch
+        limit = timedelta(seconds=timeout_s)
+        kind = dist.ProcessGroup.BackendType.GLOO
+        group = dist.ProcessGroup(prefix, place, size)
+        try:
+            backend = dist.ProcessGroupGloo(prefix, place, size, limit)
+        except RuntimeError as exc:
+            reason = (str(exc).strip().splitlines() or ["no reason given"])[0][:200]
+            raise TransportError(
+                f"island {island} could not connect to islands {epoch.islands}: {reason}"
+            ) from exc
+        backend._set_sequence_number_for_group()
+        group._set_default_backend(kind)
+        group._register_backend(torch.device("cpu"), kind, backend)
+        return TorchDistTransport(group, timeout_s, is_apart=True)
+
+    return opens
