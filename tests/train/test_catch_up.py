@@ -1,4 +1,7 @@
-"""Islands that leave and come back: equal bits among those that are there, and no progress lost."""
+"""Islands that leave and come back: equal bits among those that are there, and no progress lost.
+
+Longer than 300 lines: an island that trains and counts stands beside what is asked of it.
+"""
 
 from __future__ import annotations
 
