@@ -23,6 +23,7 @@ from typing import Any
 import ds_gradprune
 from ds_gradprune.config import BLOCK, load_block
 from ds_gradprune.errors import MissingDependencyError, UnsupportedError
+from ds_gradprune.law.decision import Cause
 from ds_gradprune.law.schedule import target_at
 from ds_gradprune.train.report import Totals
 
@@ -171,7 +172,10 @@ def numbers(handle: Any, before: Totals) -> dict[str, float]:
         The names are `gradprune/` and density (of the last exchange), performance (P), target,
         mb (sent by this rank per optimizer step since the line before), link_mbit, interval
         (optimizer steps per exchange) and compression (bytes that DeepSpeed would have sent, over
-        those that were sent). What is not known yet is left out.
+        those that were sent), exposed_s, hidden_s and codec_s (seconds per optimizer step that the
+        last exchange was waited for, went on beside the computation, and was coded), residual_norm
+        (of what this rank has not sent yet) and cause (number of the rule that decided last, in the
+        order of `Cause`). What is not known yet is left out.
     """
     report, totals = handle.report, handle.totals
     steps = totals.steps - before.steps
@@ -185,6 +189,11 @@ def numbers(handle: Any, before: Totals) -> dict[str, float]:
         "link_mbit": None if rate is None else rate * 8e-6,
         "interval": report.steps,
         "compression": (totals.dense_bytes - before.dense_bytes) / sent if sent else None,
+        "exposed_s": report.comm_time_s / report.steps,
+        "hidden_s": report.hidden_time_s / report.steps,
+        "codec_s": report.codec_time_s / report.steps,
+        "residual_norm": handle.residual_norm(),
+        "cause": list(Cause).index(report.decision.cause),
     }
     return {PREFIX + name: value for name, value in found.items() if value is not None}
 

@@ -83,14 +83,22 @@ class Hooks:
         stop: asked after every step; True, on all ranks at once, ends the run. Collective.
         save: called with the run so far after every `save_every` steps, and at the end. Collective.
         on_step: called after every step. Local.
-        progress_fields: short name to short value, what to show beside the loss. Local.
+        progress_fields: of a step, short name to short value: what to show of it. Local.
+        on_validation: called with the run so far and the loss of own weights, if it was measured.
+            Collective.
+        measures_own: validate a second time with gradients on. What sees other weights then, as
+            an island does, has a loss of its own.
     """
 
     sum_over_ranks: Callable[[Sequence[float]], list[float]] = list
     stop: Callable[[], bool] = lambda: False
     save: Callable[[TrainResult], None] = lambda result: None
     on_step: Callable[[StepRecord], None] = lambda record: None
-    progress_fields: Callable[[], dict[str, str]] = dict
+    progress_fields: Callable[[StepRecord], dict[str, str]] = lambda record: {
+        "loss": f"{record.loss:.3f}"
+    }
+    on_validation: Callable[[TrainResult, float | None], None] = lambda result, own: None
+    measures_own: bool = False
 
 
 def run(
@@ -127,7 +135,7 @@ def run(
         record = _step(engine, data, plan, result.steps)
         result.steps = record.step
         hooks.on_step(record)
-        shown = {"loss": f"{record.loss:.3f}", **hooks.progress_fields()}
+        shown = hooks.progress_fields(record)
         shown["time"] = f"{record.step_time_s:.3f} s"
         progress.step(record.step, shown)
         result.stopped = hooks.stop() and record.step < plan.steps
@@ -177,19 +185,33 @@ def _validate(
     result: TrainResult,
 ) -> None:
     """Append the loss over the fixed validation sequences to the result. Collective."""
-    total, count = 0.0, 0
+    own = None
     engine.train(False)
-    with torch.no_grad():
-        for batch in data.validation_batches(
-            engine.train_micro_batch_size_per_gpu(), plan.rank, plan.world_size
-        ):
-            tokens = batch.tokens.to(engine.device)
-            total += float(engine(input_ids=tokens, labels=tokens).loss) * batch.num_sequences
-            count += batch.num_sequences
+    loss = _loss_over(engine, data, plan, hooks)
+    if hooks.measures_own and result.steps:
+        own = _loss_over(engine, data, plan, hooks, with_grad=True)
     engine.train(True)
+    result.val_losses.append((result.steps, loss))
+    beside = "" if own is None else f" (own weights {own:.4f})"
+    progress.note(f"validation loss {loss:.4f}{beside} after step {result.steps}")
+    hooks.on_validation(result, own)
+
+
+def _loss_over(
+    engine: Any, data: TokenData, plan: Plan, hooks: Hooks, *, with_grad: bool = False
+) -> float:
+    """Mean loss over the validation sequences of all ranks. Collective."""
+    total, count = 0.0, 0
+    for batch in data.validation_batches(
+        engine.train_micro_batch_size_per_gpu(), plan.rank, plan.world_size
+    ):
+        tokens = batch.tokens.to(engine.device)
+        with torch.set_grad_enabled(with_grad):
+            loss = engine(input_ids=tokens, labels=tokens).loss.detach()
+        total += float(loss) * batch.num_sequences
+        count += batch.num_sequences
     total, count_all = hooks.sum_over_ranks([total, float(count)])
-    result.val_losses.append((result.steps, total / count_all))
-    progress.note(f"validation loss {total / count_all:.4f} after step {result.steps}")
+    return total / count_all
 
 
 def _position_seed(seed: int, step: int, micro_step: int, rank: int) -> int:

@@ -1,7 +1,7 @@
 """A run as its log tells it: series for pictures, rows for reports, words for decisions.
 
-A run is a folder with log.jsonl, and perhaps config.json and result.json beside it, or a log alone.
-Nothing here draws.
+A run is a folder with log.jsonl, and perhaps config.json and validation.json beside it, or a log
+alone. Nothing here draws.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{log} must hold at least one step, but holds none.")
     config = _document(folder / "config.json") if path.is_dir() else {}
     block = config.get(BLOCK) or {}
-    result = _document(folder / "result.json") if path.is_dir() else {}
+    names = ("validation.json", "result.json") if path.is_dir() else ()
+    result = next(filter(None, (_document(folder / name) for name in names)), {})
     return Run(
         name=path.name if path.is_dir() else path.stem,
         mode=_mode(block, lines),

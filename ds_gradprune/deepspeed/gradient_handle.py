@@ -105,6 +105,10 @@ class GradientHandle(Handle):
         """What messages call one of those that announce."""
         return "rank" if self.groups.inner is None else "island"
 
+    def residual_norm(self) -> float:
+        """See `Handle`."""
+        return self.pruning.residuals.norm()
+
     def _hook(self) -> None:
         """Put ourselves where gradients are reduced."""
         self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)

@@ -103,6 +103,10 @@ class Handle:
         """Memory that we hold beside DeepSpeed's: residuals, shared weights."""
         raise NotImplementedError
 
+    def residual_norm(self) -> float:
+        """2-norm of what this rank has not sent yet; reads all of it. Local."""
+        raise NotImplementedError
+
     @property
     def report(self) -> StepReport | None:
         """The last finished exchange; None before the first."""
@@ -244,7 +248,8 @@ class Handle:
         self._log.write(report)
         if self._is_first:
             target = target_at(self.config, report.step)
-            monitor.write_events(self.engine, report, target=target)
+            owed = self.residual_norm() if self.engine.monitor.enabled else None
+            monitor.write_events(self.engine, report, target=target, residual_norm=owed)
             self._decisions.tell(report)
             if (verdict := self._verdict.see(report)) is not None:
                 monitor.say_verdict(verdict)

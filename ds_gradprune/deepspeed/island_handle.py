@@ -105,6 +105,13 @@ class IslandHandle(Handle):
         kept = 0 if islands.kept is None else islands.kept.nbytes
         return islands.weights.nbytes + islands.rule.nbytes + kept
 
+    def residual_norm(self) -> float:
+        """See `Handle`."""
+        islands = self.islands
+        if islands.kept is not None:
+            return islands.kept.norm()
+        return islands.weights.residual_norm() if islands.have_parted else 0.0
+
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
         """The model holds the weights that all islands agree on. Training must wait.

@@ -30,6 +30,9 @@ decisions_logger = logging.getLogger("ds_gradprune.decisions")
 deepspeed_logger = logging.getLogger("DeepSpeed")
 """DeepSpeed's own, which shows INFO unless somebody silences it."""
 
+PREFIX = "Train/Samples/gradient_pruning_"
+"""Before every name in DeepSpeed's monitor."""
+
 MAX_BYTES = 64 * 2**20
 """A log's file is closed and a new one begun when it would grow beyond."""
 KEPT_FILES = 2
@@ -198,7 +201,7 @@ def write_events(
         engine: the DeepSpeed engine.
         report: the exchange.
         target: what P(t) was compared with.
-        residual_norm: of everything that is still to be sent.
+        residual_norm: of what rank 0 has not sent yet.
     """
     if not engine.monitor.enabled:
         return
@@ -222,7 +225,7 @@ def write_events(
     }
     engine.monitor.write_events(
         [
-            (f"Train/Samples/gradient_pruning_{name}", value, engine.global_samples)
+            (PREFIX + name, value, engine.global_samples)
             for name, value in values.items()
             if value is not None and math.isfinite(value)
         ]

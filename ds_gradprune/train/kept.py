@@ -12,6 +12,7 @@ It costs 4 more bytes per parameter. All functions are local.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ class KeptResidual:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(4 * store.numel() for store in self._stores)
+
+    def norm(self) -> float:
+        """2-norm over everything owed."""
+        return math.sqrt(math.fsum(float(store.norm()) ** 2 for store in self._stores))
 
     def of(self, bound: Bound, store: torch.Tensor) -> torch.Tensor:
         """(numel,) fp32, a view of what is kept of a bucket, beside the own weights.

@@ -14,6 +14,7 @@ equal on all ranks is said.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -196,6 +197,18 @@ class SharedWeights:
             return True
         norms = torch._foreach_norm(own, ord=float("inf"))
         return bool(torch.isfinite(torch.stack([norm.cpu() for norm in norms])).all())
+
+    @torch.no_grad()
+    def residual_norm(self) -> float:
+        """2-norm of own - shared over the pieces that were ever trained."""
+        squares = 0.0
+        for piece in self.known():
+            shared = self.shared(piece)
+            for start in range(0, piece.own.numel(), self._bucket_numel):
+                here = slice(start, start + self._bucket_numel)
+                apart = piece.own[here] - shared[here].to(piece.own.device)
+                squares += float(apart.norm()) ** 2
+        return math.sqrt(squares)
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -16,6 +16,7 @@ from .lost import standing
 from .peers import Peers, StopSwitch
 from .run_folder import RunFolder, write_json
 from .settings import Settings
+from .shown import Validations, live_fields
 
 logger = logging.getLogger("ds_gradprune")
 
@@ -159,12 +160,21 @@ class Run:
             eval_every=self.flags.eval_every,
             save_every=self.flags.save_every,
         )
+        tokens_per_step = self._windows_per_step() * self.data.seq_len
+        validations = Validations(self.folder.path / "validation.json", self.engine)
+        validations.resume(self.since.step)
+
+        def validated(result: Any, own_loss: float | None) -> None:
+            self._together_on_first(lambda: validations.add(result.val_losses, own_loss))
+
         hooks = train.Hooks(
             sum_over_ranks=self.peers.sum,
             stop=switch.agreed,
             save=self._save,
             on_step=self._log_step,
-            progress_fields=self._fields,
+            progress_fields=lambda record: live_fields(self.handle, record, tokens_per_step),
+            on_validation=validated,
+            measures_own=self.handle is not None and self.handle.config.prune == "update",
         )
         result = train.run(
             self.engine,
@@ -198,18 +208,6 @@ class Run:
         self.steps_done = record.step
         if self.handle is None and self.peers.rank == 0:
             self.folder.append_log(dataclasses.asdict(record))
-
-    def _fields(self) -> dict[str, str]:
-        report = None if self.handle is None else self.handle.report
-        if report is None:
-            return {}
-        fields = {} if report.loss is None else {"loss": f"{report.loss:.3f}"}
-        performance = "-" if report.performance is None else f"{report.performance:.2f}"
-        return fields | {
-            "P": performance,
-            "density": "dense" if report.density == 1.0 else f"{100 * report.density:.2f} %",
-            "sent": f"{report.wire_bytes / 1e6:.2f} MB",
-        }
 
     def _finish(self, result: Any) -> None:
         """Write model and result; rank 0 is done writing when this returns. Collective."""

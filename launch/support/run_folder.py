@@ -5,7 +5,7 @@
     <out>/run.json        what a resumed run must have in common with the first one
     <out>/config.json     the resolved DeepSpeed configuration
     <out>/data/           tokens.bin, tokens.json and tokenizer/
-    <out>/log.jsonl       one JSON line per step
+    <out>/log.jsonl       one JSON line per step; validation.json beside it, loss by loss
     <out>/checkpoints/    DeepSpeed's own files; the newest two
     <out>/model/          a transformers folder, written when the run ends
     <out>/result.json     the run in numbers, written last
@@ -33,7 +33,7 @@ KEPT_CHECKPOINTS = 2
 """One to resume from, and the one before in case the newest was cut."""
 
 _TAG = re.compile(r"step\d{8,}")
-_PARTS = ("config.json", "data", "log.jsonl", "checkpoints", "model", "result.json", "run.json")
+_PARTS = "config.json data log.jsonl validation.json checkpoints model result.json run.json".split()
 
 
 class RunFolder:

@@ -48,6 +48,15 @@ def test_names_of_losses(tmp_path: Path) -> None:
     assert read_run(write_dense_run(tmp_path / "c")).loss_name == "training loss"
 
 
+def test_a_run_that_goes_on_has_its_validations(tmp_path: Path) -> None:
+    """Points appeared when the run had ended."""
+    folder = write_run(tmp_path / "first")
+    (folder / "result.json").unlink()
+    assert read_run(folder).validation == ()
+    (folder / "validation.json").write_text('{"val_losses": [[0, 7.5], [50, 6.0]]}')
+    assert read_run(folder).validation == ((0, 7.5), (50, 6.0))
+
+
 def test_a_log_alone_will_do(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "first")
     run = read_run(folder / "log.jsonl")

@@ -245,4 +245,5 @@ def test_one_rank_trains_and_pruning_is_idle(one: Any) -> None:
 
 def test_monitor_gets_its_numbers(two: Any) -> None:
     names = two("monitor")[0]
-    assert {"gradient_pruning_density", "gradient_pruning_wire_mb"} <= set(names)
+    wanted = {"density", "wire_mb", "residual_norm", "target", "cause", "hidden_time_s"}
+    assert {f"gradient_pruning_{name}" for name in wanted} <= set(names)

@@ -16,6 +16,7 @@ import pytest
 from ds_gradprune.config import load_block
 from ds_gradprune.deepspeed import monitor
 from ds_gradprune.deepspeed.monitor import DecisionLog, StepLog, read_log
+from ds_gradprune.deepspeed.validation import write_validation
 from ds_gradprune.law.decision import Cause, Decision
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.verdict import Verdict
@@ -256,6 +257,22 @@ def test_what_is_unknown_or_no_number_is_left_out() -> None:
     assert values.keys() == {
         "density", "interval", "wire_mb", "codec_time_s", "comm_time_s", "hidden_time_s", "cause",
     }  # fmt: skip
+
+
+def test_a_validation_comes_with_its_distance_from_the_own_weights() -> None:
+    written: list[tuple[str, Any, int]] = []
+    writer = SimpleNamespace(enabled=True, write_events=written.extend)
+    engine = SimpleNamespace(monitor=writer, global_samples=640)
+    write_validation(engine, 5.0, 4.75)
+    write_validation(engine, 4.5)
+    write_validation(SimpleNamespace(monitor=SimpleNamespace(enabled=False)), 4.0)
+    found = [(name.removeprefix(monitor.PREFIX), value) for name, value, _ in written]
+    assert found == [
+        ("validation_loss", 5.0),
+        ("own_validation_loss", 4.75),
+        ("validation_gap", -0.25),
+        ("validation_loss", 4.5),
+    ]
 
 
 def test_a_monitor_that_is_off_gets_nothing() -> None:

@@ -66,9 +66,12 @@ def test_two_ranks_train_over_pruned_gradients(unbroken: tuple[Path, str], here:
     assert result["density_min"] == result["density_max"] == log[-1]["density"] < 0.11
     assert log[0]["decision"]["reason"]
     assert f"step {STEPS}/{STEPS}  loss " in shown
-    assert all(field in shown for field in ("  P ", "  density ", "  sent ", "  time "))
+    assert all(
+        f"  {name} " in shown for name in ("P", "density", "sent", "link", "tokens/s", "time")
+    )
     assert shown.count(f"step {STEPS}/{STEPS}") == 1  # one rank speaks
-    assert len(re.findall(r"dense [\d.]+ s a step.* pruned [\d.]+ s \(density 10 %\)", shown)) == 1
+    verdict = r"dense [\d.]+ s a step.* pruned [\d.]+ s \(density 10 %\)"
+    assert len(re.findall(verdict, shown)) == 1
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert kept == ["latest", "step00000020", "step00000024"]
 
@@ -151,6 +154,13 @@ def test_islands_train_and_resume_in_the_middle_of_an_interval(
 
     whole = train_to(tmp_path / "whole", 18)
     assert whole["val_loss"] < whole["val_loss_start"] - 0.3
+    validations = json.loads((tmp_path / "whole" / "validation.json").read_text())
+    assert validations["val_losses"] == whole["val_losses"]
+    shared, own = dict(validations["val_losses"]), dict(validations["own_val_losses"])
+    assert list(own) == [10, 18]
+    # Step 10 is in the middle of a round. Step 18 ends one, and the residual is kept aside.
+    assert 0 < abs(own[10] - shared[10]) < 1
+    assert own[18] == shared[18]
     logged = [entry["step"] for entry in scripts.log_of(tmp_path / "whole")]
     assert logged == [1, 2, 3, 6, 9, 12, 15, 18]
     assert whole["density_min"] == whole["density_max"] < 0.11

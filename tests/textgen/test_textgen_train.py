@@ -253,7 +253,7 @@ def test_ranks_draw_different_dropout(data: TokenData) -> None:
 
 def test_progress_shows_loss_fields_and_time(data: TokenData) -> None:
     stream = io.StringIO()
-    hooks = Hooks(progress_fields=lambda: {"density": "5.00 %"})
+    hooks = Hooks(progress_fields=lambda r: {"loss": f"{r.loss:.2f}", "density": "5.00 %"})
     plan = Plan(steps=1, seed=0)
     run(Engine(), data, plan, hooks=hooks, progress=Progress(1, stream=stream))
     lines = stream.getvalue().splitlines()
@@ -262,12 +262,29 @@ def test_progress_shows_loss_fields_and_time(data: TokenData) -> None:
     assert "  density 5.00 %  time 0." in lines[1]
 
 
-def test_caller_may_replace_the_shown_loss(data: TokenData) -> None:
-    stream = io.StringIO()
-    hooks = Hooks(progress_fields=lambda: {"loss": "mean over ranks"})
-    plan = Plan(steps=1, seed=0)
-    run(Engine(), data, plan, hooks=hooks, progress=Progress(1, stream=stream))
-    assert "step 1/1  loss mean over ranks  time" in stream.getvalue()
+class Island(Engine):
+    """An engine that sees other weights with gradients than without, in evaluation."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.module.training or not torch.is_grad_enabled():
+            return super().__call__(**inputs)
+        self.calls.append("validate own")
+        return SimpleNamespace(loss=torch.tensor(1.5, requires_grad=True))
+
+
+def test_own_weights_are_validated_beside_the_shared_ones(data: TokenData) -> None:
+    stream, engine = io.StringIO(), Island()
+    seen: list[tuple[int, float | None]] = []
+    hooks = Hooks(
+        measures_own=True,
+        on_validation=lambda result, own: seen.append((len(result.val_losses), own)),
+    )
+    plan = Plan(steps=2, seed=0, eval_every=1)
+    run(engine, data, plan, hooks=hooks, progress=Progress(2, stream=stream))
+    # Before the first step all weights are alike.
+    assert seen == [(1, None), (2, 1.5), (3, 1.5)]
+    assert "(own weights 1.5000) after step 1" in stream.getvalue()
+    assert engine.calls.count("validate own") * 3 == engine.calls.count("validate") * 2
 
 
 def test_engine_needs_no_more_than_it_documents(data: TokenData) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ds_gradprune.errors import CheckpointError
+from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.residual import Residuals
 
 CPU = torch.device("cpu")
@@ -19,6 +20,13 @@ def staged(residuals: Residuals, keys: str, *values: float) -> None:
 def of(residuals: Residuals, keys: str) -> list[float] | None:
     flat = residuals.of(list(keys), [2] * len(keys), CPU)
     return None if flat is None else flat[::2].tolist()
+
+
+def test_a_residual_kept_aside_has_a_norm() -> None:
+    kept = KeptResidual(0.5)
+    assert kept.norm() == 0.0
+    kept.take([torch.tensor([3.0, 0.0]), torch.tensor([-4.0])])
+    assert kept.norm() == 5.0
 
 
 def test_a_dropped_step_changes_nothing() -> None:

@@ -12,7 +12,18 @@ from tests.trainer.conftest import result
 pytestmark = [pytest.mark.trainer, pytest.mark.distributed, pytest.mark.timeout(300)]
 
 Runs = dict[str, list[Any]]
-NUMBERS = {"density", "target", "mb", "interval", "compression"}
+NUMBERS = {
+    "density",
+    "target",
+    "mb",
+    "interval",
+    "compression",
+    "exposed_s",
+    "hidden_s",
+    "codec_s",
+    "residual_norm",
+    "cause",
+}
 LATER = {"performance", "link_mbit"}
 """Known once the window is full, and once a pruned step was timed."""
 
@@ -28,6 +39,8 @@ def test_history_holds_our_numbers(runs: Runs) -> None:
     assert all(NUMBERS <= set(entry) for entry in entries)
     assert NUMBERS | LATER == set(entries[-1])
     assert [entry["density"] for entry in entries] == [1.0] * 2 + [205 / 4096] * 6
+    # Dense steps owe nothing; what a pruned one leaves is owed.
+    assert [entry["residual_norm"] > 0 for entry in entries] == [False] * 2 + [True] * 6
     assert entries[0]["compression"] == pytest.approx(1.0, rel=0.01)
     assert entries[-1]["compression"] > 30
     assert entries[-1]["mb"] * entries[-1]["compression"] == pytest.approx(
