@@ -9,7 +9,6 @@ as well), the resolved configuration, a log of every step, the checkpoints, and 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,8 +21,10 @@ if __name__ == "__main__" and not __package__:
 
 from .support.peers import Peers
 from .support.script import run_script, warn_of_locks
-from .support.start import check_ds_config, end_process, skip_shm_op
-from .support.tuning_settings import TuningSettings, read_tuning_settings
+from .support.start import check_ds_config, end_process, quiet_deepspeed, skip_shm_op
+from .support.tuning_settings import TuningSettings, parser, read_tuning_settings
+
+__all__ = ["main", "parser"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def _tune(settings: TuningSettings, peers: Peers) -> None:
     warn_of_locks(peers.place)
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    quiet_deepspeed()
     skip_shm_op()
     deepspeed.init_distributed()
     peers.together(lambda: check_ds_config(settings.ds_config))

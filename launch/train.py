@@ -11,7 +11,6 @@ checkpoints, and result.json.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,10 @@ if __name__ == "__main__" and not __package__:
 from .support.peers import Peers
 from .support.run import Run
 from .support.script import run_script, warn_of_locks
-from .support.settings import Settings, read_settings
-from .support.start import check_ds_config, end_process, skip_shm_op
+from .support.settings import Settings, parser, read_settings
+from .support.start import check_ds_config, end_process, quiet_deepspeed, skip_shm_op
+
+__all__ = ["main", "parser"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def _train(settings: Settings, peers: Peers) -> None:
     warn_of_locks(peers.place)
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    quiet_deepspeed()
     skip_shm_op()
     deepspeed.init_distributed()
     world_config = peers.together(lambda: check_ds_config(settings.ds_config))

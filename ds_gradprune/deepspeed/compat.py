@@ -206,6 +206,17 @@ def has_optimizer(engine: Any) -> bool:
     return getattr(engine, "basic_optimizer", None) is not None
 
 
+def check_stage(prune: str, stage: int) -> None:
+    """Raise UnsupportedError where this ZeRO stage is not supported; needs no engine."""
+    if (prune, stage) not in TABLES:
+        stages = ", ".join(str(known) for mode, known in TABLES if mode == prune)
+        raise UnsupportedError(
+            f'gradient pruning does not support zero_optimization.stage {stage} with prune = "'
+            f'{prune}" (stages that it takes: {stages}). Set {BLOCK}.prune to "update", or another '
+            "stage."
+        )
+
+
 def check(engine: Any, prune: str) -> None:
     """Refuse, by name, an engine that we cannot serve.
 
@@ -216,16 +227,8 @@ def check(engine: Any, prune: str) -> None:
     Raises:
         UnsupportedError: lists everything that stands in the way.
     """
-    stage = int(engine.zero_optimization_stage())
-    tables = TABLES.get((prune, stage))
-    if tables is None:
-        stages = ", ".join(str(known) for mode, known in TABLES if mode == prune)
-        raise UnsupportedError(
-            f'gradient pruning does not support zero_optimization.stage {stage} with prune = "'
-            f'{prune}" (stages that it takes: {stages}). Set {BLOCK}.prune to "update", or another '
-            "stage."
-        )
-    missing = [name for table in tables for name in _missing(engine, table)]
+    check_stage(prune, stage := int(engine.zero_optimization_stage()))
+    missing = [name for table in TABLES[prune, stage] for name in _missing(engine, table)]
     if prune == UPDATE:
         missing += _missing_of_optimizer(engine.optimizer)
     else:

@@ -6,6 +6,7 @@ DeepSpeed is imported inside the functions, because replies on a CPU do without 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from ds_gradprune.config import load_block
 from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
 
@@ -23,6 +25,8 @@ from .peers import Peers, within
 from .place import Place
 from .pulse import LATE_S, deadline
 from .rendezvous import meet
+
+_LR_BEFORE = "Attempting to get learning rate from scheduler before it has started"
 
 LEAVE_LIMIT_S = 5.0
 """So long threads of the process group may take to end; one that waits for a dead peer does not."""
@@ -93,6 +97,18 @@ def connect(place: Place, timeout_s: float) -> Peers:
         return Peers(place, timeout_s)
 
 
+def quiet_deepspeed() -> None:
+    """Let DeepSpeed tell warnings only, without the one that its own start causes. Local.
+
+    DeepSpeed 0.19.8 asks a schedule for its learning rate before the first step, and then warns of
+    it (runtime/lr_schedules.py, get_lr).
+    """
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(lambda record: _LR_BEFORE not in record.getMessage())
+
+
 def skip_shm_op() -> None:
     """Make DeepSpeed do without its CPU shared-memory op, which only inference calls. Local.
 
@@ -116,16 +132,23 @@ def check_ds_config(ds_config: dict[str, Any]) -> Any:
 
     Raises:
         ConfigError: DeepSpeed refuses it.
+        UnsupportedError: its ZeRO stage is not for our mode.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    from ds_gradprune.deepspeed.compat import check_stage
+
     try:
-        return DeepSpeedConfig(dict(ds_config))
+        read = DeepSpeedConfig(dict(ds_config))
     # What DeepSpeed 0.19.8 raises on a bad value: assertions, pydantic's errors, its own
     # DeepSpeedConfigError, which has no base but Exception, and whatever the value itself trips.
     except Exception as exc:
         lines = [line.strip() for line in str(exc).strip().splitlines() if line.strip()]
         raise ConfigError(f"DeepSpeed refuses the configuration: {' '.join(lines[:4])}.") from exc
+    block = load_block(ds_config)
+    if block.enabled:
+        check_stage(block.prune, int(read.zero_optimization_stage))
+    return read
 
 
 def end_process(code: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,6 @@ def cut(path: Path) -> None:
 Make = Callable[[Path, Path], list[str]]
 
 FAULTS: dict[str, tuple[Make, str]] = {
-    "no config": (lambda h, t: ["--steps", "3"], "the following arguments are required: --config"),
     "bad flag": (
         lambda h, t: arguments(h, t / "out", steps="0"),
         "--steps: must be a whole number",
@@ -152,6 +152,11 @@ FAULTS: dict[str, tuple[Make, str]] = {
     "no model_type": (
         lambda h, t: bad_model(h, t, lambda f: (f / "config.json").write_text("{}")),
         "must name a model_type",
+    ),
+    # Two limits were told one after the other, the right one after the text was tokenized.
+    "stage of another mode": (
+        lambda h, t: bad_config(h, t, zero_optimization={"stage": 3}),
+        'zero_optimization.stage 3 with prune = "gradient" (stages that it takes: 0, 1, 2)',
     ),
     # Found later, when DeepSpeed is up and the run folder has been begun:
     "batch sizes": (
@@ -245,6 +250,9 @@ def test_one_process_trains_and_says_that_pruning_is_idle(
     assert (result["steps"], result["stopped"]) == (30, False)
     assert result["val_loss"] < result["val_loss_start"] - 0.5
     assert (result["wire_bytes"], result["density_min"]) == (0, None)
+    written = json.loads((out / "validation.json").read_text())
+    assert written == {"val_losses": result["val_losses"], "own_val_losses": []}
+    assert re.search(r"step 30/30  loss \d.*  tokens/s [\d,]+  time ", shown)
     log = scripts.log_of(out)
     assert [entry["step"] for entry in log] == list(range(1, 31))
     assert set(log[0]) == {"step", "loss", "step_time_s"}
