@@ -17,6 +17,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from ds_gradprune.errors import DataError
 from textgen.corpus import TextSource
+from textgen.serve.template import PLAIN_TEMPLATE
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends a document; also begins an empty prompt and pads. Id 0 in every vocabulary built here."""
@@ -38,7 +39,8 @@ def train_tokenizer(source: TextSource, vocab_size: int) -> PreTrainedTokenizerF
         vocab_size: upper limit, >= 257. A short text that runs out of pairs gives fewer entries.
 
     Returns:
-        A tokenizer with END_OF_TEXT as beginning, end, unknown and padding token.
+        A tokenizer with END_OF_TEXT as beginning, end, unknown and padding token, and the plain
+        chat template, without which chat clients and servers refuse a model.
 
     Raises:
         DataError: the text cannot be read.
@@ -64,6 +66,7 @@ def train_tokenizer(source: TextSource, vocab_size: int) -> PreTrainedTokenizerF
         unk_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        chat_template=PLAIN_TEMPLATE,
     )
 
 

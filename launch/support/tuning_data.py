@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ds_gradprune.errors import DataError
+from textgen.serve.template import PLAIN_TEMPLATE
 
 EVAL_SHARE, MAX_EVAL = 0.05, 64
 """So large a part of the sequences is kept from training, and so many at most: each evaluation
@@ -196,7 +197,7 @@ def _pieces(
     messages: list[dict[str, str]], tokenizer: Any, where: str
 ) -> Iterator[tuple[str, bool]]:
     """The conversation as text, in pieces: each with whether it is learned."""
-    if not tokenizer.chat_template:
+    if tokenizer.chat_template in (None, PLAIN_TEMPLATE):
         if len(messages) != 2 or messages[0]["role"] != "user":
             raise DataError(
                 f"{where} is a conversation, and the model's tokenizer has no chat template. Use "

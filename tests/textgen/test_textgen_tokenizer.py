@@ -35,6 +35,16 @@ def trained() -> PreTrainedTokenizerFast:
     return train_tokenizer(SOURCE, 300)
 
 
+def test_a_saved_tokenizer_carries_a_chat_template(
+    trained: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """`transformers serve` answered chats of our folders with HTTP 500."""
+    trained.save_pretrained(tmp_path)
+    said = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": " fox"}]
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.apply_chat_template(said, tokenize=False) == "the quick fox\n\n"
+
+
 def test_same_text_gives_the_same_tokenizer(trained: PreTrainedTokenizerFast) -> None:
     again = train_tokenizer(SOURCE, 300)
     assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
