@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this folder and installs the pinned dependencies and this package into it.
 #
-#   launch/setup_venv.sh          what training and replying need
+#   launch/setup_venv.sh          what training, replying, pictures and serving need
 #   launch/setup_venv.sh --dev    the same and the tools of the tests
 #
 # A finished installation leaves a stamp that names its inputs, so the next call is over at once.
@@ -30,14 +30,19 @@ command -v "$python" >/dev/null || fail "$python is not installed. Install Pytho
   || fail "$("$python" --version) is too old. The pinned packages need 3.11: set PYTHON to a newer one."
 
 # What the installation depends on. The folder is part of it: the package is installed in place.
-inputs() { cat "$root/constraints.txt" "$root/pyproject.toml"; "$python" --version; echo "$root"; }
+extras="deepspeed,textgen,plot,serve"
+inputs() {
+  cat "$root/constraints.txt" "$root/pyproject.toml"
+  "$python" --version
+  echo "$root" "$extras"
+}
 key="$(inputs | "$python" -c 'import hashlib, sys
 print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
 
 stamped() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed-$1" 2>/dev/null)" = "$key" ]; }
 
 install() {
-  local extras="deepspeed,textgen" torch_options=()
+  local torch_options=()
   if [ ! -x "$venv/bin/python" ]; then
     say "making $venv"
     "$python" -m venv "$venv" \

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_gradprune.commands.dispatch import SHIPPED
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError
 from textgen.corpus import open_text
@@ -22,7 +23,12 @@ def parser() -> ScriptParser:
     """The flags; all else is a key of the DeepSpeed configuration."""
     flags = ScriptParser("Train a text generator over pruned updates or gradients.")
     add = flags.add_argument
-    add("--config", type=path, required=True, help=f"DeepSpeed's JSON file, with a {BLOCK} block")
+    add(
+        "--config",
+        type=path,
+        default=SHIPPED / "own_text.json",
+        help=f"DeepSpeed's JSON file, with a {BLOCK} block (default: ds_configs/own_text.json)",
+    )
     add(
         "--model",
         type=name_or_path,
