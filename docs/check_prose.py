@@ -105,12 +105,17 @@ def findings(text: str, most_words: int = MOST_WORDS) -> list[str]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script; returns its exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
     flags = argparse.ArgumentParser(description="Find long sentences and semicolons.")
     flags.add_argument("files", type=Path, nargs="*", help="Markdown files")
     flags.add_argument("--max", type=int, default=MOST_WORDS, help="words of a sentence")
-    given = flags.parse_args(arguments)
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit code."""
+    given = parser().parse_args(arguments)
     num_found = num_sentences = 0
     for path in given.files or documents():
         text = path.read_text(encoding="utf-8")
