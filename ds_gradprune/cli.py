@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "what a run decided and why, as text or as one HTML file",
     "train": "train a text generator over pruned updates or gradients",
     "finetune": "continue a model on your own text",
+    "supervise": "start a training command on several hosts, and again when one is lost",
     "reply": "ask a trained model",
     "serve": "serve a trained model over HTTP",
 }

@@ -33,8 +33,8 @@ from .support.flags import ScriptParser, natural, path, positive
 from .support.run_folder import RunFolder
 from .support.supervisor import Supervisor, Task
 
-OURS = ("train.py", "finetune.py")
-"""Scripts that have --out and --resume."""
+OURS = ("train", "finetune")
+"""Scripts, and commands of `ds-gradprune`, that have --out and --resume."""
 
 
 def parser() -> ScriptParser:
@@ -112,7 +112,7 @@ def read_task(arguments: Sequence[str]) -> Task:
             f"--min-hosts must be at most the {len(hosts)} hosts of {flags.hostfile}, got "
             f"{flags.min_hosts}."
         )
-    is_ours = any(Path(word).name in OURS for word in words[:2])
+    is_ours = any(Path(word).stem in OURS for word in command[:2])
     out = _value_of("--out", words) if is_ours else None
     if is_ours and out is None:
         raise ConfigError("--out must be in the command, or no checkpoint could be found.")
@@ -154,6 +154,8 @@ def command_words(command: Sequence[str]) -> list[str]:
             )
     if not words:
         raise ConfigError("a command must follow --, for example -- launch/train.py --config ...")
+    if Path(words[0]).name == "ds-gradprune":
+        return [sys.executable, "-m", "ds_gradprune", *words[1:]]
     return [sys.executable, *words] if words[0].endswith(".py") else words
 
 

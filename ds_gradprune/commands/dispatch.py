@@ -14,14 +14,16 @@ from ds_gradprune.errors import ConfigError, MissingDependencyError
 TARGETS = {
     "train": ("textgen.launch.train", "textgen"),
     "finetune": ("textgen.launch.finetune", "textgen,finetune"),
+    "supervise": ("textgen.launch.supervise", "textgen"),
     "reply": ("textgen.launch.reply", "textgen"),
     "serve": ("textgen.serve.command", "textgen,serve"),
 }
 """Command -> module with `main(arguments) -> exit code`, and the extra with what it imports."""
 
-NEEDS = {
+NEEDS: dict[str, tuple[str, ...]] = {
     "train": ("deepspeed", "transformers"),
     "finetune": ("deepspeed", "transformers", "accelerate"),
+    "supervise": (),
     "reply": ("transformers",),
     "serve": ("transformers", "fastapi", "uvicorn"),
 }

@@ -59,6 +59,8 @@ def test_candidates_are_the_newest_and_those_before_it(tmp_path: Path) -> None:
 def test_commands_become_those_of_a_rank(tmp_path: Path) -> None:
     assert command_words(["deepspeed", "x.py", "--a"]) == [sys.executable, "x.py", "--a"]
     assert command_words(["python3", "x.py"]) == ["python3", "x.py"]
+    installed = command_words(["ds-gradprune", "train", "--out", "o"])
+    assert installed == [sys.executable, "-m", "ds_gradprune", "train", "--out", "o"]
     with pytest.raises(ConfigError, match=r"got deepspeed's own --hostfile\. Leave out"):
         command_words(["deepspeed", "--hostfile", "h", "x.py"])
     with pytest.raises(ConfigError, match="a command must follow --"):
@@ -70,6 +72,8 @@ def test_commands_become_those_of_a_rank(tmp_path: Path) -> None:
         read_task([*own, "--", "launch/train.py"])
     with pytest.raises(ConfigError, match="--min-hosts must be at most the 1 hosts"):
         read_task([*own, "--min-hosts", "2", "--", "x.py"])
+    assert read_task([*own, "--", "ds-gradprune", "train", "--out", "o"]).folder is not None
+    assert read_task([*own, "--", "my/loop.py", "--out", "o"]).folder is None
     task = read_task([*own, "--", "launch/train.py", "--out=runs/a"])
     assert (task.checkpoints, task.log) == (
         Path("runs/a/checkpoints"),
