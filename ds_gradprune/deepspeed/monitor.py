@@ -246,7 +246,7 @@ def say_verdict(verdict: Verdict) -> None:
 
 
 class DecisionLog:
-    """Tells of every change of density, and once of a budget that cannot be met.
+    """Tells of changes of density, once of the ramp, and once of a budget that cannot be met.
 
     Args:
         config: the validated block.
@@ -260,7 +260,8 @@ class DecisionLog:
     def tell(self, report: StepReport) -> None:
         """Look at one exchange and the decision after it."""
         decision = report.decision
-        if decision.density != report.density:
+        goes_on = report.cause is decision.cause is Cause.RAMP
+        if decision.density != report.density and not goes_on:
             decisions_logger.info(
                 "step %d: %s (%s)", decision.step, decision.reason, decision.cause.value
             )

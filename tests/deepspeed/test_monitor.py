@@ -310,6 +310,14 @@ def test_a_change_of_density_is_told_with_its_reason() -> None:
     assert told({}, report(), changed) == [("INFO", "step 11: there is room (budget_room)")]
 
 
+def test_a_ramp_is_told_once() -> None:
+    """Fifty steps of a ramp were fifty lines."""
+    ramp = {"decision_cause": Cause.RAMP, "decision_reason": "ramp"}
+    begins = report(cause=Cause.WARMUP, density=1.0, decision_density=0.25, **ramp)
+    goes_on = [report(density=0.25 / n, decision_density=0.2 / n, **ramp) for n in (1, 2, 3)]
+    assert told({}, begins, *goes_on) == [("INFO", "step 11: ramp (ramp)")]
+
+
 LEAST = 5 / 4096
 """The kernel's step above density.min = 0.001."""
 
