@@ -1,9 +1,9 @@
 """The pictures of the documents: a run, its report, and the chat page.
 
-    python docs/screenshots.py runs/quickstart --model MODEL
+    python docs/screenshots.py runs/quickstart --model runs/quickstart-finetune/model
 
-MODEL is the folder of the model that is chatted with, by default that of the run. Needs Chromium
-and the extras plot and serve. Writes docs/images/.
+The model is chatted with, by default that of the run. Needs Chromium and the extras plot and
+serve. Writes docs/images/.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.helpers.devtools import Browser
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-PROMPT = "What does the for statement of Python do?"
+PROMPT = "What happens to the residual when I resume?"
 COMMAND = [sys.executable, "-m", "ds_gradprune"]
 
 
@@ -90,6 +90,7 @@ def served(model: str) -> Iterator[str]:
 def chat(browser: Browser) -> None:
     """Ask once, and wait for the whole reply."""
     until(lambda: browser.run("document.getElementById('model')?.textContent || ''"))
+    browser.run("document.getElementById('temperature').value = 0")
     browser.run(f"document.getElementById('text').value = {PROMPT!r}")
     browser.run("document.getElementById('form').requestSubmit()")
     until(lambda: browser.run("document.querySelector('.facts') !== null"))
