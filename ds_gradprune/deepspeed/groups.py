@@ -17,7 +17,7 @@ and other engines of the process never see it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from deepspeed.utils import groups
 
 from ds_gradprune.deepspeed.crowd import warn_of_crowd
 from ds_gradprune.deepspeed.seats import Seat, gather_seats, ranks_per_island
+
+_given_up: list[Any] = []
+"""Groups of engines that were detached."""
 
 
 class Groups:
@@ -56,6 +59,9 @@ class Groups:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         seats = gather_seats(Seat.here())
+        while _given_up:  # nobody is in a collective of theirs any more
+            with suppress(ValueError):  # somebody has destroyed all groups meanwhile
+                dist.destroy_process_group(_given_up.pop())
         self.num_shards = ranks_per_island(seats, ranks)
         if self._rank == 0:
             warn_of_crowd(seats, self.num_shards)
@@ -77,15 +83,16 @@ class Groups:
         self.outer_cpu: Any = self.outer if is_gloo else self._mine(outers, backend="gloo")
 
     def close(self, *, is_mpu: bool) -> None:
-        """Destroy the groups: their connections and threads. A second call does nothing. Local.
+        """Give up the groups: their connections and threads. A second call does nothing. Local.
+
+        They are destroyed when the next ones are made and all ranks have come there. Now another
+        rank may still be in their last collective, or even connect to them.
 
         Args:
             is_mpu: an engine goes on with what DeepSpeed takes from an mpu, which stays.
         """
         kept = [self._alone, self.inner] if is_mpu else []
-        for group in self._created:
-            if not any(group is other for other in kept):
-                dist.destroy_process_group(group)
+        _given_up.extend(g for g in self._created if not any(g is other for other in kept))
         self._created = []
 
     @contextmanager

@@ -40,6 +40,8 @@ def cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     found["overflow"] = ("overflow", {"name": "2-fp16"})
     for stage in (0, 2):
         found[f"watched-{stage}"] = ("watched", {"stage": stage})
+    found["detach"] = ("detach_leaves_nothing", {})
+    found["again"] = ("attached_again", {})
     found["foreign"] = ("foreign", {})
     found["owners"] = ("owners", {})
     found["differing"] = ("differing", {"density": 0.02})  # the last: it leaves groups unusable
@@ -138,6 +140,16 @@ def test_a_batch_grows_while_deepspeed_looks_on(four: Any, stage: int) -> None:
         mean = sum(rank["losses"][step] for rank in ranks) / 4
         assert report["loss"] == pytest.approx(mean, rel=1e-6)  # float32 in the header
     assert {"gradient_pruning_density", "gradient_pruning_wire_mb"} <= set(ranks[0]["series"])
+
+
+def test_detach_gives_everything_back(four: Any) -> None:
+    assert four("detach") == [[]] * 4
+
+
+def test_groups_do_not_pile_up(four: Any) -> None:
+    """Every attach made five more; destroyed at once, a slower rank could not connect to them."""
+    for first, *others in four("again"):
+        assert others == [first, first]
 
 
 def test_an_engine_with_groups_of_its_own_is_refused(four: Any) -> None:

@@ -226,6 +226,15 @@ def detach_leaves_nothing() -> list[str]:
     return left + [n for n in before[id(engine)] if n not in engine.__dict__]
 
 
+def attached_again() -> list[int]:
+    """How many process groups there are after each of three attaches and detaches."""
+    counts = []
+    for _ in range(3):
+        make(PRUNED, stage=0).gradprune.detach()
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
 def refused(**options: Any) -> str:
     """What attach says against an engine."""
     try:
