@@ -59,6 +59,8 @@ def save_checkpoint(
         )
     # DeepSpeed names it before the other ranks' files are there.
     peers.together(lambda: folder.name_newest(tag) if peers.rank == 0 else None)
+    is_on_own_disk = peers.place.local_rank == 0 and folder.newest() != tag
+    peers.together(lambda: folder.name_newest(tag) if is_on_own_disk else None)
     if peers.place.local_rank == 0:
         folder.drop_old_checkpoints()
 
