@@ -5,9 +5,8 @@ divide the sum (`inside`). Every rank adds the same decoded payloads in the isla
 get equal bits. The result is a *sum*, as an all-reduce gives, so that DeepSpeed's own averaging,
 pre-division and clipping stay in force around it.
 
-What is not sent stays in the residual; it is staged until the step was applied, so a step that is
-skipped, or that fails in a later bucket, touches no residual. Until then the old and the new
-residual exist side by side.
+What is not sent stays in the residual. The new one lies beside the old one until the step was
+applied, so a step that is skipped, or that fails in a later bucket, touches none.
 """
 
 from __future__ import annotations
@@ -274,7 +273,8 @@ class GradientPruning:
         except Exception as exc:
             error = exc
         if self._inside is not None:
-            self._inside.together(error)
+            with self._stopwatch.phase("wire"):  # for the rank whose peers are last
+                self._inside.together(error)
         if error is not None:
             raise error
 
