@@ -59,6 +59,18 @@ def test_finite_state_is_saved_and_old_ones_dropped(folder: RunFolder) -> None:
     assert not (folder.checkpoints / "step00000001").exists()
 
 
+def test_a_host_with_a_disk_of_its_own_names_its_checkpoint(folder: RunFolder) -> None:
+    """The second host's disk had no `latest`, and --resume said that ranks differ."""
+    second: Any = SimpleNamespace(
+        rank=1,
+        place=Place(rank=1, world_size=2),
+        gather=lambda value: [value],
+        together=lambda work: work(),
+    )
+    save_checkpoint(Engine(), folder, second, 3, {})
+    assert folder.newest() == "step00000003"
+
+
 def spoil_weight(engine: Engine) -> None:
     with torch.no_grad():
         engine.module.weight[0, 0] = torch.nan
