@@ -121,5 +121,5 @@ def deadline(limit_s: float, doing: str) -> Iterator[None]:
 
 def end_now(message: str) -> NoReturn:
     """Tell the error and end the process, whatever its other threads wait for. Local."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)  # behind a bar, perhaps
     os._exit(2)

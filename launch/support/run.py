@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from tqdm import tqdm
+
 from ds_gradprune.config import BLOCK, GradientPruningConfig
 from textgen.data import START, Position
 
@@ -280,5 +282,5 @@ def resolved_config(
 
 
 def say(text: str) -> None:
-    """Show one line to the user."""
-    print(text, file=sys.stderr, flush=True)
+    """Show one line to the user, not behind a bar."""
+    tqdm.write(text, file=sys.stderr)
