@@ -110,7 +110,7 @@ class Island:
             AllGather(members.transport),
             self.loop.stopwatch,
             value_bits=4,
-            scale=update_scale(members.transport.world_size, None, config.residual_form),
+            scale=update_scale(members.transport.world_size, None),
             rule=make_rule(slow, 1),
             kept=KeptResidual(1.0) if residual == "reset" else None,
         )
@@ -184,9 +184,7 @@ class Island:
 
     def join(self, epoch: Epoch, failed: Prepared | None = None) -> None:
         assert self.members.transport is not None
-        scale = update_scale(
-            len(epoch.islands), None, "used" if self.islands.kept is None else "reset"
-        )
+        scale = update_scale(len(epoch.islands), None)
         catch_up(self.islands, self.loop, self.members.transport, epoch, scale, failed)
         self.crcs[self.loop.step] = self.islands.weights.crc()
 
