@@ -4,6 +4,7 @@
 `load` the way from a file to a checked block. Nothing here knows DeepSpeed.
 """
 
+from ds_gradprune.config.fields import FIRST_INTERVAL, INTERVALS
 from ds_gradprune.config.load import load_block, read_config
 from ds_gradprune.config.model import (
     BLOCK,
@@ -17,6 +18,8 @@ from ds_gradprune.config.model import (
 
 __all__ = [
     "BLOCK",
+    "FIRST_INTERVAL",
+    "INTERVALS",
     "DensityConfig",
     "GradientPruningConfig",
     "IslandConfig",

@@ -6,7 +6,8 @@ import types
 from collections.abc import Set
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 MAX_STEPS = 10**9
 """No run has more optimizer steps: a larger number is a slip."""
@@ -23,6 +24,36 @@ Timeout = Annotated[float, Field(ge=0.1, le=86400.0, allow_inf_nan=False)]
 """Seconds. Below 0.5 ms torch would wait for ever; beyond some 1e10 its clocks overflow."""
 Budget = Annotated[float, Field(gt=0.0, le=86400.0, allow_inf_nan=False)]
 Megabit = Annotated[float, Field(ge=1e-3, le=1e7, allow_inf_nan=False)]
+
+
+INTERVALS = (1, 2, 4, 8, 16, 32)
+"""Steps from one exchange to the next among which `sync_every: "auto"` chooses."""
+
+FIRST_INTERVAL = 4
+"""Where it begins. It loses least at equal density."""
+
+LEAST_LOSSES = 16
+"""The window holds so many losses, however rare exchanges are. The noise of P among 16 is 0.38, and
+a steady rise has -1.73, 4.5 times as much. Among 8 the noise is 0.70, and would hide it."""
+
+_Interval = Annotated[int, Field(ge=1, le=10**6)]
+_INTERVAL: TypeAdapter[int] = TypeAdapter(_Interval)
+
+
+def _number_or_auto(value: Any) -> Any:
+    """One sentence says what is wrong, where a union would say one per member."""
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PydanticCustomError("wrong_type", "{words}", {"words": 'a whole number or "auto"'})
+    try:
+        return _INTERVAL.validate_python(value)
+    except ValidationError as exc:
+        error: Any = exc.errors(include_url=False)[0]
+        raise PydanticKnownError(error["type"], error.get("ctx")) from exc
+
+
+SyncEvery = Annotated[_Interval | Literal["auto"], BeforeValidator(_number_or_auto)]
 
 
 def has_auto(annotation: Any) -> bool:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from ds_gradprune.config.fields import (
+    FIRST_INTERVAL,
+    LEAST_LOSSES,
     Budget,
     Density,
     Megabit,
@@ -21,6 +23,7 @@ from ds_gradprune.config.fields import (
     Share,
     Step,
     Steps,
+    SyncEvery,
     Target,
     Timeout,
     accepted_types,
@@ -35,11 +38,6 @@ BLOCK = "gradient_pruning"
 ALL_GATHER_ISLANDS = 8
 """Up to so many islands `exchange: "auto"` is all_gather: beyond, its bytes grow with their number,
 while those of owner_reduce stay."""
-
-
-LEAST_LOSSES = 16
-"""The window holds so many losses, however rare exchanges are. The noise of P among 16 is 0.38, and
-a steady rise has -1.73, 4.5 times as much. Among 8 the noise is 0.70, and would hide it."""
 
 
 class _Block(BaseModel):
@@ -143,9 +141,10 @@ class GradientPruningConfig(_Block):
         default_factory=IslandConfig,
         description="Which ranks step together, or sum gradients before they send, see below.",
     )
-    sync_every: Annotated[int, Field(ge=1, le=10**6)] = Field(
+    sync_every: SyncEvery = Field(
         default=1,
-        description="With update: optimizer steps from one exchange to the next, after warm-up.",
+        description="With update: optimizer steps from one exchange to the next, after warm-up. "
+        "With auto the control law chooses 1, 2, 4, 8, 16 or 32.",
     )
     residual: Literal["used", "reset"] | None = Field(
         default=None,
@@ -271,6 +270,11 @@ class GradientPruningConfig(_Block):
         return "auto" if value is True else value
 
     @property
+    def first_interval(self) -> int:
+        """`sync_every`, "auto" resolved for a run's start."""
+        return FIRST_INTERVAL if self.sync_every == "auto" else self.sync_every
+
+    @property
     def residual_form(self) -> Literal["used", "reset"]:
         """`residual`, null resolved."""
         return self.residual or ("used" if self.sync_every == 1 else "reset")
@@ -278,8 +282,12 @@ class GradientPruningConfig(_Block):
     @property
     def delay_steps(self) -> int:
         """Optimizer steps from an exchange to its commit; 0: it is waited for."""
+        return self.delay_of(self.first_interval)
+
+    def delay_of(self, interval: int) -> int:
+        """The same where exchanges come every `interval` steps."""
         hides = self.overlap == "auto" and self.prune == "update"
-        return max(1, self.sync_every // 4) if hides else 0
+        return max(1, interval // 4) if hides else 0
 
     def window_losses(self, interval: int) -> int:
         """`window_size` in losses, where one is told in so many steps."""

@@ -72,11 +72,29 @@ def _update_faults(config: GradientPruningConfig) -> list[str]:
             f'{BLOCK}.error_feedback must be true with prune = "update", got false. An island '
             'keeps what it has not sent. Leave it out, or set prune to "gradient".'
         )
+    if config.sync_every == "auto":
+        faults += _auto_faults(config)
     default = GradientPruningConfig.model_fields["residual_decay"].default
     if config.residual_form == "used" and config.residual_decay != default:
         faults.append(
             f'{BLOCK}.residual_decay must be {shown(default)} where the residual is "used", got '
             f'{shown(config.residual_decay)}. Leave it out, or set residual to "reset".'
+        )
+    return faults
+
+
+def _auto_faults(config: GradientPruningConfig) -> list[str]:
+    """An interval that the law changes."""
+    faults = []
+    if config.residual == "used":
+        faults.append(
+            f'{BLOCK}.residual must be "reset" or null with sync_every = "auto", got "used". One '
+            "form must serve all intervals. Leave it out, or set sync_every to a number."
+        )
+    if config.controller != "predictive":
+        faults.append(
+            f'{BLOCK}.controller must be "predictive" with sync_every = "auto", got '
+            f"{shown(config.controller)}. Leave it out, or set sync_every to a number."
         )
     return faults
 
@@ -113,8 +131,8 @@ def _window_faults(config: GradientPruningConfig, total_steps: int) -> list[str]
     The window is meant in steps, so it holds fewer losses then.
     """
     alone = max(0, total_steps - config.warmup_steps)
-    num_losses = total_steps - alone + alone // config.sync_every
-    if config.window_losses(config.sync_every) < num_losses:
+    num_losses = total_steps - alone + alone // config.first_interval
+    if config.window_losses(config.first_interval) < num_losses:
         return []
     run = f"{total_steps} steps"
     if num_losses < total_steps:

@@ -91,7 +91,7 @@ class IslandHandle(Handle):
         if groups.inner_cpu is not None:
             inner = TorchDistTransport(groups.inner_cpu, config.timeout_s)
         self.inside = InsideIsland(inner, groups.num_islands)
-        self.rounds = Rounds(self, config.delay_steps)
+        self.rounds = Rounds(self)
         self.weights = IslandWeights(engine, self.islands, shards, self.inside, self.rounds.land)
         self._warmup = Warmup(self)
         if int(engine.zero_optimization_stage()) == _DIVIDED:
@@ -180,12 +180,13 @@ class IslandHandle(Handle):
             self.islands.have_parted = True
         self.weights.notice_writes()
         before = self.engine.global_steps
+        rates = self.engine.get_lr()
         with self.groups.in_force():
             result = original(*args, **kwargs)
         if self.engine.global_steps != before:
             self.losses.end_step()
             self.channel.advance(self.loop.exchange_step)
-            self.rounds.end_step()
+            self.rounds.end_step(rates)
         self.weights.note()
         return result
 

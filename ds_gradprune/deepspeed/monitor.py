@@ -25,7 +25,7 @@ from ds_gradprune.train.report import StepReport
 logger = logging.getLogger(__name__)
 
 decisions_logger = logging.getLogger("ds_gradprune.decisions")
-"""One INFO line for every change of density, with its reason; a WARNING for a hopeless budget."""
+"""An INFO line for every change of density or interval; a WARNING for a hopeless budget."""
 
 deepspeed_logger = logging.getLogger("DeepSpeed")
 """DeepSpeed's own, which shows INFO unless somebody silences it."""
@@ -246,7 +246,7 @@ def say_verdict(verdict: Verdict) -> None:
 
 
 class DecisionLog:
-    """Tells of changes of density, once of the ramp, and once of a budget that cannot be met.
+    """Tells of changes of density or interval, once of the ramp, and once of a hopeless budget.
 
     Args:
         config: the validated block.
@@ -256,12 +256,18 @@ class DecisionLog:
         self._budget_s = config.step_time_budget_s
         self._least = kept_per_chunk(config.density.min) / CHUNK_NUMEL
         self._is_told = False
+        self._interval = config.first_interval
+        self._advice = (
+            " or lower" if config.sync_every == "auto" else ", raise sync_every, or lower"
+        )
 
     def tell(self, report: StepReport) -> None:
         """Look at one exchange and the decision after it."""
         decision = report.decision
+        was, self._interval = self._interval, decision.interval
         goes_on = report.cause is decision.cause is Cause.RAMP
-        if decision.density != report.density and not goes_on:
+        is_other = decision.density != report.density and not goes_on
+        if is_other or decision.interval != was:
             decisions_logger.info(
                 "step %d: %s (%s)", decision.step, decision.reason, decision.cause.value
             )
@@ -274,14 +280,16 @@ class DecisionLog:
         if step_s is None or step_s <= _MISSED * self._budget_s or self._is_told:
             return
         self._is_told = True
+        own_s = None if report.compute_time_s is None else report.compute_time_s / report.steps
         decisions_logger.warning(
             "step %d: the budget of %g s per step cannot be met: at the lowest density, %g, a step "
-            "takes %.3g s%s. Raise step_time_budget_s, lower density.min, or raise sync_every.",
+            "takes %.3g s%s. Raise step_time_budget_s%s density.min.",
             decision.step,
             self._budget_s,
             decision.density,
             step_s,
-            _compute_text(report),
+            "" if own_s is None else f", {own_s:.3g} s of them for computation",
+            self._advice,
         )
 
 
@@ -290,9 +298,3 @@ def _expected_s(report: StepReport) -> float | None:
     if report.decision.predicted_step_s is not None:
         return report.decision.predicted_step_s
     return None if report.step_time_s is None else report.step_time_s / report.steps
-
-
-def _compute_text(report: StepReport) -> str:
-    if report.compute_time_s is None:
-        return ""
-    return f", {report.compute_time_s / report.steps:.3g} s of them for computation"

@@ -4,21 +4,23 @@
     t0 .. t0+d   they travel while the island trains on (with `overlap`; else d is 0)
     step t0 + d  deliver and commit; the law decides
 
-The delay d is decided by the configuration, not by when the bytes arrive, so all islands apply an
-exchange after the same step. Whoever needs the shared weights earlier lands the exchange earlier:
-they take the same values then, because nothing else moves them.
+The delay d follows from the interval in force, not from when the bytes arrive, so all islands apply
+an exchange after the same step. Whoever needs the shared weights earlier lands it earlier. They
+take the same values then, because nothing else moves them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds_gradprune.law.decision import Cause
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.flight import Flight
 from ds_gradprune.train.islands import Prepared, refuse
+from ds_gradprune.train.learning_time import learning_time_of
 from ds_gradprune.wire.channel import Announcement
 
 if TYPE_CHECKING:
@@ -57,18 +59,23 @@ class Rounds:
 
     Args:
         handle: the engine's handle.
-        delay_steps: optimizer steps from an exchange to its commit; 0: it is waited for.
     """
 
-    def __init__(self, handle: IslandHandle, delay_steps: int) -> None:
+    def __init__(self, handle: IslandHandle) -> None:
         self._handle = handle
-        self._delay_steps = delay_steps
         self._begun: _Begun | None = None
         self._pieces_crc = 0
+        self._learning = learning_time_of(handle.islands.rule)
 
-    def end_step(self) -> None:
-        """The optimizer has stepped: land what is due, begin what is due. Collective."""
+    def end_step(self, rates: Sequence[float] = ()) -> None:
+        """The optimizer has stepped: land what is due, begin what is due. Collective.
+
+        Args:
+            rates: learning rates that it has stepped with, one per group of parameters.
+        """
         loop = self._handle.loop
+        if self._learning is not None:
+            self._learning.end_step(rates)
         loop.stepped()
         if self._begun is not None and loop.exchange_step >= self._begun.lands_after:
             self.land()
@@ -98,15 +105,18 @@ class Rounds:
             handle.shards.publish()
         handle.finish(ranks, wire_bytes=wire_bytes, dense_bytes=begun.dense_bytes)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What affects the next exchange; nothing may be under way. Local."""
         assert self._begun is None
-        return {"pieces_crc": self._pieces_crc}
+        learning = None if self._learning is None else self._learning.state_dict()
+        return {"pieces_crc": self._pieces_crc, "learning": learning}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave. Local."""
         self._begun = None
         self._pieces_crc = int(state["pieces_crc"])
+        if self._learning is not None:
+            self._learning.load_state_dict(state["learning"])
 
     def _begin(self) -> _Begun:
         handle = self._handle
@@ -114,6 +124,8 @@ class Rounds:
         self._note_pieces()
         loop.begin_exchange()
         step = loop.last_exchange
+        if self._learning is not None:
+            loop.note_learning(self._learning.end_round())
         is_dense = loop.decision.density == 1.0 and not self._sends_all_in_levels()
         signals, dense_bytes = handle.inside.agree(
             loop.signals(
@@ -140,7 +152,10 @@ class Rounds:
         return dataclasses.replace(begun, prepared=prepared, ranks=ranks)
 
     def _send(self, begun: _Begun) -> _Begun:
-        handle, hides = self._handle, self._delay_steps > 0
+        handle = self._handle
+        # Its own interval counts: the next one may be another, but is at least half as long.
+        delay_steps = handle.config.delay_of(handle.loop.interval)
+        hides = delay_steps > 0
         prepared = handle.islands.prepare(
             handle.k,
             step=begun.step,
@@ -152,7 +167,7 @@ class Rounds:
         prepared.write()
         if hides:
             flight = Flight(lambda: _carry(announcement, prepared), handle.clock.now_s)
-            lands_after = begun.step + self._delay_steps
+            lands_after = begun.step + delay_steps
             return dataclasses.replace(
                 begun, prepared=prepared, flight=flight, lands_after=lands_after
             )

@@ -1,4 +1,4 @@
-"""The control law: one step's signals in, the density of the next exchange out.
+"""The control law: one exchange's signals in, density and interval of the next one out.
 
 Pure: no clock, no torch.distributed, no logging, no global state. All ranks call it with the same
 signals and so reach the same decision without talking. Knows nothing of tensors, and imports no
@@ -12,7 +12,7 @@ and measures again; "predictive", the default, moves to where the link model say
     learning, outliers     P(t) of the losses
     alarm, link_cost, codec_cost, network, prices     what a step costs at a density
     progress_model         how many steps a density costs
-    schedule, plan, loss_arm      parts of the decision
+    schedule, interval, plan, loss_arm      parts of the decision
     predictive, stepwise   the laws
     decision               what they decide
     arithmetic, stats, state      same bits on every host; small statistics; checkpoints
@@ -58,7 +58,7 @@ def start(config: GradientPruningConfig) -> tuple[State, Decision]:
 def update(
     config: GradientPruningConfig, state: State, signals: StepSignals
 ) -> tuple[State, Decision]:
-    """Take in one step's signals and decide for the step after it.
+    """Take in one exchange's signals and decide for the next one.
 
     Args:
         config: the validated block.
@@ -66,7 +66,7 @@ def update(
         signals: what all ranks agreed on in `signals.step`.
 
     Returns:
-        The new state, and the decision for step `signals.step + 1`.
+        The new state, and the decision for the next exchange.
     """
     if isinstance(state, StepwiseState):
         return stepwise.update(config, state, signals)

@@ -31,6 +31,7 @@ tests/law/test_alarm.py repeats.
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, NamedTuple
 
 from ds_gradprune.law.arithmetic import log
@@ -177,9 +178,11 @@ def _deviation(state: AlarmState, time_s: float, wire_bytes: int) -> tuple[float
     reference_s = min(max(time_s, least_s), most_s)
     if reference_s == time_s:
         return 0.0, 0.0
+    whole = log(time_s / reference_s)
     overhead_s = min(state.overhead_s, _MAX_OVERHEAD_SHARE * min(time_s, reference_s))
-    net = log((time_s - overhead_s) / (reference_s - overhead_s))
-    return log(time_s / reference_s), net
+    if overhead_s == 0.0:
+        return whole, whole
+    return whole, log((time_s - overhead_s) / (reference_s - overhead_s))
 
 
 def _expected(state: AlarmState, wire_bytes: int) -> tuple[float, float]:
@@ -221,9 +224,14 @@ def _alarm(state: AlarmState) -> Change | None:
     return None
 
 
+@functools.lru_cache(maxsize=64)
+def _class_of(wire_bytes: int) -> int:
+    return round(log(wire_bytes) / _SIZE_CLASS)
+
+
 def _fit(state: AlarmState, wire_bytes: int) -> AlarmState:
     """Remember the median at this size; the overhead from two sizes far enough apart."""
-    size_class = round(log(wire_bytes) / _SIZE_CLASS)
+    size_class = _class_of(wire_bytes)
     for size in state.sizes:
         if size.size_class == size_class and state.seen - size.seen < _REVISE_STEPS:
             return state

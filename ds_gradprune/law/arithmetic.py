@@ -27,6 +27,8 @@ _SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
 _LOG_TERMS = tuple(1.0 / n for n in range(23, 1, -2))
 """atanh(s) / s = 1 + s^2 / 3 + s^4 / 5 + ..., highest power first; |s| <= 0.172."""
 
+_T23, _T21, _T19, _T17, _T15, _T13, _T11, _T9, _T7, _T5, _T3 = _LOG_TERMS
+
 _EXP_TERMS = tuple(1.0 / math.factorial(n) for n in range(15, 1, -1))
 """exp(r) = 1 + r + r^2 / 2! + ..., highest power first; |r| <= 0.347."""
 
@@ -47,9 +49,10 @@ def log(x: float) -> float:
         mantissa, exponent = 2.0 * mantissa, exponent - 1
     f = mantissa - 1.0
     s = f / (2.0 + f)
-    z, series = s * s, 0.0
-    for term in _LOG_TERMS:
-        series = series * z + term
+    z = s * s
+    # Horner's rule over _LOG_TERMS, written out: the law takes five logarithms a step.
+    series = ((((_T23 * z + _T21) * z + _T19) * z + _T17) * z + _T15) * z + _T13
+    series = ((((series * z + _T11) * z + _T9) * z + _T7) * z + _T5) * z + _T3
     # log(1 + f) = 2 atanh(s) = f - s * (f - 2 z series), where f is exact and the rest is small.
     return exponent * _LN2_HIGH - (s * (f - 2.0 * z * series) - exponent * _LN2_LOW - f)
 

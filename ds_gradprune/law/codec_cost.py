@@ -46,7 +46,8 @@ def observe(codec: CodecTimes, k: int, time_s: float) -> CodecTimes:
     if k == CHUNK_NUMEL:
         if time_s != 0.0 and not is_time(time_s):  # a dense step may have nothing to do
             return codec
-        return codec._replace(dense_s=(*codec.dense_s, time_s)[-WINDOW_STEPS:])
+        dense_s = (*codec.dense_s, time_s)[-WINDOW_STEPS:]
+        return CodecTimes(codec.k, codec.times_s, codec.other, dense_s)
     if not is_time(time_s):
         return codec
     if codec.k and not are_near(k, codec.k, _SAME):
@@ -54,7 +55,7 @@ def observe(codec: CodecTimes, k: int, time_s: float) -> CodecTimes:
         is_kept = codec.other is None or not are_near(k, codec.k, _FAR)
         codec = codec._replace(k=k, times_s=(), other=left if is_kept else codec.other)
     times_s = keep_last(codec.times_s, time_s, WINDOW_STEPS)
-    return codec._replace(k=codec.k or k, times_s=times_s)
+    return CodecTimes(codec.k or k, times_s, codec.other, codec.dense_s)
 
 
 def line_of(codec: CodecTimes) -> tuple[float, float]:

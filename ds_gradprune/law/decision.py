@@ -39,11 +39,13 @@ class Choice(NamedTuple):
         k: kept elements per chunk, 1 .. CHUNK_NUMEL; CHUNK_NUMEL is dense.
         cause: why; HOLD: it wants no move.
         text: the numbers behind it.
+        interval: optimizer steps from one exchange to the next; None: it stays.
     """
 
     k: int
     cause: Cause
     text: str
+    interval: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,11 @@ class Decision:
 def move(before: int, after: int) -> str:
     """A move of the density for a user, from and to kept elements per chunk."""
     return f"density {name(before)} -> {name(after)}"
+
+
+def every(before: int, after: int) -> str:
+    """A move of the interval for a user."""
+    return f"every {before} -> {after} steps"
 
 
 def name(k: int) -> str:

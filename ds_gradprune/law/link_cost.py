@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import Annotated, NamedTuple
 
 from ds_gradprune.law.arithmetic import log
-from ds_gradprune.law.stats import Change, Count, Samples, Within, median
+from ds_gradprune.law.stats import Change, Count, Samples, Within
 
 WINDOW_STEPS = 32
 """Exchanges behind the cost: their median has a fifth of the noise of one."""
@@ -139,7 +139,7 @@ def observe(
     rates = _rates(samples, wire_bytes)
     slower, faster = state.slower, state.faster
     if len(rates) > _KNOWN_STEPS:
-        deviation = log(time_s / (median(rates) * wire_bytes)) / noise
+        deviation = log(time_s / (_middle(rates) * wire_bytes)) / noise
         deviation = max(-_CLIP, min(_CLIP, deviation))
         slower, faster = slower.after(deviation), faster.after(-deviation)
     drift: Change | None = None
@@ -193,9 +193,15 @@ def _cost(
     drift: Change | None = None,
 ) -> LinkCost:
     """From the rates of exchanges about as large as `wire_bytes`."""
-    whole = median(rates)
+    whole = _middle(rates)
     overhead_s = min(overhead_s, _OVERHEAD_MOST * whole * wire_bytes)
     return LinkCost(overhead_s, whole - overhead_s / wire_bytes, noise, len(rates), drift)
+
+
+def _middle(rates: list[float]) -> float:
+    """The median of what is in order."""
+    half = len(rates) // 2
+    return rates[half] if len(rates) % 2 else 0.5 * (rates[half - 1] + rates[half])
 
 
 def _rates(samples: Samples, wire_bytes: int) -> list[float]:

@@ -234,6 +234,6 @@ def prices_of(
         bytes_per_k=bytes_per_k,
         dense_bytes=float(state.dense_bytes),
         dense_factor=factor,
-        hide_s=config.delay_steps * ordered[len(ordered) // 2],
+        hide_s=config.delay_of(interval) * ordered[len(ordered) // 2],
         interval=interval,
     )

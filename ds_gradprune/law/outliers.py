@@ -66,7 +66,7 @@ def clip(losses: tuple[float, ...], lows: int, loss: float) -> Clipped:
     middle = ordered[len(ordered) // 2]
     if middle <= loss <= ordered[-1]:
         return Clipped(loss, False, lows)
-    deviations = sorted([abs(x - middle) for x in before])
+    deviations = sorted([abs(x - middle) for x in ordered])  # two runs, which sort fast
     reach = _FAR * max(deviations[len(before) // 2], _ROUNDING * abs(middle))
     if loss > middle:
         # A loss that rises steadily in small steps leaves its median behind, and does not leap.

@@ -70,10 +70,16 @@ class PlanState(NamedTuple):
     is_refined: bool = False
     interval: Interval = 1
 
+    def at(self, interval: int) -> PlanState:
+        """The state at another interval."""
+        return self if interval == self.interval else self._replace(interval=interval)
+
     def after(self, choice: Choice) -> PlanState:
         """The state once a choice is in force."""
         if choice.cause is Cause.HOLD:
-            return self._replace(k=choice.k, steps=self.steps + 1)
+            return PlanState(choice.k, self.steps + 1, self.is_refined, self.interval)
+        if choice.interval is not None:
+            return PlanState(choice.k, 0, False, choice.interval)
         return PlanState(choice.k, 0, 1.0 <= choice.k / self.k < UP_SHARE, self.interval)
 
 
@@ -85,9 +91,12 @@ class _View(NamedTuple):
         best: the highest k that the budget affords, dense aside.
         prices: what a step costs.
         budget_s: what it may cost.
-        budget: the same for a user.
+        is_own: the user has given it.
+        now_s: a step where the plan stands.
+        dense_s: a dense step.
         k_min: least k.
-        is_pinned: the user allows one density alone.
+        has_dense: dense is a way: the user allows more than one density, and no interval that the
+            law has chosen says that there is little room.
         change: how the network has just changed.
         may_fall: enough is known to prune more.
         may_rise: enough is known to prune less.
@@ -98,23 +107,20 @@ class _View(NamedTuple):
     best: int
     prices: Prices
     budget_s: float
-    budget: str
+    is_own: bool
+    now_s: float
+    dense_s: float
     k_min: int
-    is_pinned: bool
+    has_dense: bool
     change: Change | None
     may_fall: bool
     may_rise: bool
     share: float
 
     @property
-    def now_s(self) -> float:
-        """A step where the plan stands."""
-        return self.prices.step_s(self.k)
-
-    @property
-    def dense_s(self) -> float:
-        """A dense step."""
-        return self.prices.step_s(CHUNK_NUMEL)
+    def budget(self) -> str:
+        """The budget for a user."""
+        return f"{'a' if self.is_own else 'an automatic'} budget of {self.budget_s:.3f} s"
 
     @property
     def is_over(self) -> bool:
@@ -144,24 +150,26 @@ def choose(
     Returns:
         With cause HOLD and the reason why where it stays.
     """
-    k = inside(config, state.k)
+    k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
+    k = state.k if state.k == CHUNK_NUMEL else max(k_min, min(k_max, state.k))
     if prices is None or network.cost is None or budget_s is None:
         return Choice(k, Cause.HOLD, "no exchange was timed")
-    kind = "an automatic" if config.step_time_budget_s is None else "a"
-    k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
-    is_late = prices.step_s(k) > budget_s
+    now_s = prices.step_s(k)
+    known = evidence(state, network)
     view = _View(
-        k=k,
-        best=prices.affordable_k(budget_s, k_min, k_max),
-        prices=prices,
-        budget_s=budget_s,
-        budget=f"{kind} budget of {budget_s:.3f} s",
-        k_min=k_min,
-        is_pinned=k_min == k_max,
-        change=network.change,
-        may_fall=_may_fall(state, network, is_late=is_late, is_guarded=is_guarded),
-        may_rise=_may_rise(state, network),
-        share=_share(state, network),
+        k,
+        prices.affordable_k(budget_s, k_min, k_max),
+        prices,
+        budget_s,
+        config.step_time_budget_s is not None,
+        now_s,
+        prices.step_s(CHUNK_NUMEL),
+        k_min,
+        k_min < k_max and state.interval <= config.first_interval,
+        network.change,
+        _may_fall(state, network, known, is_late=now_s > budget_s, is_guarded=is_guarded),
+        may_rise(state, network, known),
+        _share(state, network, known),
     )
     if k == CHUNK_NUMEL:
         return _from_dense(view)
@@ -170,60 +178,57 @@ def choose(
 
 def inside(config: GradientPruningConfig, k: int) -> int:
     """A plan from a checkpoint may lie outside bounds that were changed since."""
-    if k == CHUNK_NUMEL:
-        return k
-    return max(kept_per_chunk(config.density.min), min(kept_per_chunk(config.density.max), k))
+    return (
+        k
+        if k == CHUNK_NUMEL
+        else max(kept_per_chunk(config.density.min), min(kept_per_chunk(config.density.max), k))
+    )
 
 
 # ---- what is known well enough -------------------------------------------------------------------
 
 
-def _evidence(state: PlanState, network: Network) -> int:
-    """Exchanges of about this size that speak for or against a move."""
+def evidence(state: PlanState, network: Network) -> int:
+    """Exchanges of about this size that speak for or against a move; the cost is known."""
     assert network.cost is not None
     samples = network.cost.samples
     return samples if state.is_refined else min(samples, state.steps)
 
 
-def _may_fall(state: PlanState, network: Network, *, is_late: bool, is_guarded: bool) -> bool:
+def _may_fall(
+    state: PlanState, network: Network, known: int, *, is_late: bool, is_guarded: bool
+) -> bool:
     if network.change is not None:
         return True
     usual = patience(DOWN_STEPS, state.interval, WRONG_STEPS)
     is_fresh = not state.is_refined and state.steps < WRONG_STEPS + usual
     wanted = WRONG_STEPS if is_fresh and is_late else usual
-    return _evidence(state, network) >= wanted and not is_guarded
+    return known >= wanted and not is_guarded
 
 
-def _may_rise(state: PlanState, network: Network) -> bool:
-    if network.change == "faster" or _evidence(state, network) >= _up_exchanges(state):
+def may_rise(state: PlanState, network: Network, known: int) -> bool:
+    """Enough is known to prune less, with so much evidence."""
+    if network.change == "faster":
         return True
-    return _is_soon(state, network)
+    usual = patience(UP_STEPS, state.interval, SOON_STEPS)
+    return known >= usual or _is_soon(state, known, usual)
 
 
-def _is_soon(state: PlanState, network: Network) -> bool:
+def _is_soon(state: PlanState, known: int, usual: int) -> bool:
     """The plan has moved lately, and a few exchanges have shown what came of it."""
-    usual = _up_exchanges(state)
-    is_fresh = not state.is_refined and state.steps < usual
-    return is_fresh and SOON_STEPS <= _evidence(state, network) < usual
+    return not state.is_refined and state.steps < usual and SOON_STEPS <= known < usual
 
 
-def _up_exchanges(state: PlanState) -> int:
-    return patience(UP_STEPS, state.interval, SOON_STEPS)
-
-
-def _share(state: PlanState, network: Network) -> float:
+def _share(state: PlanState, network: Network, known: int) -> float:
     """So many times the density must fit before it rises."""
     if network.change == "faster":
         return UP_SHARE_CHANGED
-    if _is_soon(state, network):
+    if _is_soon(state, known, patience(UP_STEPS, state.interval, SOON_STEPS)):
         return UP_SHARE_SOON
-    least, most = (
-        patience(steps, state.interval, REFINE_LEAST)
-        for steps in (link_cost.WINDOW_STEPS, REFINE_STEPS)
-    )
-    can_refine = not state.is_refined and state.steps < most
-    is_known = _evidence(state, network) >= least
-    return UP_SHARE_REFINED if can_refine and is_known else UP_SHARE
+    if state.is_refined or state.steps >= patience(REFINE_STEPS, state.interval, REFINE_LEAST):
+        return UP_SHARE
+    wanted = patience(link_cost.WINDOW_STEPS, state.interval, REFINE_LEAST)
+    return UP_SHARE_REFINED if known >= wanted else UP_SHARE
 
 
 # ---- the rules, in their order -------------------------------------------------------------------
@@ -246,10 +251,10 @@ def _from_dense(view: _View) -> Choice:
 
 def _to_dense(view: _View) -> Choice | None:
     """Dense where it fits the budget, or is faster than the best pruned step."""
-    if view.is_pinned or not view.prices.dense_bytes:
+    if not view.has_dense or not view.prices.dense_bytes:
         return None
     # Where dense is the way to meet a budget, pruning harder first would be a detour.
-    may_go = view.may_rise or view.change is not None or (view.is_over and view.may_fall)
+    may_go = view.may_rise or view.change is not None or (view.may_fall and view.is_over)
     if not may_go or view.dense_s >= max(view.now_s, view.budget_s):
         return None
     if view.prices.fits(CHUNK_NUMEL, view.budget_s):
@@ -264,7 +269,7 @@ def _to_dense(view: _View) -> Choice | None:
 
 def _down(view: _View) -> Choice | None:
     """Prune more where the budget is missed."""
-    if view.best < view.k and view.is_over and view.may_fall:
+    if view.best < view.k and view.may_fall and view.is_over:
         text = f"step {view.now_s:.3f} s against {view.budget}"
         return Choice(view.best, Cause.OVER_BUDGET, text)
     return None

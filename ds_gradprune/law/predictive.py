@@ -7,11 +7,12 @@
         |
         |   budget: the user's, or a step at the density that learns most per second
         |           (`progress_model`)
+        |   interval: with "sync_every": "auto", one octave at a time (`interval`)
         |   plan:   the highest density that the budget affords, moved seldom (`plan`)
         |
         |-- P(t) missed: the plan times 2, 4, 8 for a bounded time (`loss_arm`)
         v
-    density of step t + 1
+    density of the next exchange, and how many steps it is away
 
 So missed performance has priority over the budget, but not for ever; a missed budget moves the
 density to where it is met, in one step; and if both hold, nothing moves but for a change of the
@@ -28,14 +29,22 @@ from typing import NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.law import interval as intervals
 from ds_gradprune.law import learning, loss_arm, network, outliers, plan
-from ds_gradprune.law.decision import Cause, Choice, Decision, Density, move, name
+from ds_gradprune.law.decision import (
+    Cause,
+    Choice,
+    Decision,
+    Density,
+    Interval,
+    move,
+    name,
+)
 from ds_gradprune.law.learning import LossWindow
 from ds_gradprune.law.loss_arm import ArmState, Verdict
 from ds_gradprune.law.network import NetworkState
 from ds_gradprune.law.plan import PlanState
-from ds_gradprune.law.prices import Prices, ladder
-from ds_gradprune.law.progress_model import best_k
+from ds_gradprune.law.prices import Prices
 from ds_gradprune.law.schedule import (
     first_decision,
     next_exchange,
@@ -64,6 +73,7 @@ class PredictiveState(NamedTuple):
         arm: what the losses ask for.
         compute_times_s: the last compute times, oldest first.
         network: what is known of the exchanges.
+        interval: optimizer steps up to the exchange that is next or under way.
     """
 
     density: Density
@@ -73,6 +83,7 @@ class PredictiveState(NamedTuple):
     arm: ArmState = ArmState()
     compute_times_s: tuple[Seconds, ...] = ()
     network: NetworkState = NetworkState()
+    interval: Interval = 1
 
 
 def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
@@ -85,8 +96,8 @@ def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
         State and decision.
     """
     decision = first_decision(config)
-    planned = PlanState(kept_per_chunk(config.density.initial), interval=config.sync_every)
-    return PredictiveState(decision.density, planned), decision
+    planned = PlanState(kept_per_chunk(config.density.initial), interval=decision.interval)
+    return PredictiveState(decision.density, planned, interval=decision.interval), decision
 
 
 def update(
@@ -102,42 +113,71 @@ def update(
     Returns:
         The new state, and the decision for the next exchange.
     """
-    planned = state.plan._replace(interval=config.sync_every)
-    interval = planned.interval
+    interval = intervals.inside(config, state.interval)
+    planned = state.plan.at(intervals.inside(config, state.plan.interval))
     net = network.observe(state.network, signals)
     computes_s = _computes(state, signals, interval)
     heard = _listen(config, state, signals, interval)
-    prices = network.prices_of(config, net, computes_s, interval)
+    prices = network.prices_of(config, net, computes_s, planned.interval)
     budget_s = _budget_s(config, state, prices, signals.step)
-    step, arm = next_exchange(config, signals.step, interval), state.arm
-    choice = scheduled(config, step)
+    arm, after = state.arm, interval
+    choice = scheduled(config, next_exchange(config, signals.step, interval))
     if choice is None:
         arm, verdict = _ask_arm(config, state, signals, heard, interval)
-        wanted = plan.choose(config, planned, net, prices, budget_s, is_guarded=arm.guard > 0)
-        if signals.nonfinite and net.change is None:
-            wanted = Choice(plan.inside(config, planned.k), Cause.HOLD, "")
+        wanted = _plan(config, planned, net, prices, budget_s, arm, signals)
         planned = planned.after(wanted)
-        choice = _choose(config, state, arm, verdict, wanted, is_nonfinite=signals.nonfinite)
+        if wanted.interval is not None and prices is not None:
+            prices = prices.at(planned.interval, config.delay_of(planned.interval))
+        choice = _choose(
+            config, state, arm, verdict, wanted, planned.interval, is_nonfinite=signals.nonfinite
+        )
+        after = interval if choice.interval is None else choice.interval
     reason = choice.text
     if net.change is not None and choice.cause is not Cause.NETWORK_CHANGED:
         rate = "" if prices is None else prices.rate_text
         reason += f"; exchanges became {net.change}{rate}"
     density = choice.k / CHUNK_NUMEL
     decision = Decision(
-        step=step,
+        step=next_exchange(config, signals.step, after),
         density=density,
         cause=choice.cause,
         reason=reason,
         performance=heard.p,
         budget_s=budget_s,
         network_changed=net.change is not None,
-        predicted_step_s=None if prices is None else prices.step_s(choice.k),
+        predicted_step_s=intervals.predicted_s(config, prices, choice.k, after),
         rate_bytes_per_s=None if prices is None else 1.0 / prices.seconds_per_byte,
-        interval=interval,
+        interval=after,
     )
     return PredictiveState(
-        density, planned, heard.window, heard.lows, arm, computes_s, net.state
+        density, planned, heard.window, heard.lows, arm, computes_s, net.state, after
     ), decision
+
+
+def _plan(
+    config: GradientPruningConfig,
+    planned: PlanState,
+    net: network.Network,
+    prices: Prices | None,
+    budget_s: float | None,
+    arm: ArmState,
+    signals: StepSignals,
+) -> Choice:
+    """What the budget affords: another interval, or another density at this one."""
+    if signals.nonfinite and net.change is None:
+        return Choice(plan.inside(config, planned.k), Cause.HOLD, "")
+    is_guarded = arm.guard > 0
+    turn = intervals.choose(
+        config,
+        planned,
+        net,
+        prices,
+        budget_s,
+        signals.step,
+        is_guarded=is_guarded,
+        is_missed=arm.raises > 0,
+    )
+    return turn or plan.choose(config, planned, net, prices, budget_s, is_guarded=is_guarded)
 
 
 def _computes(state: PredictiveState, signals: StepSignals, interval: int) -> tuple[float, ...]:
@@ -207,16 +247,9 @@ def _budget_s(
     """
     if config.step_time_budget_s is not None or prices is None:
         return config.step_time_budget_s
-    k = best_k(
-        prices,
-        config.prune,
-        step,
-        kept_per_chunk(config.density.min),
-        kept_per_chunk(config.density.max),
-        # Going dense or back needs more than being level: who is there stays there.
-        dense_share=1.0 / plan.CHEAPER if state.plan.k == CHUNK_NUMEL else plan.CHEAPER,
-    )
-    return prices.step_s(k) + prices.margin_s(k)
+    # Going dense or back needs more than being level: who is there stays there.
+    share = 1.0 / plan.CHEAPER if state.plan.k == CHUNK_NUMEL else plan.CHEAPER
+    return intervals.budget_at(config, prices, step, dense_share=share)
 
 
 def _choose(
@@ -225,13 +258,20 @@ def _choose(
     arm: ArmState,
     verdict: Verdict,
     wanted: Choice,
+    planned: int,
     *,
     is_nonfinite: bool,
 ) -> Choice:
-    """The plan, doubled as often as the losses ask for."""
+    """The plan, doubled as often as the losses ask for; with the interval, where that moves."""
     before, k = round(state.density * CHUNK_NUMEL), wanted.k
-    if k != CHUNK_NUMEL and arm.raises:
-        k = max(k, min(kept_per_chunk(config.density.max), ladder(k << arm.raises)))
+    if config.sync_every == "auto":
+        used = intervals.inside(config, state.interval)
+        k, interval = intervals.raised(config, k, planned, arm.raises)
+        k, interval = intervals.one_octave(config, k, interval, used)
+        if interval != used:
+            return intervals.turn(before, k, used, interval, verdict, wanted)
+    elif k != CHUNK_NUMEL and arm.raises:
+        k = intervals.doubled(config, k, arm.raises)
     if is_nonfinite and k == before:
         return Choice(k, Cause.HOLD, f"a gradient or the loss is not finite: hold at {name(k)}")
     if verdict.event == "raise":

@@ -85,18 +85,36 @@ class Prices(NamedTuple):
         return max(0.0, self.comm_s(k) - hidden_s)
 
     def step_s(self, k: int) -> float:
-        """Of a typical step."""
-        return self.local_s(k) + self.exposed_s(k) / self.interval
+        """Of a typical step: `local_s` and `exposed_s` in one, since the law asks often."""
+        interval = self.interval
+        if k == CHUNK_NUMEL:
+            comm_s = self.overhead_s + self.seconds_per_byte * self.dense_factor * self.dense_bytes
+            return self.compute_s + self.dense_codec_s / interval + max(0.0, comm_s) / interval
+        comm_s = self.overhead_s + self.seconds_per_byte * (self.fixed_bytes + self.bytes_per_k * k)
+        local_s = self.compute_s + self.codec_s / interval + self.codec_per_k_s * k / interval
+        return local_s + max(0.0, comm_s - self.hide_s) / interval
+
+    def at(self, interval: int, delay_steps: int) -> Prices:
+        """The same at another interval, of which an exchange travels through some steps."""
+        return self._replace(interval=interval, hide_s=delay_steps * self.compute_s)
 
     @property
     def rate_text(self) -> str:
         """The link's rate for a user, in parentheses and with a blank before it."""
         return f" ({8e-6 / self.seconds_per_byte:.3g} Mbit/s)"
 
-    @property
-    def per_k_s(self) -> float:
-        """Of every kept element per chunk, in codec and exchange."""
-        return self.codec_per_k_s + self.seconds_per_byte * self.bytes_per_k
+    def hides(self, k: int) -> bool:
+        """A pruned exchange with k hides behind the computation as a whole."""
+        return self.hide_s > 0.0 and self.comm_s(k) <= self.hide_s
+
+    def lines(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """A step's seconds as (fixed, per kept element): where exchanges hide, and where not."""
+        local_s, fixed_s = self.local_s(0), self.step_s(0)
+        if self.hide_s > 0.0:
+            fixed_s = local_s + (self.comm_s(0) - self.hide_s) / self.interval
+        wire_s = self.seconds_per_byte * self.bytes_per_k
+        hidden = (local_s, self.codec_per_k_s / self.interval)
+        return hidden, (fixed_s, (self.codec_per_k_s + wire_s) / self.interval)
 
     def margin_s(self, k: int) -> float:
         """What `fits` wants above `step_s` where only the exchange scatters, and a hair."""

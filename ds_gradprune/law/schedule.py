@@ -31,7 +31,7 @@ def first_decision(config: GradientPruningConfig) -> Decision:
         performance=None,
         budget_s=config.step_time_budget_s,
         network_changed=False,
-        interval=config.sync_every,
+        interval=config.first_interval,
     )
 
 

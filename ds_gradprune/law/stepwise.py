@@ -74,7 +74,7 @@ def update(
 ) -> tuple[StepwiseState, Decision]:
     """Take in one step's signals and decide for the step after it; see `law.update`."""
     loss = None if signals.nonfinite else signals.loss
-    form, interval = config.performance_form, config.sync_every
+    form, interval = config.performance_form, config.first_interval
     window_size = config.window_losses(interval)
     window, p = learning.observe(state.window, loss, window_size=window_size, form=form)
     alarms, change, locals_s = state.alarm, None, state.local_times_s
@@ -118,7 +118,7 @@ def _decide(
     budget_s: float | None,
 ) -> tuple[Choice, Change | None]:
     """The rules in their order, and the change that is still to be adjusted to."""
-    choice = scheduled(config, next_exchange(config, signals.step, config.sync_every))
+    choice = scheduled(config, next_exchange(config, signals.step, config.first_interval))
     if choice is not None:
         return choice, None
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
@@ -137,11 +137,11 @@ def _decide(
     step_s, numel = median(state.step_times_s), len(state.step_times_s)
     if step_s <= budget_s:
         text = f"{learned}, step {step_s:.3f} s within {budget_s:.3f} s"
-        wanted = _confirming(config.sync_every)
+        wanted = _confirming(config.first_interval)
         return _adjust(state, signals, k, less, budget_s - step_s, text, wanted)
     kind = "an automatic" if config.step_time_budget_s is None else "the"
     text = f"step {step_s:.3f} s over {kind} budget of {budget_s:.3f} s"
-    wanted = _confirming(config.sync_every)
+    wanted = _confirming(config.first_interval)
     if numel < wanted and state.change != "slower":
         return _hold(k, f"{text} in {numel} of {wanted} steps"), state.change
     going_on = state.change if state.change == "slower" else None

@@ -9,7 +9,6 @@ All functions are local.
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,63 +21,12 @@ from ds_gradprune.law.consensus import aggregate
 from ds_gradprune.law.decision import Decision
 from ds_gradprune.law.signals import RankSignals, StepSignals
 from ds_gradprune.law.state import from_plain, to_plain
+from ds_gradprune.train.loop_state import LoopState, Timed
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.train.stopwatch import Stopwatch
 
 FORMAT = 3
 """Of the state in a checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Timed:
-    """What this rank measured in its last exchange; rides in the next one's headers.
-
-    Attributes:
-        density: kept / all, as used.
-        steps: optimizer steps whose computation was measured with it.
-        compute_time_s: None: not seen from its start.
-        codec_time_s: select, encode, decode, apply.
-        comm_time_s: waiting for the exchange.
-        wire_bytes: sent by this rank.
-        dense_bytes: what it would have sent without pruning.
-    """
-
-    density: float
-    steps: int
-    compute_time_s: float | None
-    codec_time_s: float
-    comm_time_s: float
-    wire_bytes: int
-    dense_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LoopState:
-    """Everything of a loop that affects the next step.
-
-    Attributes:
-        step: finished optimizer steps.
-        last_exchange: the step that the last exchange followed; 0: none yet.
-        reported: the step that the last finished exchange followed.
-        measured: steps that were finished when it was.
-        agreement: running crc of decisions and of hashes of the weights.
-        law: state of the law.
-        decision: what holds for the next exchange.
-        timed: see there; None before the first exchange.
-        totals: sums over the run.
-        stopwatch: of the interval under way.
-    """
-
-    step: int
-    last_exchange: int
-    reported: int
-    measured: int
-    agreement: int
-    law: law.State
-    decision: Decision
-    timed: Timed | None
-    totals: Totals
-    stopwatch: Mapping[str, Any]
 
 
 class Loop:
@@ -99,7 +47,6 @@ class Loop:
 
     def __init__(self, config: GradientPruningConfig, clock: Callable[[], float]) -> None:
         self._config = config
-        self._every = config.sync_every if config.prune == "update" else 1
         self.stopwatch = Stopwatch(clock)
         self.step = self.last_exchange = self._reported = self._measured = self._agreement = 0
         self._has_stepped = False
@@ -122,7 +69,13 @@ class Loop:
     @property
     def is_due(self) -> bool:
         """An exchange of updates begins after the step under way."""
-        return self.exchange_step - self.last_exchange >= self._every
+        return self.exchange_step - self.last_exchange >= self.interval
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps from the last exchange to the one that is next or under way."""
+        every = self._config.sync_every
+        return self.decision.interval if every == "auto" else every
 
     def begin_step(self) -> None:
         """The step's first forward begins; further calls in the same step change nothing."""
@@ -188,6 +141,7 @@ class Loop:
         timed = Timed(
             used.density,
             max(1, finished - self._measured),
+            0 if used.density == 1.0 else self._config.delay_of(self.interval),
             times.compute_s if is_seen else None,
             times.codec_s,
             times.wire_s + times.hidden_s,
@@ -198,7 +152,8 @@ class Loop:
         self._law, self.decision = law.update(self._config, self._law, signals)
         steps, self._reported = step - self._reported, step
         self._timed, self._measured = timed, finished
-        self._agree(struct.pack("<Id", self.decision.step, self.decision.density))
+        decided = self.decision
+        self._agree(struct.pack("<IdI", decided.step, decided.density, decided.interval))
         self.report = StepReport(
             step=step,
             steps=steps,
@@ -219,6 +174,10 @@ class Loop:
         )
         self.totals = self.totals.plus(self.report)
         return self.report
+
+    def note_learning(self, time: float) -> None:
+        """Fold the learning-rate time of the round into what the next headers compare."""
+        self._agree(struct.pack("<d", time))
 
     def note_weights(self, crc: int) -> None:
         """Fold a hash of the weights into what the next headers compare.
@@ -293,8 +252,7 @@ class Loop:
         """What all ranks said as one record; the times are of the exchange before."""
         if before is None:
             return aggregate(step, ranks, None, 0)
-        hidden_steps = 0 if before.density == 1.0 else self._config.delay_steps
-        share = min(1.0, hidden_steps / before.steps)
+        share = min(1.0, before.hide_steps / before.steps)
         return aggregate(
             step, ranks, before.density, before.dense_bytes, share, interval=before.steps
         )

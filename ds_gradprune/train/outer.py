@@ -13,13 +13,14 @@ all islands, so its state is bit-identical everywhere.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from ds_gradprune.bucket.apply import scatter_add
 from ds_gradprune.bucket.block import SparseBlock
 from ds_gradprune.errors import CheckpointError
+from ds_gradprune.law.arithmetic import power
 
 SLOW_STEPS = 100
 """Optimizer steps that the slow momentum averages over."""
@@ -186,7 +187,63 @@ class SlowMomentum:
         self._drifts = [drift.detach().clone() for drift in state]
 
 
-def make_rule(slow_momentum: float, sync_every: int) -> OuterRule:
+TIME_GRID = 2.0**16
+"""A round's learning-rate time is a whole number of these parts of a step."""
+
+
+class TimedMomentum(SlowMomentum):
+    """The slow momentum of rounds that differ.
+
+    With `time` what a round lasts, and `decay` that of a step at the highest learning rate::
+
+        drift = decay^time * (time / time before) * drift + strength * (1 - decay^time) * move
+
+    A lasting move becomes 1 + strength times as far, as with `SlowMomentum`, whose numbers these
+    are if the time is always the same.
+
+    Args:
+        strength: how much of the average is added per exchange, > 0.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__(strength, 0.0)
+        self._strength = strength
+        self._time = 1.0
+
+    def elapse(self, time: float) -> None:
+        """The exchange that is next ends a round that has lasted so long.
+
+        Args:
+            time: steps at the highest learning rate; a round at rate 0 counts as next to none.
+        """
+        time = max(time, 1.0 / TIME_GRID)
+        left = power(1.0 - 1.0 / SLOW_STEPS, time)
+        self._decay = left * (time / self._time)
+        self._share = self._strength * (1.0 - left)
+        self._time = time
+
+    def state_dict(self) -> Any:
+        """See `OuterRule`."""
+        return {"time": self._time, "drifts": super().state_dict()}
+
+    def read(self, state: Any) -> Any:
+        """See `OuterRule`. What a run with a fixed interval saved is taken, too."""
+        if not isinstance(state, dict):
+            return {"time": self._time, "drifts": super().read(state)}
+        if not isinstance(state.get("time"), float) or not state["time"] > 0.0:
+            raise CheckpointError(
+                "the pruning state's slow momentum must have a time above 0, got "
+                f"{state.get('time')!r}. Resume from another checkpoint."
+            )
+        return {"time": state["time"], "drifts": super().read(state.get("drifts"))}
+
+    def take(self, state: Any) -> None:
+        """See `OuterRule`."""
+        self._time = state["time"]
+        super().take(state["drifts"])
+
+
+def make_rule(slow_momentum: float, sync_every: int | Literal["auto"]) -> OuterRule:
     """The rule that a configuration asks for.
 
     Args:
@@ -195,6 +252,8 @@ def make_rule(slow_momentum: float, sync_every: int) -> OuterRule:
     """
     if not slow_momentum:
         return Scale()
+    if sync_every == "auto":
+        return TimedMomentum(slow_momentum)
     return SlowMomentum(slow_momentum, slow_decay(sync_every))
 
 

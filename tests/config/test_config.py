@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_gradprune.config import BLOCK, GradientPruningConfig, LinkPoint, load_block
+from ds_gradprune.config import (
+    BLOCK,
+    INTERVALS,
+    GradientPruningConfig,
+    LinkPoint,
+    load_block,
+)
 from ds_gradprune.errors import ConfigError
 
 
@@ -64,7 +70,9 @@ def test_full_block_is_read() -> None:
     assert config.density.max == 1.0
 
 
-@pytest.mark.parametrize("name", sorted({*GradientPruningConfig.model_fields} - {"overlap"}))
+@pytest.mark.parametrize(
+    "name", sorted({*GradientPruningConfig.model_fields} - {"overlap", "sync_every"})
+)
 def test_auto_means_the_default(name: str) -> None:
     assert getattr(load({name: "auto"}), name) == getattr(load({}), name)
 
@@ -77,6 +85,42 @@ def test_true_stands_for_auto_where_auto_is_a_value() -> None:
 
 def test_auto_is_a_value_of_overlap() -> None:
     assert (load({}).overlap, load({"overlap": "auto"}).overlap) == (False, "auto")
+
+
+def test_auto_lets_the_law_choose_the_interval() -> None:
+    config = load({"sync_every": "auto", "overlap": "auto"})
+    assert (config.sync_every, config.first_interval, config.residual_form) == ("auto", 4, "reset")
+    assert [config.delay_of(every) for every in INTERVALS] == [1, 1, 1, 2, 4, 8]
+    assert load({"sync_every": 5}).first_interval == 5
+
+
+@pytest.mark.parametrize(
+    ("block", "fault"),
+    [
+        ({"sync_every": True}, 'sync_every must be a whole number or "auto", got true.'),
+        ({"sync_every": "4"}, 'sync_every must be a whole number or "auto", got "4".'),
+        ({"sync_every": None}, 'sync_every must be a whole number or "auto", got null.'),
+        ({"sync_every": 1.5}, "sync_every must be a whole number, got 1.5."),
+        ({"sync_every": 10**7}, "sync_every must be at most 1000000, got 10000000."),
+        (
+            {"sync_every": "auto", "residual": "used"},
+            'residual must be "reset" or null with sync_every = "auto", got "used". One form must '
+            "serve all intervals. Leave it out, or set sync_every to a number.",
+        ),
+        (
+            {"sync_every": "auto", "controller": "stepwise"},
+            'controller must be "predictive" with sync_every = "auto", got "stepwise". Leave it '
+            "out, or set sync_every to a number.",
+        ),
+        (
+            {"sync_every": "auto", "prune": "gradient"},
+            'sync_every must be 1 with prune = "gradient", got "auto". Leave it out, or set prune '
+            'to "update".',
+        ),
+    ],
+)
+def test_interval_is_a_number_or_auto(block: dict[str, Any], fault: str) -> None:
+    assert faults_of(block) == [fault]
 
 
 def test_auto_inside_a_block_means_the_default() -> None:

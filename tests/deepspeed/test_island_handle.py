@@ -27,6 +27,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "fp32": {"block": ADAPTIVE},
     "bf16": {"block": ADAPTIVE, "bf16": True},
     "sync_every-4": {"block": ADAPTIVE | {"sync_every": 4}, "gas": 2},
+    "auto": {"block": ADAPTIVE | {"sync_every": "auto", "slow_momentum": 1.0}},
     "slow-momentum": {"block": ADAPTIVE | {"slow_momentum": 1.0}},
     # The virtual clock is read by the exchange's thread too, so times differ from run to run.
     "overlap": {"block": {"overlap": "auto", "sync_every": 4, "residual": "reset"}},

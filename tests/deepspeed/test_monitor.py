@@ -318,6 +318,16 @@ def test_a_ramp_is_told_once() -> None:
     assert told({}, begins, *goes_on) == [("INFO", "step 11: ramp (ramp)")]
 
 
+def test_a_change_of_the_interval_is_told_where_the_law_makes_it() -> None:
+    every = [report(decision_interval=4), report(decision_interval=8), report(decision_interval=8)]
+    for one in every:
+        object.__setattr__(one, "density", one.decision.density)
+    assert [level for level, _ in told({"sync_every": "auto"}, *every)] == ["INFO"]
+    assert told({"step_time_budget_s": 0.2, "sync_every": "auto"}, hopeless())[-1][1].endswith(
+        "Raise step_time_budget_s or lower density.min."
+    )
+
+
 LEAST = 5 / 4096
 """The kernel's step above density.min = 0.001."""
 
@@ -335,7 +345,7 @@ def test_a_budget_that_cannot_be_met_is_warned_of_once() -> None:
             "WARNING",
             "step 11: the budget of 0.2 s per step cannot be met: at the lowest density, "
             "0.0012207, a step takes 0.5 s, 0.3 s of them for computation. Raise "
-            "step_time_budget_s, lower density.min, or raise sync_every.",
+            "step_time_budget_s, raise sync_every, or lower density.min.",
         )
     ]
 

@@ -114,7 +114,7 @@ class IslandRun:
         computes = [math.exp(0.1 * self.noise * self.rng.gauss(0.0, 1.0)) for _ in range(interval)]
         compute_s = COMPUTE_S * math.fsum(computes)
         codec_s = 0.0 if used == 1.0 else CODEC_S
-        hidden_s = 0.0 if used == 1.0 else delay_steps(self.config, interval) * COMPUTE_S
+        hidden_s = 0.0 if used == 1.0 else self.config.delay_of(interval) * COMPUTE_S
         step_s = compute_s + codec_s + max(0.0, wire_s - hidden_s)
         self.steps_s.append((interval, step_s / interval))
         self._timed = {
@@ -127,7 +127,3 @@ class IslandRun:
             "dense_bytes": DENSE_BYTES,
             "interval": interval,
         }
-
-
-def delay_steps(config: GradientPruningConfig, interval: int) -> int:
-    return config.delay_steps

@@ -1,0 +1,102 @@
+"""Rounds over a transport that holds up: equal bits on all islands, and a resume changes none."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ds_gradprune.config import DensityConfig, GradientPruningConfig
+from ds_gradprune.wire.loopback import LoopbackTransport
+from tests.helpers.ranks import run_ranks
+from tests.helpers.rounds_bench import COMPUTE_S, Bench
+
+STEPS = 1000
+SAVED = (137, 500, 861)
+BUDGET_S = 1.3 * COMPUTE_S
+
+MODES: dict[str, dict[str, Any]] = {
+    "every step, used": {"sync_every": 1},
+    "every step, reset": {"sync_every": 1, "residual": "reset"},
+    "every 4, used": {"sync_every": 4, "residual": "used"},
+    "every 4, reset, slow momentum": {"sync_every": 4, "slow_momentum": 1.0},
+    "every 10, 2 bits": {"sync_every": 10, "value_bits": 2},
+    "auto": {"sync_every": "auto"},
+    "auto, slow momentum": {"sync_every": "auto", "slow_momentum": 1.0, "value_bits": 2},
+    "auto, unpruned warm-up": {"sync_every": "auto", "warmup_steps": 40, "warmup": "unpruned"},
+    "auto, waited for": {"sync_every": "auto", "overlap": False},
+}
+
+
+def config_of(mode: str) -> GradientPruningConfig:
+    base: dict[str, Any] = {
+        "overlap": "auto",
+        "warmup_steps": 0,
+        "ramp_steps": 8,
+        "step_time_budget_s": BUDGET_S,
+        "density": DensityConfig(initial=0.05, min=0.001, max=0.25),
+        "window_size": 32,
+    }
+    return GradientPruningConfig(**(base | MODES[mode]))
+
+
+def whole_s(step: int) -> float:
+    """Seconds of an exchange that sends everything: the link slows, recovers, and slows again."""
+    return (3.0, 60.0, 3.0, 25.0)[step * 4 // (STEPS + 1)]
+
+
+def rate_of(step: int) -> float:
+    return 0.01 * (1.0 - 0.0007 * step)
+
+
+def train(bench: Bench, first: int, saved: dict[int, Any]) -> list[int]:
+    crcs = []
+    for step in range(first, STEPS + 1):
+        bench.step()
+        crcs.append(bench.islands.weights.crc())
+        if step in SAVED:
+            saved[step] = bench.save()
+    bench.rounds.land()
+    return [*crcs, bench.islands.weights.crc(), bench.islands.weights.own_crc()]
+
+
+def held_up(seed: int) -> Callable[[str, int, int], None]:
+    turn, pause = random.Random(seed), threading.Event()
+
+    def hold_up(_operation: str, _rank: int, _call: int) -> None:
+        if turn.random() < 0.2:
+            pause.wait(turn.random() * 1e-3)
+
+    return hold_up
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.timeout(120)
+def test_equal_bits_under_random_delays_and_after_a_resume(mode: str) -> None:
+    config = config_of(mode)
+    saved: list[dict[int, Any]] = [{}, {}]
+
+    def whole(transport: LoopbackTransport) -> tuple[list[int], list[int]]:
+        bench = Bench(transport, config, whole_s, rate_of)
+        return train(bench, 1, saved[transport.rank]), bench.intervals
+
+    def resumed(transport: LoopbackTransport) -> list[int]:
+        at = SAVED[1]
+        bench = Bench(transport, config, whole_s, rate_of)
+        bench.load(saved[transport.rank][at])
+        return train(bench, at + 1, {})
+
+    (one, intervals), (other, others) = run_ranks(2, whole, delay=held_up(1))
+    assert one[:-1] == other[:-1]  # the own weights, the last, are each island's
+    assert intervals == others
+    assert len(set(one)) > STEPS // 40
+    again = run_ranks(2, resumed, delay=held_up(2))
+    assert again[0] == one[SAVED[1] :]
+    assert again[1] == other[SAVED[1] :]
+    if config.sync_every == "auto":
+        assert {4, 8, 16} <= set(intervals)
+        steps = [a / b for a, b in zip(intervals[1:], intervals[:-1], strict=True)]
+        assert set(steps) <= {0.5, 1.0, 2.0}
