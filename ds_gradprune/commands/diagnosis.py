@@ -113,9 +113,9 @@ class Diagnosis:
         paying = [o for o in self.outlooks if o.recommended is not None]
         return (measured or paying or list(self.outlooks))[0]
 
-    def gap(self, setting: Setting) -> loss_gap.Gap | None:
-        """The loss that a setting is expected to cost; None: unknown."""
-        return loss_gap.expected(setting, self.job.islands, self.job.numel)
+    def gap(self, setting: Setting) -> loss_gap.Gap:
+        """The loss that a setting is expected to cost."""
+        return loss_gap.expected(setting, self.job.islands, self.job.numel, self.job.tokens)
 
     def block(self, warmup_steps: int) -> dict[str, Any]:
         """The block to paste.
@@ -160,7 +160,7 @@ class Diagnosis:
                 for o in self.outlooks
             ],
             "loss_gap_percent": {
-                s.name: None if gap is None else [gap.percent, gap.sigma]
+                s.name: [gap.percent, gap.low, gap.high]
                 for s in main.pruned
                 for gap in [self.gap(s)]
             },

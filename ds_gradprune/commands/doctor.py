@@ -187,6 +187,7 @@ def job_of(
         stage=plan.stage,
         accumulation=plan.accumulation,
         element_bytes=2 if plan.is_bf16 else 4,
+        tokens=plan.batch * plan.accumulation * local[0]["tokens"] * lines[0].slots,
     )
 
 
@@ -231,6 +232,7 @@ def notes_of(hosts: Hosts, plan: Plan) -> list[str]:
         )
     if plan.block.prune == "gradient":
         notes.append("The codec was measured on updates; that of gradients takes about as long.")
+        notes.append("The losses are those of islands; pruned gradients lose more.")
     return notes
 
 

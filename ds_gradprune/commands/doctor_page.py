@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_gradprune.commands import loss_gap
 from ds_gradprune.commands.diagnosis import Column, Diagnosis, Outlook
-from ds_gradprune.commands.forecast import Setting, exchange_bytes
+from ds_gradprune.commands.forecast import exchange_bytes
 from ds_gradprune.commands.pairs import Pair
 from ds_gradprune.law.verdict import PAYS
 
@@ -161,36 +161,26 @@ def _table(found: Diagnosis) -> Iterator[str]:
             + ("*" if setting == o.recommended else " ")
             for o in outlooks
         ]
-        gap = found.gap(setting)
         edge = outlooks[0].break_even_mbit(setting)
-        rows.append([setting.name, *cells, rate(edge), "unknown" if gap is None else gap.text])
+        rows.append([setting.name, *cells, rate(edge), found.gap(setting).text])
     yield from table(head, rows)
     yield from _wrapped(
         "* recommended for that link. Break-even: below this link rate, in Mbit/s of payload, the "
         "setting is faster than dense. Loss: expected gap of the final validation loss to dense "
-        "training after equally many steps."
+        "training after equally many steps, and one standard deviation of it."
     )
 
 
 def _gaps(found: Diagnosis) -> Iterator[str]:
     """Where the expected losses come from."""
-    numel, known = found.job.numel, dict[str, None]()
-    unknown: list[Setting] = []
-    for setting in found.main.pruned:
-        gap = found.gap(setting)
-        if gap is None:
-            unknown.append(setting)
-        else:
-            known |= {loss_gap.source_text(row): None for row in gap.sources}
-    for text in known:
-        yield from _wrapped(f"loss: {text}")
-    if unknown:
-        nearest = loss_gap.nearest_measured(found.main.best, numel)
-        yield from _wrapped(
-            f"loss unknown: nothing was measured close to {found.job.islands} islands, "
-            f"{numel / 1e6:.2g}M parameters and these settings. Nearest: "
-            f"{loss_gap.source_text(nearest)}"
-        )
+    job = found.job
+    nearest = loss_gap.nearest_measured(found.main.best, job.islands, job.numel)
+    yield from _wrapped(
+        f"loss: a power law through {len(loss_gap.TABLE)} simulated cases of training from "
+        f"nothing, for {job.islands} islands, {job.numel / 1e6:.2g}M parameters and "
+        f"{job.tokens:,} tokens a step and island. Nearest of them: "
+        f"{loss_gap.source_text(nearest)}"
+    )
 
 
 def _verdict(found: Findings) -> Iterator[str]:

@@ -61,6 +61,7 @@ class Job:
         stage: of ZeRO.
         accumulation: micro-steps of a step.
         element_bytes: bytes of a gradient or weight in DeepSpeed's own collectives.
+        tokens: of a step and island.
     """
 
     numel: int
@@ -70,6 +71,7 @@ class Job:
     stage: int = 0
     accumulation: int = 1
     element_bytes: int = 4
+    tokens: int = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,11 +163,6 @@ class Update(Pruned):
             product lets them; False: they wait.
         local_lr: factor of the learning rate on the islands, after warm-up. Not a key of the
             product: its user sets the learning rate.
-        lone_scale: not the product's: the scale of an element that one island alone has sent.
-        flush_steps: not the product's: so many last steps have `flush_density`.
-        flush_density: see `flush_steps`.
-        seen_steps: not the product's: with "reset", own weights act at once on what was not sent,
-            but for no more than so many learning rates of every element.
     """
 
     kind: Literal["update"]
@@ -178,10 +173,6 @@ class Update(Pruned):
     slow_momentum: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
     overlap: Literal["auto", False] = False
     local_lr: Positive = 1.0
-    lone_scale: Positive | None = None
-    flush_steps: Annotated[int, pydantic.Field(ge=0)] = 0
-    flush_density: Share = 0.125
-    seen_steps: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
 
     def _block(self, warmup_steps: int) -> dict[str, Any]:
         own = self.model_dump(

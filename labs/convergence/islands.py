@@ -9,6 +9,7 @@ second half, so there every rank waits on a thread of its own.
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 
@@ -16,14 +17,13 @@ from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.law.schedule import scheduled
 from ds_gradprune.train.islands import Islands, Prepared, refuse
 from ds_gradprune.train.kept import KeptResidual
-from ds_gradprune.train.outer import make_rule, update_scale
+from ds_gradprune.train.outer import make_rule
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.channel import Channel
-from labs.convergence.adamw import clip_, learning_rate
+from labs.convergence.adamw import clip_
 from labs.convergence.base import Setting, SharedGradient
 from labs.convergence.grid import DiLoCo, Update
-from labs.convergence.ideas import Counted, let_see
 from labs.convergence.nesterov import Nesterov
 from labs.convergence.ranks import SILENT, Ranks, RowShards
 
@@ -90,9 +90,6 @@ class IslandSimulation(SharedGradient, abc.ABC):
             shards = RowShards(self.setting.gpt.views(row[None]))
             self.islands.append(self.make(SharedWeights(shards), channel))
 
-    def committed(self) -> None:
-        """An exchange has been applied on all ranks."""
-
     def exchange(self, step: int) -> None:
         """What the product does after an optimizer step, counted from 0."""
         if self._begun and step + 1 == self._lands_after:
@@ -156,7 +153,6 @@ class IslandSimulation(SharedGradient, abc.ABC):
         for prepared in self._begun:
             prepared.commit()
         self._begun = []
-        self.committed()
         store = self.islands[0].weights.stores[0]
         if self._own is self._trained:
             self.shared[0].copy_(store)
@@ -197,18 +193,14 @@ class UpdateSimulation(IslandSimulation):
 
     def make(self, weights: SharedWeights, channel: Channel) -> Islands:
         """See `IslandSimulation.make`."""
-        config, islands = self.config, channel.world_size
-        scale = update_scale(islands, config.update_scale)
-        rule = make_rule(config.slow_momentum, config.sync_every)
-        if self._method.lone_scale is not None:
-            rule = Counted(islands, self._method.lone_scale, scale)
+        config = self.config
         return Islands(
             weights,
             channel,
             _unwatched(),
             value_bits=config.value_bits,
-            scale=scale,
-            rule=rule,
+            scale=config.update_scale or math.sqrt(channel.world_size),
+            rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )
 
@@ -219,20 +211,8 @@ class UpdateSimulation(IslandSimulation):
 
     def k(self, step: int) -> int:
         """See `IslandSimulation.k`: the product's ramp, then a pinned density."""
-        flush_steps = self._method.flush_steps
-        if flush_steps and step > self.setting.steps - flush_steps:
-            return kept_per_chunk(self._method.flush_density)
         choice = scheduled(self.config, step)
         return kept_per_chunk(self.config.density.initial) if choice is None else choice.k
-
-    def committed(self) -> None:
-        """See `IslandSimulation.committed`."""
-        if not self._method.seen_steps:
-            return
-        lr = learning_rate(self.setting.train, self._begun_after - 1, self.setting.steps)
-        for islands, own in zip(self.islands, self._own, strict=True):
-            if islands.kept is not None:
-                let_see(own, islands.kept, self._method.seen_steps * self._method.local_lr * lr)
 
 
 class DiLoCoSimulation(IslandSimulation):

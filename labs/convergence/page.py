@@ -37,10 +37,6 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
         picture: beside it.
         command: argv without the program; folders are left out.
     """
-    remarks = f"{_REMARKS}\n"
-    if path.is_file():
-        _, found, rest = path.read_text(encoding="utf-8").partition(_REMARKS)
-        remarks = found + rest if found else remarks
     where, model, train = result["environment"], result["model"], result["train"]
     words = [Path(word).name if word.startswith("/") else word for word in command]
     missing = result["runs_wanted"] - result["runs"]
@@ -77,4 +73,12 @@ def write(result: dict[str, Any], path: Path, picture: Path | None, command: Seq
     ]
     if picture is not None:
         lines += [f"![loss gap against bits]({picture.name})", ""]
-    path.write_text("\n".join(lines) + "\n" + remarks.rstrip() + "\n", encoding="utf-8")
+    path.write_text("\n".join([*lines, remarks(path)]), encoding="utf-8")
+
+
+def remarks(path: Path) -> str:
+    """The end of a page: the remarks that it has, for people to write."""
+    own = ""
+    if path.is_file():
+        own = path.read_text(encoding="utf-8").partition(_REMARKS)[2]
+    return f"{_REMARKS}{own}".rstrip() + "\n"

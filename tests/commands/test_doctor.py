@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ds_gradprune import cli
-from ds_gradprune.commands import doctor, doctor_page, shapes
+from ds_gradprune.commands import doctor, doctor_page, loss_gap, shapes
 from ds_gradprune.commands.diagnosis import Column, Exchange, diagnose, emulated
 from ds_gradprune.commands.doctor_plan import Plan, decay_of, read_plan, settings_of
 from ds_gradprune.commands.forecast import Job, Link, Setting
@@ -160,8 +160,9 @@ def test_page_of_a_link_that_is_worth_it() -> None:
     assert "host-0 - host-1  2.10 ms  95.1  94.2           93.3          92.4" in text
     assert "92.4 measured" in text
     assert "This link carries 92.4 Mbit/s: it pays" in text
-    assert "+1.74 ± 0.22 %" in text
-    assert "unknown" in text
+    for setting in (Setting(0.01), Setting(0.05, 5)):
+        assert loss_gap.expected(setting, 4, 1_000_000, 256).text in text
+    assert "loss: a power law" in text
     assert '"initial": 0.05' in text
     assert "The first 200 steps are dense and take" in text
     assert max(len(line) for line in text.splitlines() if "  " not in line.strip()) <= 78

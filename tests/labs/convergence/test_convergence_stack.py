@@ -11,16 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from ds_gradprune.bucket.block import empty_block
-from ds_gradprune.bucket.layout import lay_out
 from ds_gradprune.errors import NonFiniteError
-from ds_gradprune.train.kept import KeptResidual
 from labs.convergence import campaign
 from labs.convergence.adamw import AdamW
 from labs.convergence.base import DenseSimulation, Setting
 from labs.convergence.gpt import Gpt
 from labs.convergence.grid import Dense, DiLoCo, Method, Train, Update
-from labs.convergence.ideas import Counted, let_see
 from labs.convergence.islands import UpdateSimulation
 from labs.convergence.stack import Stack
 from labs.convergence.text import Text
@@ -123,31 +119,6 @@ def test_the_exchange_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _fields(setting: Setting) -> dict[str, Any]:
     return {name: getattr(setting, name) for name in Setting.__dataclass_fields__}
-
-
-def test_the_scale_follows_the_number_of_senders() -> None:
-    layout = lay_out([4096, 8], [True, False])
-    rule, store = Counted(2, lone=2.0, full=1.0), torch.zeros(4104)
-    rule.begin(0, store, 0, 4104)
-    for places in ([3, 7], [7, 9]):
-        block = empty_block(layout, 2)
-        block.indices.copy_(torch.tensor(places))
-        block.values.fill_(1.0)
-        block.dense.fill_(1.0)
-        rule.note(block, 0.5)
-    drift = rule.drift()
-    assert drift is not None
-    # Sent by one: 0.5 moves on to 1. By both: their mean stays.
-    assert drift[[3, 7, 9]].tolist() == [0.5, 0.0, 0.5]
-    assert float(drift.abs().sum()) == 1.0
-
-
-def test_what_is_seen_leaves_the_residual() -> None:
-    kept, own = KeptResidual(0.5), torch.zeros(3)
-    kept.take([torch.tensor([0.5, -4.0, 0.0])])
-    let_see(own, kept, bound=1.0)
-    assert own.tolist() == [0.25, -1.0, 0.0]
-    assert kept.state_dict()[0].tolist() == [0.0, -2.0, 0.0]
 
 
 def test_a_campaign_takes_the_best_learning_rate(
