@@ -158,7 +158,7 @@ class GradientPruningConfig(_Block):
     update_scale: Annotated[float, Field(gt=0.0, le=1000.0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="With update: factor on the islands' mean update. Null means the square root "
-        "of their number.",
+        "of their number. With residual = reset it then follows the density, see modes.md.",
     )
     slow_momentum: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = Field(
         default=0.0,

@@ -32,7 +32,7 @@ from ds_gradprune.deepspeed.rounds import Rounds
 from ds_gradprune.deepspeed.warmup import Warmup
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
-from ds_gradprune.train.outer import make_rule, update_scale
+from ds_gradprune.train.outer import make_rule, sparse_scale, update_scale
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.wire.channel import Channel
@@ -83,6 +83,7 @@ class IslandHandle(Handle):
             self.loop.stopwatch,
             value_bits=config.value_bits,
             scale=update_scale(groups.num_islands, config.update_scale),
+            sparse_scale=sparse_scale(config.update_scale, config.residual_form),
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
             clip=config.clip_to_median,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.train.shared_weights import Bound
 from ds_gradprune.wire.transport import Work
 
@@ -74,7 +75,7 @@ class DenseExchange:
         """Move shared and own weights by the mean. Local."""
         islands = self._islands
         for bound, move in zip(self._bounds, self._moves, strict=True):
-            move.mul_(islands.factor)
+            move.mul_(islands.factor_at(CHUNK_NUMEL))
             shared = bound.beside()
             store = islands.weights.stores[bound.store]
             if islands.kept is not None:

@@ -19,12 +19,13 @@ from typing import Protocol
 
 import torch
 
+from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.errors import NonFiniteError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.dense import DenseExchange
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.message import Memory, Source, Stamp
-from ds_gradprune.train.outer import OuterRule
+from ds_gradprune.train.outer import OuterRule, scale_at
 from ds_gradprune.train.pruned import PrunedExchange
 from ds_gradprune.train.shared_weights import Bound, SharedWeights
 from ds_gradprune.train.stopwatch import Stopwatch
@@ -72,6 +73,8 @@ class Islands:
         stopwatch: waiting counts as "wire" there.
         value_bits: bits of a value on the wire.
         scale: factor on the islands' mean update.
+        sparse_scale: that factor is at least so large where little is sent, and falls to 1 where
+            all is, see `outer.scale_at`; None: `scale` holds everywhere.
         rule: what moves the shared weights besides.
         kept: where progress waits that was not sent; None: in the own weights, and used at once.
         clip: an island's update counts at most for so many times the median norm; None: as it is.
@@ -82,6 +85,7 @@ class Islands:
         stopwatch: see there.
         value_bits: see there.
         scale: see there.
+        sparse_scale: see there.
         rule: see there.
         kept: see there.
         clip: see there.
@@ -101,6 +105,7 @@ class Islands:
         rule: OuterRule,
         kept: KeptResidual | None = None,
         clip: float | None = None,
+        sparse_scale: float | None = None,
     ) -> None:
         self.weights = weights
         self.clip = clip
@@ -108,6 +113,7 @@ class Islands:
         self.kept = kept
         self.have_parted = False
         self.scale = scale
+        self.sparse_scale = sparse_scale
         self.channel = channel
         self.stopwatch = stopwatch
         self.value_bits = value_bits
@@ -115,8 +121,13 @@ class Islands:
 
     @property
     def factor(self) -> float:
-        """Weight of one island's update in the move of the shared weights."""
+        """Weight of one island's update in the move of the shared weights, by `scale` alone."""
         return self.scale / self.channel.world_size
+
+    def factor_at(self, k: int) -> float:
+        """The same where `k` elements per chunk are kept."""
+        islands = self.channel.world_size
+        return scale_at(k / CHUNK_NUMEL, self.scale, self.sparse_scale, islands) / islands
 
     def dense_bytes(self) -> int:
         """What this rank would send in an exchange without pruning."""
@@ -142,7 +153,7 @@ class Islands:
             unscaled: the shared weights take the islands' mean update. `scale` makes up for what
                 is not sent.
         """
-        factor = 1.0 / self.channel.world_size if unscaled else self.factor
+        factor = 1.0 / self.channel.world_size if unscaled else self.factor_at(k)
         return PrunedExchange(self, Stamp(step, self.channel.rank, k, signals), factor, hides=hides)
 
     def source(self, bound: Bound) -> Source:

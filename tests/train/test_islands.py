@@ -32,6 +32,7 @@ def make(
     decay: float | None = None,
     value_bits: int = 32,
     clip: float | None = None,
+    sparse_scale: float | None = None,
 ) -> Islands:
     return Islands(
         SharedWeights(shards, BUCKET_NUMEL),
@@ -42,6 +43,7 @@ def make(
         rule=make_rule(slow, 1),
         kept=None if decay is None else KeptResidual(decay),
         clip=clip,
+        sparse_scale=sparse_scale,
     )
 
 
@@ -129,6 +131,29 @@ def test_an_unscaled_exchange_moves_by_the_mean_of_what_was_sent() -> None:
     # Sums of numbers below 4, so that a rounding is at most 2 ** -23.
     torch.testing.assert_close(moved, (first + second) / 2, rtol=0.0, atol=4 * 2.0**-23)
     assert moved.abs().max() > 1e-3
+
+
+def test_little_that_is_sent_moves_farther() -> None:
+    def work(islands: Islands, shards: PlainShards, rank: int) -> torch.Tensor:
+        before = islands.weights.stores[0].clone()
+        train(shards, rank, 0)
+        exchange(islands, 1, k=128)
+        return islands.weights.stores[0] - before
+
+    (plain, _), (sparse, _) = (on_islands(2, work, sparse_scale=s) for s in (None, 2.0))
+    torch.testing.assert_close(sparse, plain * 2**0.5)
+
+
+def test_a_dense_exchange_of_rounds_moves_by_the_mean() -> None:
+    def work(islands: Islands, shards: PlainShards, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        before = islands.weights.stores[0].clone()
+        train(shards, rank, 0)
+        learned = torch.cat([piece.own.clone() for piece in shards.pieces()]) - before
+        exchange(islands, 1, k=4096)
+        return islands.weights.stores[0] - before, learned
+
+    (moved, first), (_, second) = on_islands(2, work, sparse_scale=2.0, decay=1.0)
+    torch.testing.assert_close(moved, (first + second) / 2, rtol=0.0, atol=1e-6)
 
 
 def test_what_was_sent_and_what_is_left_is_what_was_learned() -> None:
