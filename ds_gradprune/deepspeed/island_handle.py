@@ -32,8 +32,9 @@ from ds_gradprune.deepspeed.rounds import Rounds
 from ds_gradprune.deepspeed.warmup import Warmup
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
-from ds_gradprune.train.outer import make_rule, sparse_scale, update_scale
+from ds_gradprune.train.outer import make_rule, update_scale
 from ds_gradprune.train.piece import Shards
+from ds_gradprune.train.scale import sparse_scale
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.wire.channel import Channel
 from ds_gradprune.wire.torchdist import TorchDistTransport

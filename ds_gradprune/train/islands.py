@@ -25,8 +25,9 @@ from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.dense import DenseExchange
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.message import Memory, Source, Stamp
-from ds_gradprune.train.outer import OuterRule, scale_at
+from ds_gradprune.train.outer import OuterRule
 from ds_gradprune.train.pruned import PrunedExchange
+from ds_gradprune.train.scale import scale_at
 from ds_gradprune.train.shared_weights import Bound, SharedWeights
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.channel import Channel
@@ -74,7 +75,7 @@ class Islands:
         value_bits: bits of a value on the wire.
         scale: factor on the islands' mean update.
         sparse_scale: that factor is at least so large where little is sent, and falls to 1 where
-            all is, see `outer.scale_at`; None: `scale` holds everywhere.
+            all is, see `scale.scale_at`; None: `scale` holds everywhere.
         rule: what moves the shared weights besides.
         kept: where progress waits that was not sent; None: in the own weights, and used at once.
         clip: an island's update counts at most for so many times the median norm; None: as it is.

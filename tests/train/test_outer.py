@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ds_gradprune.bucket.block import empty_block
-from ds_gradprune.train.outer import SlowMomentum, scale_at, sparse_scale, update_scale
+from ds_gradprune.train.outer import SlowMomentum, update_scale
+from ds_gradprune.train.scale import scale_at, sparse_scale
 from tests.helpers.buckets import layout_by_shape
 
 LAYOUT = layout_by_shape((2, 4096), (7,))
