@@ -7,6 +7,7 @@ same noise, outliers and stragglers. Ours is the one that training uses, driven 
 the ranks' headers would carry. Nothing is timed but the laws themselves.
 
     python -m labs.control --seeds 20 --steps 2000
+    python -m labs.control rounds ...      islands whose interval the law chooses, see rounds --help
     python -m labs.control bed ...         ours on a real link that changes, see bed --help
 
 With `--replay FILE`, a run that `bed` recorded: its link becomes one more for all laws, and the run
@@ -25,6 +26,10 @@ if __name__ == "__main__":
         from labs.control import bed_command
 
         sys.exit(bed_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["rounds"]:
+        from labs.control import rounds
+
+        sys.exit(rounds.main(sys.argv[2:]))
 
     from labs.control.command import main
 

@@ -443,9 +443,9 @@ def test_overlap_is_refused_where_gradients_are_pruned() -> None:
 
 def test_window_counts_steps_of_which_islands_tell_one_loss_per_exchange() -> None:
     block = {"prune": "update", "sync_every": 16, "warmup_steps": 8, "window_size": 128}
-    assert load(block, total_steps=8 + 16 * 9).window_size == 128
-    with pytest.raises(ConfigError, match="less than the run's 16 exchanges in 136 steps"):
-        load(block, total_steps=8 + 16 * 8)
+    assert load(block, total_steps=8 + 16 * 25).window_size == 128
+    with pytest.raises(ConfigError, match="less than the run's 32 exchanges in 392 steps"):
+        load(block, total_steps=8 + 16 * 24)
 
 
 @pytest.mark.parametrize(
@@ -454,8 +454,8 @@ def test_window_counts_steps_of_which_islands_tell_one_loss_per_exchange() -> No
         (128, 1, 128),
         (128, 2, 64),
         (130, 4, 33),
-        (128, 8, 16),
-        (128, 32, 16),
+        (128, 8, 32),
+        (128, 32, 32),
         (4, 1, 4),
         (10, 5, 10),
     ],

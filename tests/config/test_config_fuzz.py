@@ -43,7 +43,7 @@ def test_a_mutated_block_is_loaded_or_explained_with_its_path(seed: int) -> None
         assert all(fault.startswith((f"{BLOCK}.", f"{BLOCK}[")) for fault in faults), faults
         assert all(len(fault) < 800 and fault.isprintable() for fault in faults), faults
         # A rule between fields may name the other field, of which this one is right.
-        related = {"density", "residual", "prune", "error_feedback", "throttle"}
+        related = {"density", "residual", "prune", "error_feedback", "throttle", "sync_every"}
         named = any(path_of(place[:1]) in fault for fault in faults)
         assert named or not faults or str(place[0]) in related or place[0] not in FULL, faults
     assert num_refused > 50
