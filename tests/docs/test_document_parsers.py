@@ -53,7 +53,8 @@ def ours(line: str) -> list[tuple[str, list[str]]]:
         if script is not None:
             return [(".".join(script.groups()), given), *more]
         if words[number - 1] == "-m" and word.split(".")[0] in ("labs", "tools", "launch"):
-            return [(word, given), *more]
+            wants_more = word == "tools.netbed"  # its own parser takes the command as well
+            return [(word, rest if wants_more else given), *more]
     return []
 
 
