@@ -13,6 +13,7 @@ since the first tenth of the run, the ranks differ, or the log is larger than it
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -221,7 +222,7 @@ def soak(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if flags.prune == "update":
             _step_islands(ranks, rate)
         else:
-            network.at_once(lambda rank, rate=rate: rank.step(rate), ranks)
+            network.at_once(functools.partial(_step_gradients, rate), ranks)
         densities.add(ranks[0].loop.decision.density)
         if step == flags.steps // 10:
             first_bytes = resident_bytes()
@@ -243,6 +244,10 @@ def soak(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "log_files": len(list(folder.iterdir())),
         "log_bound_bytes": MAX_BYTES * (1 + KEPT_FILES),
     }
+
+
+def _step_gradients(rate_bytes_per_s: float, rank: GradientRank) -> None:
+    rank.step(rate_bytes_per_s)
 
 
 def _step_islands(ranks: list[IslandRank], rate_bytes_per_s: float) -> None:

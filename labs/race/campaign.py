@@ -3,7 +3,8 @@
 One round after the other; in a round every method in turn, beginning with another one each time, so
 that what else the machine does falls on all of them alike. All methods of a round have the same
 seed. For a method whose loss does not depend on the link, a round is one unshaped run, which gives
-the loss, and a short stretch at each rate, which gives the times. Ours and rounds run in full at each rate.
+the loss, and a short stretch at each rate, which gives the times. Ours and rounds run in full at
+each rate.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Method:
 
     @property
     def runs_at_rates(self) -> bool:
-        """It is run in full at each rate, because its loss or its first steps depend on the link."""
+        """It is run in full at each rate: its loss, or its first steps, depend on the link."""
         return self.adaptive or self.sync_every is not None
 
     @property
