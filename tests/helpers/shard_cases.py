@@ -209,7 +209,7 @@ def warms_up(bench: Bench, plain: Any = None) -> dict[str, Any]:
 def files(bench: Bench, fresh: Bench, folder: str) -> dict[str, Any]:
     """Island 0 writes DeepSpeed's files, and every island reads them."""
     bench.take_first_islands()
-    with bench.groups.writing(bench.engine):
+    with bench.groups.writing(bench.engine, bench.groups.island == 0):
         bench.engine.save_checkpoint(folder, tag="t")
     with fresh.groups.reading(fresh.engine):
         fresh.engine.load_checkpoint(folder, tag="t")
