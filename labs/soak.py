@@ -8,6 +8,8 @@ changes every 5,000 steps, so that the law never comes to rest.
 
 The last line of stdout is one JSON document. The exit code is 1 if memory grew by more than 2 %
 since the first tenth of the run, the ranks differ, or the log is larger than its bound.
+
+Longer than 300 lines: both algorithms, watched by one loop.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ A token file is a flat array of little-endian integers (`tokens.bin`) beside a s
 (`tokens.json`). The description is written last, so a folder that has one is complete. Which
 windows a step uses is a pure function of (seed, step, micro step, rank): a resumed run needs no
 state but its step count, and its place in the data if its number of ranks has changed.
+
+Longer than 300 lines: how tokens are written and read stands in one place.
 """
 
 from __future__ import annotations
