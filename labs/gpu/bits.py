@@ -40,7 +40,6 @@ from labs.gpu.engines import device, synchronize
 
 NUMELS, PRUNED = [768 * 768, 768, 3 * 1500, 4096 * 40 + 17, 5], [True, False, True, True, False]
 SIGNALS = RankSignals(1.0, False, 0.1, 0.0, 0.0, 0, 0)
-MIB = 2**20
 
 
 # ---- the machine ---------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Which checkpoint of a run is whole: every file in it is read against the checksums inside it.
 
-DeepSpeed's files and ours are zip archives with a crc32 per member, which torch.load does not look
-at. All functions are local: files of hosts that share no disk with this one are checked there, when
+All functions are local: files of hosts that share no disk with this one are checked there, when
 they are loaded. Torch is not needed.
 """
 
@@ -10,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ds_gradprune.deepspeed.zipped import zip_fault
 from ds_gradprune.errors import DataError
 
 _TAG = re.compile(r"[^0-9]*([0-9]+)")
@@ -24,16 +23,7 @@ def fault_of(checkpoint: Path) -> str | None:
     files = sorted(checkpoint.rglob("*.pt"))
     if not files:
         return f"{checkpoint} holds no file of a checkpoint"
-    for path in files:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                member = archive.testzip()
-        # What zipfile raises on damaged headers: its own error, and what the numbers in them trip.
-        except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as exc:
-            return f"{path} is damaged: {exc}"
-        if member is not None:
-            return f"{path} is damaged: the checksum of {member} is wrong"
-    return None
+    return next((fault for path in files if (fault := zip_fault(path)) is not None), None)
 
 
 def candidates(checkpoints: Path) -> Iterator[str]:
