@@ -9,7 +9,8 @@ import pytest
 
 from ds_gradprune.config import BLOCK
 from ds_gradprune.config.model import GradientPruningConfig
-from tests.helpers.ranks import ROOT, run_processes
+from tests.helpers.fork_ranks import run_forked
+from tests.helpers.ranks import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 MODES = ["gradient", "update"]
@@ -31,9 +32,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name in ("rollback", "set_alike", "swapped_layers", "two_backwards"):
             cases[f"{name}-{mode}"] = (name, {"prune": mode})
     cases["clamp-bare"] = ("clamp", {"how": "bare"})  # last: it ends in an error
-    ranks = run_processes(
-        2, "tests.helpers.regression_cases", "run", {"cases": cases}, timeout_s=250
-    )
+    ranks = run_forked(2, "tests.helpers.regression_cases", "run", {"cases": cases}, timeout_s=250)
 
     def of(name: str) -> list[Any]:
         for rank, done in enumerate(ranks):

@@ -12,7 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_gradprune.deepspeed import compat
 from ds_gradprune.deepspeed.refusals import REFUSALS
 from ds_gradprune.errors import UnsupportedError
-from tests.helpers.ranks import run_processes
+from tests.helpers.fork_ranks import run_forked
 
 
 class ScheduleFree(torch.optim.SGD):
@@ -67,7 +67,7 @@ def test_every_pair_of_the_table_fits_the_engine_that_is_installed(prune: str, s
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_kind_of_optimizer_has_what_the_table_says() -> None:
-    (answers,) = run_processes(1, "tests.helpers.compat_main", "check_all")
+    (answers,) = run_forked(1, "tests.helpers.compat_main", "check_all")
     assert {said for _, said in answers.values()} == {""}
     assert {kind for kind, _ in answers.values()} >= {*compat.OPTIMIZERS} - {"FP16_Optimizer"}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import results_of, run_processes
+from tests.helpers.fork_ranks import run_forked
+from tests.helpers.ranks import results_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -80,7 +81,7 @@ def two_rank_cases(folder: Path) -> dict[str, Case]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a case -> its results on both ranks."""
     cases = two_rank_cases(tmp_path_factory.mktemp("two"))
-    ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=350)
+    ranks = run_forked(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=350)
     return lambda name: results_of(ranks, name)
 
 
@@ -92,7 +93,7 @@ def one() -> Any:
         "plain": ("train", {"block": None, "way": "plain", "steps": 5}),
         "refusals": ("refusals", {}),
     }
-    ranks = run_processes(1, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=100)
+    ranks = run_forked(1, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=100)
     return lambda name: results_of(ranks, name)[0]
 
 
@@ -153,11 +154,11 @@ def test_resume_at_any_step_equals_the_unbroken_run(tmp_path: Any) -> None:
     log = str(tmp_path / "log.jsonl")
     block = ADAPTIVE | {"log_path": log}
     arguments = {"block": block, "folder": str(tmp_path), "last": 22}
-    unbroken = run_processes(2, "tests.helpers.ds_cases", "save_at", arguments | {"at": [5, 13]})
+    unbroken = run_forked(2, "tests.helpers.ds_cases", "save_at", arguments | {"at": [5, 13]})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 23))
     cases = {str(at): ("resume_at", arguments | {"at": at}) for at in (13, 5)}
-    ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases})
+    ranks = run_forked(2, "tests.helpers.ds_main", "run_all", {"cases": cases})
     for start in (5, 13):
         resumed = results_of(ranks, str(start))
         for rank in range(2):

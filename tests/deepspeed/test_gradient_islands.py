@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.fork_ranks import Ranks
+from tests.helpers.fork_ranks import run_forked
 from tests.helpers.gradient_islands import DENSE_KINDS, STEPS
 from tests.helpers.ranks import results_of
 
@@ -49,10 +49,10 @@ def cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def four(cradle: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a case -> its results on all ranks, of two islands."""
     arguments = {"cases": cases(tmp_path_factory.mktemp("islands"))}
-    ranks = cradle.run(4, "tests.helpers.gradient_islands", "run_all", arguments, timeout_s=350)
+    ranks = run_forked(4, "tests.helpers.gradient_islands", "run_all", arguments, timeout_s=350)
     return lambda name: results_of(ranks, name)
 
 

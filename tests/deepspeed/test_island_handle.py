@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import results_of, run_processes
+from tests.helpers.fork_ranks import run_forked
+from tests.helpers.ranks import results_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -87,7 +88,7 @@ FIXED = {
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a case -> its results on both ranks."""
     cases = two_island_cases(tmp_path_factory.mktemp("two"))
-    ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=350)
+    ranks = run_forked(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=350)
     return lambda name: results_of(ranks, name)
 
 
@@ -212,7 +213,7 @@ def test_resume_at_any_step_equals_the_unbroken_run(tmp_path: Any, kind: str) ->
     cases: dict[str, Case] = {"whole": ("save_islands_at", arguments | {"at": places})}
     for at in places:
         cases[str(at)] = ("resume_islands_at", arguments | {"at": at})
-    ranks = run_processes(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=300)
+    ranks = run_forked(2, "tests.helpers.ds_main", "run_all", {"cases": cases}, timeout_s=300)
     unbroken = results_of(ranks, "whole")
     for at in places:
         for rank, resumed in enumerate(results_of(ranks, str(at))):
@@ -300,7 +301,7 @@ def test_one_island_trains_as_deepspeed_does() -> None:
         "plain": ("train", {"block": None, "way": "plain", "steps": 5}),
         "alone": ("alone", {}),
     }
-    (rank,) = run_processes(1, "tests.helpers.ds_main", "run_all", {"cases": cases})
+    (rank,) = run_forked(1, "tests.helpers.ds_main", "run_all", {"cases": cases})
     idle, plain, alone = (results_of([rank], name)[0] for name in cases)
     assert alone == {"idle": True, "same": True, "report": None}
     assert idle["crcs"] == plain["crcs"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import run_processes
+from tests.helpers.fork_ranks import run_forked
 from tests.helpers.shard_cases import FILES, KINDS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
@@ -29,13 +29,13 @@ Found = list[dict[str, Any]]
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Two islands of two ranks: what every rank found."""
     folder = str(tmp_path_factory.mktemp("shards"))
-    return run_processes(4, CASES, "run_pairs", {"folder": folder}, timeout_s=450)
+    return run_forked(4, CASES, "run_pairs", {"folder": folder}, timeout_s=450)
 
 
 @pytest.fixture(scope="module")
 def singles() -> Found:
     """Two islands of one rank."""
-    return run_processes(2, CASES, "run_singles", timeout_s=300)
+    return run_forked(2, CASES, "run_singles", timeout_s=300)
 
 
 def _found(ranks: Found, kind: str, check: str) -> list[Any]:
@@ -111,7 +111,7 @@ def test_dense_warm_up_is_plain_deepspeed(pairs: Found, singles: Found, kind: st
 
 
 def test_groups_orders_freezing_overflow_and_zero_init() -> None:
-    answers = run_processes(4, CASES, "run_odd", timeout_s=200)
+    answers = run_forked(4, CASES, "run_odd", timeout_s=200)
     assert [a["place"] for a in answers] == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]
     assert [a["outer"] for a in answers] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [a["inner"] for a in answers] == [[0, 1], [0, 1], [2, 3], [2, 3]]

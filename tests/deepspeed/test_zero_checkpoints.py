@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.fork_ranks import Ranks
+from tests.helpers.fork_ranks import run_forked
 from tests.helpers.zero_answers import Found, kinds, of_all, of_one
 from tests.helpers.zero_files import CONVERTED, RESIZED, RESUMED, SAVED
 
@@ -15,11 +15,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300
 
 
 @pytest.fixture(scope="module")
-def saved(cradle: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
     """What two islands of two ranks saved, and what two plain ranks made of it."""
     where = {"folder": str(tmp_path_factory.mktemp("views"))}
-    views = cradle.run(4, "tests.helpers.zero_files", "run_views", where, timeout_s=150)
-    return views, cradle.run(2, "tests.helpers.zero_files", "run_plain", where, timeout_s=100)
+    views = run_forked(4, "tests.helpers.zero_files", "run_views", where, timeout_s=150)
+    return views, run_forked(2, "tests.helpers.zero_files", "run_plain", where, timeout_s=100)
 
 
 @pytest.mark.parametrize("kind", kinds(SAVED))
@@ -45,11 +45,11 @@ def test_plain_deepspeed_reads_the_checkpoints(saved: Any, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def resumed(cradle: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
     """An unbroken run of two islands of two ranks, and one of fresh processes."""
     where = {"folder": str(tmp_path_factory.mktemp("resumed")), "at": 5, "last": 10}
     whole, again = (
-        cradle.run(
+        run_forked(
             4,
             "tests.helpers.zero_files",
             "run_resumed",
@@ -72,14 +72,14 @@ def test_resuming_equals_the_unbroken_run_bit_for_bit(resumed: Any, kind: str) -
 
 
 @pytest.fixture(scope="module")
-def resized(cradle: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def resized(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """(ranks of an island, islands) -> what was saved by two islands, and what was found."""
     answers: dict[Any, Any] = {}
     for size, numbers in ((1, (1, 3)), (2, (1,))):
         where = {"folder": str(tmp_path_factory.mktemp("resized")), "ranks": size}
-        saved = cradle.run(2 * size, "tests.helpers.zero_files", "run_saved", where, timeout_s=100)
+        saved = run_forked(2 * size, "tests.helpers.zero_files", "run_saved", where, timeout_s=100)
         for number in numbers:
-            found = cradle.run(number * size, "tests.helpers.zero_files", "run_resized", where)
+            found = run_forked(number * size, "tests.helpers.zero_files", "run_resized", where)
             answers[size, number] = saved, found
     return answers
 

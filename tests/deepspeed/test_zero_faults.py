@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.fork_ranks import Ranks
+from tests.helpers.fork_ranks import run_forked
 from tests.helpers.zero_answers import Found, kinds, of_all, of_one
 from tests.helpers.zero_faults import CROSSING
 
@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300
 
 
 @pytest.fixture(scope="module")
-def faults(cradle: Ranks) -> Found:
+def faults() -> Found:
     """Two islands of two ranks."""
-    return cradle.run(4, "tests.helpers.zero_faults", "run_faults", timeout_s=200)
+    return run_forked(4, "tests.helpers.zero_faults", "run_faults", timeout_s=200)
 
 
 @pytest.mark.parametrize("kind", kinds(CROSSING))

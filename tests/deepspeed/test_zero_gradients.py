@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import run_processes
+from tests.helpers.fork_ranks import run_forked
 from tests.helpers.zero_gradient_bench import EXACT, KINDS, STEPS
 
 pytestmark = [
@@ -49,7 +49,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a case -> its results on both ranks."""
     arguments = {"cases": cases(tmp_path_factory.mktemp("zero"))}
     module = "tests.helpers.zero_gradient_cases"
-    ranks = run_processes(2, module, "run_all", arguments, timeout_s=350)
+    ranks = run_forked(2, module, "run_all", arguments, timeout_s=350)
 
     def results(name: str) -> list[Any]:
         last = [f"rank {rank}: {[*done.values()][-1]}" for rank, done in enumerate(ranks)]

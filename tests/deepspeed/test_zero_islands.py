@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.fork_ranks import Ranks
+from tests.helpers.fork_ranks import run_forked
 from tests.helpers.zero_answers import Found, check_shares, kinds, of_all, of_one
 from tests.helpers.zero_cases import KINDS, STEPS
 from tests.helpers.zero_features import STAGES, WAYS
@@ -30,15 +30,15 @@ ROUNDED = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 
 
 @pytest.fixture(scope="module")
-def pairs(cradle: Ranks) -> Found:
+def pairs() -> Found:
     """Two islands of two ranks."""
-    return cradle.run(4, "tests.helpers.zero_cases", "run_kinds", {"ranks": 2}, timeout_s=250)
+    return run_forked(4, "tests.helpers.zero_cases", "run_kinds", {"ranks": 2}, timeout_s=250)
 
 
 @pytest.fixture(scope="module")
-def singles(cradle: Ranks) -> Found:
+def singles() -> Found:
     """Two islands of one rank."""
-    return cradle.run(2, "tests.helpers.zero_cases", "run_kinds", {"ranks": 1}, timeout_s=250)
+    return run_forked(2, "tests.helpers.zero_cases", "run_kinds", {"ranks": 1}, timeout_s=250)
 
 
 def _limit(found: dict[str, Any], kind: str, roundings: int) -> float:
@@ -86,9 +86,9 @@ def test_shared_weights_are_equal_after_every_step(pairs: Found, singles: Found,
 
 
 @pytest.fixture(scope="module")
-def features(cradle: Ranks) -> Found:
+def features() -> Found:
     """Two islands of two ranks."""
-    return cradle.run(4, "tests.helpers.zero_features", "run_features", timeout_s=250)
+    return run_forked(4, "tests.helpers.zero_features", "run_features", timeout_s=250)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -216,9 +216,9 @@ def test_a_compiled_engine(features: Found, stage: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def refusals(cradle: Ranks) -> list[dict[str, str]]:
+def refusals() -> list[dict[str, str]]:
     """Two islands of two ranks."""
-    return cradle.run(4, "tests.helpers.zero_refusals", "run_refusals")
+    return run_forked(4, "tests.helpers.zero_refusals", "run_refusals")
 
 
 def _marked(names: Iterable[str]) -> list[Any]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import pickle
@@ -19,6 +21,24 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.02
+
+WARM = ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""What engines import when they are made, slowly."""
+
+ENGINES = (
+    *WARM,
+    "torch.utils.cpp_extension",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_presets",
+    "ds_gradprune.deepspeed.initialize",
+    *(f"tests.helpers.zero_{name}" for name in ("cases", "faults", "features", "files")),
+)
+"""What most tests of engines import."""
+
+Call = tuple[str, str, dict[str, Any]]
+"""Module, function, arguments."""
+
+_mothers: dict[tuple[str, ...], Ranks] = {}
 
 
 class Ranks:
@@ -54,6 +74,7 @@ class Ranks:
         function: str,
         arguments: dict[str, Any] | None = None,
         timeout_s: float = 100.0,
+        env: dict[str, str] | None = None,
     ) -> list[Any]:
         """Call `module.function(**arguments)` on fresh ranks; what they return, in rank order.
 
@@ -62,7 +83,8 @@ class Ranks:
         self._starts += 1
         folder = Path(self._folder.name) / str(self._starts)
         folder.mkdir()
-        request = (str(folder), world_size, module, function, arguments or {}, timeout_s)
+        call = (module, function, arguments or {})
+        request = (str(folder), world_size, call, timeout_s, env or {})
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         pickle.dump(request, self._process.stdin)
@@ -78,11 +100,38 @@ class Ranks:
         ]
 
 
+def run_forked(
+    world_size: int,
+    module: str,
+    function: str,
+    arguments: dict[str, Any] | None = None,
+    timeout_s: float = 100.0,
+    env: dict[str, str] | None = None,
+    warm: tuple[str, ...] = ENGINES,
+) -> list[Any]:
+    """As `ranks.run_processes`, on forks of a process that lives as long as this one.
+
+    Args:
+        world_size: number of ranks.
+        module: where the function is.
+        function: what every rank calls.
+        arguments: of the function.
+        timeout_s: then ranks that have not ended are killed, and an AssertionError tells.
+        env: beside the environment of the tests.
+        warm: what the process has imported.
+    """
+    if warm not in _mothers:
+        _mothers[warm] = mother = Ranks([*warm])
+        atexit.register(mother.__exit__)
+    return _mothers[warm].run(world_size, module, function, arguments, timeout_s, env)
+
+
 def _serve(modules: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print
     for name in modules:
         importlib.import_module(name)
+    gc.freeze()  # DeepSpeed collects garbage often; what is imported here is none
     while True:
         try:
             request = pickle.load(sys.stdin.buffer)
@@ -93,13 +142,10 @@ def _serve(modules: list[str]) -> None:
 
 
 def _start(
-    folder: str, world_size: int, module: str, function: str, arguments: Any, timeout_s: float
+    folder: str, world_size: int, call: Call, timeout_s: float, env: dict[str, str]
 ) -> list[int | None]:
     """Exit codes; None: it had not ended, and was killed."""
-    pids = [
-        _fork(Path(folder), rank, world_size, module, function, arguments)
-        for rank in range(world_size)
-    ]
+    pids = [_fork(Path(folder), rank, world_size, call, env) for rank in range(world_size)]
     codes: dict[int, int | None] = {}
     deadline_s = time.monotonic() + timeout_s
     while len(codes) < world_size:
@@ -114,9 +160,7 @@ def _start(
     return [codes[rank] for rank in range(world_size)]
 
 
-def _fork(
-    folder: Path, rank: int, world_size: int, module: str, function: str, arguments: Any
-) -> int:
+def _fork(folder: Path, rank: int, world_size: int, call: Call, env: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -127,7 +171,8 @@ def _fork(
         os.dup2(file, 2)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": 0}
         os.environ.update({name: str(number) for name, number in place.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", DS_TEST_STORE=str(folder / "store"))
+        os.environ.update(MASTER_ADDR="127.0.0.1", DS_TEST_STORE=str(folder / "store"), **env)
+        module, function, arguments = call
         result = getattr(importlib.import_module(module), function)(**arguments)
         (folder / f"result_{rank}.pickle").write_bytes(pickle.dumps(result))
         code = 0

@@ -6,6 +6,7 @@ of the tests; run as a module this file is the process that forks.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -50,16 +51,18 @@ class Case:
     """One run.
 
     Attributes:
-        arguments: of launch/train.py, per rank.
+        arguments: of the script, per rank.
         dooms: what happens.
         environ: beside Open MPI's variables, for all ranks.
         limit_s: what has not ended by then is killed.
+        main: "module:function", what a rank calls with its arguments.
     """
 
     arguments: list[list[str]]
     dooms: list[Doom] = field(default_factory=list)
     environ: dict[str, str] = field(default_factory=dict)
     limit_s: float = 90.0
+    main: str = "launch.train:main"
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what libraries print
     for name in ("deepspeed", "launch.train", "textgen.train", "textgen.prepare", "textgen.model"):
         importlib.import_module(name)
+    gc.freeze()  # DeepSpeed collects garbage often; what is imported here is none
     for line in sys.stdin:
         request = json.loads(line)
         pids = [_fork(rank, request) for rank in range(len(request["arguments"]))]
@@ -152,14 +156,18 @@ def _fork(rank: int, request: dict[str, Any]) -> int:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         for name, value in zip(names, (str(rank), size, str(rank), size), strict=True):
             os.environ[f"OMPI_COMM_WORLD_{name}"] = value
+        if request["main"] != Case.main:  # which finds its place by itself
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=size, LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
+            )
         os.environ.update(request["environ"])
         for doom in request["dooms"]:
             if doom["rank"] == rank:
                 _arrange(Doom(**doom))
         from launch.support.start import end_process
-        from launch.train import main
 
-        end_process(main(request["arguments"][rank]))
+        module, _, name = request["main"].partition(":")
+        end_process(getattr(importlib.import_module(module), name)(request["arguments"][rank]))
     except BaseException:
         import traceback
 

@@ -35,10 +35,6 @@ DENSE: dict[str, Any] = PRUNED | {
     "update_scale": 1.0,
 }
 
-
-WARM = ["deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-"""What engines import when they are made, slowly."""
-
 MOVES = ("all", "_all", "reduce", "_reduce", "broadcast", "gather", "scatter", "send", "recv")
 """How the methods of a process group begin that move tensors."""
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import run_processes
+from tests.helpers.fork_ranks import ENGINES, run_forked
 
 pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
 
+TRAINERS = (*ENGINES, "accelerate", "transformers.trainer", "tests.helpers.trainer_main")
+"""What the ranks' first process imports."""
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 4}
 BEST = {
@@ -21,7 +23,7 @@ BEST = {
 
 def two_ranks(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Any]]:
     """Name -> what both ranks returned, or the text of what went wrong there."""
-    ranks = run_processes(
+    ranks = run_forked(
         2,
         "tests.helpers.trainer_main",
         "run_all",
@@ -29,6 +31,7 @@ def two_ranks(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, list[An
         timeout_s=280,
         # DeepSpeed's own launcher does not set it, and accelerate then takes it for 1.
         env={"LOCAL_WORLD_SIZE": "2"},
+        warm=TRAINERS,
     )
     return {name: [rank.get(name, "an earlier case failed") for rank in ranks] for name in cases}
 
