@@ -106,6 +106,7 @@ def facts() -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "load": os.getloadavg()[0],
         "environment": {name: os.environ[name] for name in names if name in os.environ},
         "address": address_of(os.environ.get("GLOO_SOCKET_IFNAME", "")),
     }

@@ -188,5 +188,7 @@ def local(
         "tokens": tokens,
         "micro_s": None if times is None else times.micro_s,
         "optimizer_s": None if times is None else times.optimizer_s,
+        "quartiles_s": None if times is None else times.quartiles_s,
+        "others": None if times is None else times.others,
         "exchanges": exchanges,
     }

@@ -34,6 +34,12 @@ PAYS, DOES_NOT_PAY = 0, 3
 RATES = (10.0, 100.0, 1000.0)
 """Mbit/s of links that are emulated where there is one host."""
 
+BUSY_SHARE = 0.1
+"""Of a host's cores: where others keep more of them busy, measured times are doubted."""
+
+UNEVEN = 1.3
+"""Upper over lower quartile of the measured steps, above which they are doubted as well."""
+
 LOCAL_S = 1800.0
 """A host that has not measured a step within so long hangs."""
 
@@ -82,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Hosts(lines, os.environ) as hosts:
         found = examine(hosts, lines, plan, flags, tell)
     if flags.json:
-        print(json.dumps(found.diagnosis.as_json() | {"hosts": found.facts}))
+        more = {"hosts": found.facts, "doubts": found.doubts}
+        print(json.dumps(found.diagnosis.as_json() | more))
     else:
         print(doctor_page.page(found))
     return PAYS if found.diagnosis.pays else DOES_NOT_PAY
@@ -129,6 +136,7 @@ def examine(
         warmup_steps=plan.block.warmup_steps if plan.block.warmup == "dense" else 0,
         block_warmup_steps=plan.block.warmup_steps,
         notes=[*notes, *notes_of(hosts, plan)],
+        doubts=doubts_of(hosts.facts, local),
     )
 
 
@@ -209,6 +217,32 @@ def exchanges_of(
         delay_steps = block.model_copy(update={"sync_every": setting.interval}).delay_steps
         found[setting] = Exchange(max(row["codec_s"] for row in rows), wire_bytes, delay_steps)
     return found
+
+
+def doubts_of(facts: Sequence[dict[str, Any]], local: Sequence[dict[str, Any]]) -> list[str]:
+    """Why measured times may not be those of a run. Pure.
+
+    Args:
+        facts: of every host.
+        local: what each has measured.
+    """
+    doubts = []
+    for mine, found in zip(facts, local, strict=True):
+        host, others = mine["host"], found["others"]
+        if others is not None and others > BUSY_SHARE * mine["cores"]:
+            doubts.append(
+                f"{host}: other programs kept {others:.1f} of its {mine['cores']} cores busy while "
+                "the step was measured. Unless they run during training as well, its step is "
+                "shorter than told here: end them and ask again, or give --step-s."
+            )
+        lower, upper = found["quartiles_s"] or (1.0, 1.0)
+        if upper > UNEVEN * lower:
+            doubts.append(
+                f"{host}: a quarter of the measured steps took at most "
+                f"{doctor_page.seconds(lower)}, another at least {doctor_page.seconds(upper)}. "
+                "Forecasts are as uncertain as that."
+            )
+    return doubts
 
 
 def notes_of(hosts: Hosts, plan: Plan) -> list[str]:

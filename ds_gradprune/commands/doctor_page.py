@@ -30,6 +30,7 @@ class Findings:
         warmup_steps: dense steps before the first pruned one.
         block_warmup_steps: the key of the user's block.
         notes: what the user should know besides.
+        doubts: why measured times may not be those of a run.
     """
 
     diagnosis: Diagnosis
@@ -40,6 +41,7 @@ class Findings:
     warmup_steps: int
     block_warmup_steps: int
     notes: Sequence[str]
+    doubts: Sequence[str] = ()
 
 
 def page(found: Findings) -> str:
@@ -86,7 +88,7 @@ def _hosts(facts: Sequence[dict[str, Any]]) -> Iterator[str]:
         is_same = mine["versions"] == facts[0]["versions"]
         name = f"{mine['host']} ".ljust(20, ".")
         mark = "[OKAY]" if is_same else "[DIFFERS]"
-        text = f"{name} {mark} {versions}, {many(mine['cores'], 'core')}"
+        text = f"{name} {mark} {versions}, {many(mine['cores'], 'core')}, load {mine['load']:.1f}"
         yield from _wrapped(text, indent=27)
 
 
@@ -186,6 +188,8 @@ def _gaps(found: Diagnosis) -> Iterator[str]:
 def _verdict(found: Findings) -> Iterator[str]:
     diagnosis = found.diagnosis
     yield from ["", *_head("verdict")]
+    for doubt in found.doubts:
+        yield from _wrapped(f"DOUBTFUL: {doubt}")
     for outlook in diagnosis.outlooks:
         yield from _wrapped(verdict_text(outlook))
     block = json.dumps(diagnosis.block(found.block_warmup_steps), indent=2)

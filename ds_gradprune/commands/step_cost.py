@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from statistics import fmean
+from statistics import fmean, quantiles
 
 import torch
 
+from ds_gradprune.commands.busy import Others
 from ds_gradprune.commands.exchange_cost import synchronize
 from ds_gradprune.errors import DataError
 
@@ -26,10 +27,14 @@ class StepTime:
     Attributes:
         micro_s: forward and backward of a micro-step.
         optimizer_s: clipping and AdamW.
+        quartiles_s: of both together, the lower and the upper one.
+        others: cores of this host that others kept busy meanwhile; None: the system does not tell.
     """
 
     micro_s: float
     optimizer_s: float
+    quartiles_s: tuple[float, float]
+    others: float | None
 
 
 def device_here() -> str:
@@ -82,7 +87,7 @@ def measure_step(
     optimizer = torch.optim.AdamW(masters, lr=1e-4)
     model.train()
     micros, updates = list[float](), list[float]()
-    began = time.perf_counter()
+    began, others = time.perf_counter(), Others()
     while len(micros) < LEAST_STEPS or time.perf_counter() - began < SECONDS:
         if len(micros) > 1 and time.perf_counter() - began > MOST_SECONDS:
             break
@@ -95,10 +100,13 @@ def measure_step(
         synchronize(device)
         micros.append(middle - start)
         updates.append(time.perf_counter() - middle)
+    busy = others.cores()
     first = -(-len(micros) // 3)  # the first ones allocate, and find their threads
     micros, updates = micros[first:], updates[first:]
     # Means: where others use the cores as well, single steps wait for whole slices of time.
-    return StepTime(fmean(micros), fmean(updates))
+    wholes = [micro_s + update_s for micro_s, update_s in zip(micros, updates, strict=True)]
+    quarters = quantiles(wholes, n=4, method="inclusive") if len(wholes) > 1 else wholes * 3
+    return StepTime(fmean(micros), fmean(updates), (quarters[0], quarters[-1]), busy)
 
 
 def _update(

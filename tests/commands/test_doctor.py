@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ds_gradprune import cli
-from ds_gradprune.commands import doctor, doctor_page, loss_gap, shapes
+from ds_gradprune.commands import busy, doctor, doctor_page, loss_gap, shapes
 from ds_gradprune.commands.diagnosis import Column, Exchange, diagnose, emulated
 from ds_gradprune.commands.doctor_plan import Plan, decay_of, read_plan, settings_of
 from ds_gradprune.commands.forecast import Job, Link, Setting
@@ -127,7 +129,9 @@ def findings(columns: list[Column], compute_s: float = 0.2) -> doctor_page.Findi
         Setting(0.05, 5): Exchange(0.03, 2e5),
     }
     versions = {"python": "3.11.7", "torch": "2.13.0", "transformers": None}
-    facts = [{"host": f"host-{i}", "versions": dict(versions), "cores": 1} for i in range(2)]
+    facts = [
+        {"host": f"host-{i}", "versions": dict(versions), "cores": 1, "load": 0.2} for i in range(2)
+    ]
     facts[1]["versions"]["torch"] = "2.12.0"  # type: ignore[index]
     row = {
         "density": 0.01,
@@ -174,6 +178,37 @@ def test_page_of_a_link_that_is_not() -> None:
     assert "Do not use it here" in text
     assert '"enabled": false' in text
     assert "On 10 Mbit/s: it pays" in text
+
+
+def test_times_of_a_busy_host_are_doubted() -> None:
+    facts = [{"host": f"host-{i}", "cores": 2} for i in range(3)]
+    calm = {"others": 0.1, "quartiles_s": [0.5, 0.6]}
+    local = [
+        calm,
+        {"others": 1.3, "quartiles_s": [0.5, 0.9]},
+        {"others": None, "quartiles_s": None},
+    ]
+    crowded, uneven = doctor.doubts_of(facts, local)
+    assert crowded.startswith("host-1: other programs kept 1.3 of its 2 cores busy")
+    assert uneven.startswith("host-1: a quarter of the measured steps took at most 0.5 s, another")
+    column = Column("measured", 92.4, Link(), is_measured=True)
+    found = dataclasses.replace(findings([column]), doubts=[crowded])
+    assert "DOUBTFUL: host-1: other programs kept" in doctor_page.page(found)
+
+
+def test_others_are_what_this_process_did_not_use(tmp_path: Path) -> None:
+    def write(ticks: int) -> Path:
+        stat = tmp_path / "stat"
+        rows = [f"cpu{core} {ticks} 0 0 900 50 0 0 0 77 0" for core in os.sched_getaffinity(0)]
+        stat.write_text("\n".join(["cpu 9 9 9 9 9 9 9 9", *rows, "intr 5"]) + "\n")
+        return stat
+
+    times, own = iter([100.0, 110.0]), iter([3.0, 5.0])
+    others = busy.Others(lambda: next(times), lambda: next(own), write(1000))
+    hertz = os.sysconf("SC_CLK_TCK")
+    write(1000 + 6 * hertz)
+    assert others.cores() == pytest.approx((6 * len(os.sched_getaffinity(0)) - 2) / 10)
+    assert busy.Others(stat=tmp_path / "none").cores() is None
 
 
 @pytest.mark.parametrize(
