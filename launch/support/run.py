@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import sys
-from collections.abc import Callable
 from typing import Any
-
-from tqdm import tqdm
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig
 from textgen.data import START, Position
 
+from .any_run import AnyRun, totals_of
 from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
-from .lost import standing
 from .peers import Peers, StopSwitch
 from .run_folder import RunFolder, write_json
 from .settings import Settings
-from .shown import Validations, live_fields
+from .shown import Validations, live_fields, say
 
-logger = logging.getLogger("ds_gradprune")
+__all__ = ["Run", "say"]
 
 
-class Run:
+class Run(AnyRun):
     """One run from its data to its result."""
 
     def __init__(self, settings: Settings, peers: Peers, world_config: Any, text: str) -> None:
-        self.flags, self.folder, self.peers = settings.flags, settings.folder, peers
-        self.steps_done = 0
-        self._messages = _Messages()
-        logger.handlers = [self._messages] if peers.rank == 0 else [logging.NullHandler()]
-        logger.propagate = False
-        logging.getLogger("ds_gradprune.decisions").setLevel(logging.INFO)
+        super().__init__(settings, peers)
         self._begin(settings, world_config, text)
         model = self._prepare(settings, world_config)
         ds_config = resolved_config(settings.ds_config, settings.block, self.folder, world_config)
-        self._together_on_first(lambda: write_json(self.folder.config, ds_config))
+        self.on_first(lambda: write_json(self.folder.config, ds_config))
         with peers.during("starting the engine"):
             import ds_gradprune
 
@@ -46,13 +36,13 @@ class Run:
             handle = getattr(self.engine, "gradprune", None)
             self.handle = None if handle is None or handle.idle else handle
             self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
-        peers.standing = self._standing
+        peers.standing = self.standing
         self._tell_start(settings.block)
 
     # ---- before the first step -----------------------------------------------------------------
 
     def _begin(self, settings: Settings, world_config: Any, text: str) -> None:
-        """Claim or take over the folder. Only rank 0's is asked: others may not share the disk."""
+        """Claim or take over the folder. Collective."""
         identity = {
             "--model": self.flags.model,
             "--text": None if self.flags.text is None else str(self.flags.text),
@@ -62,22 +52,12 @@ class Run:
             "optimizer.type": settings.ds_config["optimizer"].get("type"),
         }
         notes = {"text": text, "optimizer": settings.ds_config["optimizer"]}
-
-        def work() -> dict[str, Any]:
-            if self.peers.rank == 0 and self.flags.resume:
-                return self.folder.resume(identity)
-            if self.peers.rank == 0:
-                self.folder.claim(identity, notes)
-            return notes
-
-        if self.peers.place.local_rank == 0 and self.peers.rank and not self.flags.resume:
-            self.folder.share()
-        before = self.peers.gather(self.peers.together(work))[0]
+        before = self.claim(identity, notes)
         if before.get("text", text) != text:
-            self._say(f"note: --text has changed; the run goes on with {self.folder.data}")
+            self.say(f"note: --text has changed; the run goes on with {self.folder.data}")
         optimizer = before.get("optimizer", notes["optimizer"])
         if optimizer != notes["optimizer"]:
-            self._say(
+            self.say(
                 f"note: optimizer has changed in --config; the run goes on with {optimizer}, "
                 "which its checkpoint brings"
             )
@@ -117,7 +97,7 @@ class Run:
         if self.handle is None and self.peers.rank == 0:
             self.folder.rewind_log(since.step)
         if state["world_size"] != self.peers.world_size:
-            self._say(
+            self.say(
                 f"note: {state['world_size']} ranks have trained so far, now "
                 f"{self.peers.world_size}: a step takes {self._windows_per_step()} sequences"
             )
@@ -130,15 +110,14 @@ class Run:
         return micro_steps * micro_batch * self.peers.world_size
 
     def _tell_start(self, block: GradientPruningConfig) -> None:
-        self._say(
+        self.say(
             f"model {self.flags.model}: {self.num_parameters:,} parameters; text: "
             f"{self.data.meta.num_tokens:,} tokens from {self.data.meta.source}; "
             f"{self.peers.world_size} ranks"
         )
         if self.since.step:
-            self._say(f"resumed after step {self.since.step}")
-        if not block.enabled:
-            self._say(f"{BLOCK}.enabled is false: plain DeepSpeed")
+            self.say(f"resumed after step {self.since.step}")
+        self.say_if_plain(block.enabled)
 
     # ---- the run -------------------------------------------------------------------------------
 
@@ -151,7 +130,7 @@ class Run:
         switch.listen()
         self.steps_done = self.since.step
         progress = Progress(self.flags.steps, self.since.step, enabled=self.peers.rank == 0)
-        self._messages.show = progress.note
+        self.messages.show = progress.note
         plan = train.Plan(
             steps=self.flags.steps,
             seed=self.flags.seed,
@@ -167,7 +146,7 @@ class Run:
         validations.resume(self.since.step)
 
         def validated(result: Any, own_loss: float | None) -> None:
-            self._together_on_first(lambda: validations.add(result.val_losses, own_loss))
+            self.on_first(lambda: validations.add(result.val_losses, own_loss))
 
         hooks = train.Hooks(
             sum_over_ranks=self.peers.sum,
@@ -200,11 +179,6 @@ class Run:
         with self.peers.during("saving a checkpoint"):
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
 
-    def _standing(self) -> str:
-        """How far the run has come, for the error that ends it. Local."""
-        folder = self.folder
-        return standing(self.steps_done, self.peers.hosts, folder.checkpoints, folder.newest())
-
     def _log_step(self, record: Any) -> None:
         """Where pruning runs it writes the log itself; elsewhere it gets the plain numbers."""
         self.steps_done = record.step
@@ -216,53 +190,22 @@ class Run:
         from textgen.model import save_model
 
         with self.peers.during("writing the model"), whole_weights(self.engine):
-            self._together_on_first(
-                lambda: save_model(self.engine.module, self.tokenizer, self.folder.model)
-            )
-        self._together_on_first(lambda: write_json(self.folder.result, self._document(result)))
-        if result.stopped:
-            self._say(f"Stopped after step {result.steps}; continue with --resume.")
+            self.on_first(lambda: save_model(self.engine.module, self.tokenizer, self.folder.model))
+        self.on_first(lambda: write_json(self.folder.result, self._document(result)))
+        self.say_end(result.val_losses, stopped=result.stopped)
         if self.handle is not None:
             self.handle.detach()
 
     def _document(self, result: Any) -> dict[str, Any]:
-        totals = None if self.handle is None else self.handle.totals
         return {
             "steps": result.steps,
             "val_loss": result.val_losses[-1][1],
             "val_loss_start": result.val_losses[0][1],
-            "wire_bytes": totals.wire_bytes if totals else 0,
-            "dense_bytes": totals.dense_bytes if totals else 0,
-            "density_min": totals.density_min if totals else None,
-            "density_max": totals.density_max if totals else None,
+            **totals_of(self.handle),
             "stopped": result.stopped,
             "parameters": self.num_parameters,
             "val_losses": result.val_losses,
         }
-
-    def _together_on_first(self, work: Callable[[], None]) -> None:
-        """Do `work` on rank 0; if it fails, it has failed on all. Collective."""
-        self.peers.together(work if self.peers.rank == 0 else lambda: None)
-
-    def _say(self, text: str) -> None:
-        if self.peers.rank == 0:
-            say(text)
-
-
-class _Messages(logging.Handler):
-    """Our library's warnings and decisions as plain lines.
-
-    Attributes:
-        show: shows one; replaced while a bar is on the screen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.show = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`."""
-        self.show(record.getMessage())
 
 
 def resolved_config(
@@ -279,8 +222,3 @@ def resolved_config(
         "gradient_accumulation_steps": world_config.gradient_accumulation_steps,
         BLOCK: block.model_dump(mode="json"),
     }
-
-
-def say(text: str) -> None:
-    """Show one line to the user, not behind a bar."""
-    tqdm.write(text, file=sys.stderr)

@@ -1,15 +1,65 @@
-"""What a run shows while it trains: the live line, and its validations, on disk and in monitors."""
+"""What a run shows while it trains: its lines, and its validations, on disk and in monitors."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ds_gradprune.deepspeed.validation import write_validation
 
 from .run_folder import write_json
+
+DECISION_LINES, BURST = 40, 8
+"""Of the law's changes a run shows about so many, however long it is, and so many in a row. All of
+them are in its log."""
+
+
+def say(text: str) -> None:
+    """Show one line to the user, not behind a bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Messages(logging.Handler):
+    """Our library's warnings and decisions as plain lines.
+
+    Args:
+        steps: of the whole run.
+
+    Attributes:
+        show: shows one; replaced while a bar is on the screen.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.show = say
+        self._every = max(1, steps // DECISION_LINES)
+        self._free_from = 0  # as if the lines so far had come evenly, up to this step
+        self._left_out = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        text = record.getMessage()
+        if record.levelno == logging.INFO and isinstance(record.args, tuple) and record.args:
+            step = record.args[0]
+            if isinstance(step, int) and not self._may_show(step):
+                self._left_out += 1
+                return
+            if self._left_out:
+                text += f"; {self._left_out} changes before it are in the log only"
+                self._left_out = 0
+        self.show(text)
+
+    def _may_show(self, step: int) -> bool:
+        if self._free_from > step + BURST * self._every:
+            return False
+        self._free_from = max(self._free_from, step) + self._every
+        return True
 
 
 def live_fields(handle: Any, record: Any, tokens_per_step: int) -> dict[str, str]:

@@ -1,44 +1,32 @@
-"""One fine-tuning from model and data to its result, on every rank alike.
-
-Longer than 300 lines: one run, and all that the Trainer must be told of it.
-"""
+"""One fine-tuning from model and data to its result, on every rank alike."""
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import transformers
-from tqdm import tqdm
 
-from ds_gradprune.config import BLOCK
 from ds_gradprune.errors import ConfigError
-from ds_gradprune.train.report import Totals
 from ds_gradprune.trainer import follow
 from textgen.model import save_model
 
+from .any_run import AnyRun, totals_of
 from .checkpoints import whole_or_nothing, whole_weights
-from .lost import standing
 from .peers import Peers, StopSwitch
 from .place import Place
-from .run_folder import write_json
+from .run_folder import KEPT_CHECKPOINTS, write_json
 from .tuning_data import TuningData, collate, read_data
 from .tuning_model import add_adapters, load_tuned, pad_id_of, replies
 from .tuning_settings import TuningSettings
 
-logger = logging.getLogger("ds_gradprune")
-
 LOG_LINES = 20
 """The Trainer writes so many lines about a run."""
 
-KEPT_CHECKPOINTS = 2
 
-
-class TuningRun:
+class TuningRun(AnyRun):
     """One run from its data to its result. All methods are collective.
 
     Args:
@@ -51,9 +39,8 @@ class TuningRun:
     """
 
     def __init__(self, settings: TuningSettings, peers: Peers, prompts: list[str]) -> None:
-        self.flags, self.folder, self.peers = settings.flags, settings.folder, peers
+        super().__init__(settings, peers)
         self._prompts = prompts
-        _show_messages(peers)
         self._begin(settings)
         arguments = peers.together(lambda: _arguments(settings, peers.place))
         self.model, self.tokenizer = peers.patiently(lambda: load_tuned(self.flags.model))
@@ -63,7 +50,7 @@ class TuningRun:
         weights = [[n, list(w.shape)] for n, w in self.model.named_parameters()]
         self.counts = _counts(self.model)
         peers.check_alike({"tokens": self.data.digest, "parameters of the model": weights})
-        self._together_on_first(lambda: write_json(self.folder.config, settings.ds_config))
+        self.on_first(lambda: write_json(self.folder.config, settings.ds_config))
         self.notes = Notes(self)
         self.trainer = transformers.Trainer(
             model=self.model,
@@ -74,7 +61,7 @@ class TuningRun:
             callbacks=[self.notes],
         )
         follow(self.trainer)
-        peers.standing = self._standing
+        peers.standing = self.standing
         self._tell_start(settings)
 
     def train(self) -> None:
@@ -90,19 +77,14 @@ class TuningRun:
         with self.peers.during("writing the model"):
             with whole_weights(engine):
                 after = replies(self.model, self.tokenizer, self._prompts)
-                self._together_on_first(self._save_model)
-            self._together_on_first(lambda: write_json(self.folder.result, self._document(after)))
-        self._say(f"The model is in {self.folder.model}, the result in {self.folder.result}.")
-
-    def _standing(self) -> str:
-        """How far the run has come, for the error that ends it. Local."""
-        step, folder = self.trainer.state.global_step, self.folder
-        return standing(step, self.peers.hosts, folder.checkpoints, folder.newest())
+                self.on_first(self._save_model)
+            self.on_first(lambda: write_json(self.folder.result, self._document(after)))
+        self.say_end(_losses(state, "eval_loss"), stopped=state.global_step < self.flags.steps)
 
     # ---- before the first step -----------------------------------------------------------------
 
     def _begin(self, settings: TuningSettings) -> None:
-        """Claim or take over the folder. Only rank 0's is asked: others may not share the disk."""
+        """Claim or take over the folder."""
         config = settings.ds_config
         identity = {
             "--model": self.flags.model,
@@ -114,14 +96,7 @@ class TuningRun:
             "gradient_accumulation_steps": config["gradient_accumulation_steps"],
             "zero_optimization.stage": config["zero_optimization"].get("stage", 0),
         }
-
-        def work() -> None:
-            if self.peers.rank == 0 and self.flags.resume:
-                self.folder.resume(identity)
-            elif self.peers.rank == 0:
-                self.folder.claim(identity)
-
-        self.peers.together(work)
+        self.claim(identity, {})
 
     def _read_data(self) -> TuningData:
         flags = self.flags
@@ -131,19 +106,18 @@ class TuningRun:
 
     def _tell_start(self, settings: TuningSettings) -> None:
         data = self.data
-        self._say(
+        self.say(
             f"model {self.flags.model}: {self.counts[True]:,} parameters are trained, "
             f"{self.counts[False]:,} are frozen; "
             f"{len(data.train):,} sequences, {len(data.evaluation)} for evaluation; "
             f"{self.peers.world_size} ranks"
         )
         if data.num_skipped:
-            self._say(
+            self.say(
                 f"note: {data.num_skipped} examples are left out, because their answers begin "
                 f"beyond --max-length {self.flags.max_length}"
             )
-        if not settings.block.enabled:
-            self._say(f"{BLOCK}.enabled is false: plain DeepSpeed")
+        self.say_if_plain(settings.block.enabled)
 
     # ---- after the last ------------------------------------------------------------------------
 
@@ -159,7 +133,6 @@ class TuningRun:
         state, notes = self.trainer.state, self.notes
         evaluated = _losses(state, "eval_loss")
         engine: Any = self.trainer.model_wrapped
-        totals: Totals = engine.gradprune.totals
         before: list[str | None] = list(notes.before) or [None] * len(after)
         return {
             "steps": state.global_step,
@@ -170,10 +143,7 @@ class TuningRun:
             "seconds": notes.seconds,
             "step_s": _median(notes.step_s),
             "step_cpu_s": _median(notes.step_cpu_s),
-            "wire_bytes": totals.wire_bytes,
-            "dense_bytes": totals.dense_bytes,
-            "density_min": totals.density_min,
-            "density_max": totals.density_max,
+            **totals_of(engine.gradprune),
             "parameters": sum(self.counts.values()),
             "trained_parameters": self.counts[True],
             "sequences": len(self.data.train),
@@ -183,14 +153,6 @@ class TuningRun:
                 for prompt, old, new in zip(self._prompts, before, after, strict=True)
             ],
         }
-
-    def _together_on_first(self, work: Callable[[], None]) -> None:
-        """Do `work` on rank 0; if it fails, it has failed on all."""
-        self.peers.together(work if self.peers.rank == 0 else lambda: None)
-
-    def _say(self, text: str) -> None:
-        if self.peers.rank == 0:
-            tqdm.write(text)
 
 
 class Notes(transformers.TrainerCallback):
@@ -215,6 +177,7 @@ class Notes(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The engine is there, the model as it was given."""
         run = self._run
+        run.steps_done = state.global_step
         if not run.flags.resume:
             self.before = replies(kwargs["model"], run.tokenizer, run._prompts)
         self._switch.listen()
@@ -226,6 +189,7 @@ class Notes(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks stop after the same step, if one is asked to."""
+        self._run.steps_done = state.global_step
         self.step_s.append(time.perf_counter() - self._step_begin_s)
         self.step_cpu_s.append(time.process_time() - self._step_begin_cpu_s)
         if self._switch.agreed():
@@ -234,7 +198,7 @@ class Notes(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks have written: this is the checkpoint to resume from."""
         name = f"checkpoint-{state.global_step}"
-        self._run._together_on_first(lambda: self._run.folder.name_newest(name))
+        self._run.on_first(lambda: self._run.folder.name_newest(name))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening."""
@@ -297,15 +261,3 @@ def _median(seconds: list[float]) -> float | None:
 def _losses(state: Any, name: str) -> list[tuple[int, float]]:
     """(step, loss) of every line of the Trainer's history that has it."""
     return [(int(line["step"]), float(line[name])) for line in state.log_history if name in line]
-
-
-def _show_messages(peers: Peers) -> None:
-    """Our library's warnings and decisions as plain lines beside the Trainer's bar, on rank 0."""
-
-    class Shown(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(record.getMessage())
-
-    logger.handlers = [Shown()] if peers.rank == 0 else [logging.NullHandler()]
-    logger.propagate = False
-    logging.getLogger("ds_gradprune.decisions").setLevel(logging.INFO)
