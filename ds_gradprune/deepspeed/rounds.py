@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_gradprune.law.decision import Cause
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.flight import Flight
 from ds_gradprune.train.islands import Prepared, refuse
@@ -126,7 +125,7 @@ class Rounds:
         step = loop.last_exchange
         if self._learning is not None:
             loop.note_learning(self._learning.end_round())
-        is_dense = loop.decision.density == 1.0 and not self._sends_all_in_levels()
+        is_dense = loop.decision.density == 1.0 and not loop.decision.unpruned
         signals, dense_bytes = handle.inside.agree(
             loop.signals(
                 handle.losses.take(),
@@ -161,7 +160,7 @@ class Rounds:
             step=begun.step,
             signals=begun.signals,
             hides=hides,
-            unscaled=self._sends_all_in_levels(),
+            unscaled=handle.loop.decision.unpruned,
         )
         announcement = handle.announce(begun.signals, prepared.sizes)
         prepared.write()
@@ -208,11 +207,6 @@ class Rounds:
             self._compare_written(begun.signals)
         assert begun.prepared is not None
         return ranks, begun.prepared.deliver()
-
-    def _sends_all_in_levels(self) -> bool:
-        """The warm-up exchanges whole updates, rounded as pruned ones are."""
-        is_warmup = self._handle.loop.decision.cause is Cause.WARMUP
-        return is_warmup and self._handle.config.warmup == "unpruned"
 
     def _wait(self, begun: _Begun) -> Ranks:
         if begun.flight is None:

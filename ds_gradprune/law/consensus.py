@@ -30,6 +30,7 @@ def aggregate(
     dense_bytes: int,
     hidden_share: float = 0.0,
     interval: int = 1,
+    unpruned: bool = False,
 ) -> StepSignals:
     """All ranks' signals of one step as one record.
 
@@ -41,6 +42,7 @@ def aggregate(
         dense_bytes: what one rank would have sent in the exchange before without pruning.
         hidden_share: an exchange travels during this share of the computation.
         interval: optimizer steps behind the times.
+        unpruned: the exchange before was an unpruned one.
 
     Returns:
         The record; equal on all ranks, since all have the same headers.
@@ -60,6 +62,7 @@ def aggregate(
         dense_bytes=0 if times is None else dense_bytes,
         skew_time_s=None if times is None else times.skew_s,
         interval=interval,
+        timed_unpruned=unpruned and times is not None,
     )
 
 

@@ -222,6 +222,11 @@ def raised(config: GradientPruningConfig, k: int, interval: int, times: int) -> 
     return (doubled(config, k, times) if times else k), interval
 
 
+def nearest(interval: int, used: int) -> int:
+    """The interval that is wanted, or the one on the way to it from `used` that is next."""
+    return max(used // 2, min(2 * used, interval))
+
+
 def one_octave(config: GradientPruningConfig, k: int, interval: int, used: int) -> tuple[int, int]:
     """The interval, or the one on the way to it that is next; as many bytes per step.
 
@@ -231,7 +236,7 @@ def one_octave(config: GradientPruningConfig, k: int, interval: int, used: int) 
         interval: the interval that is wanted.
         used: the one in force.
     """
-    near = max(used // 2, min(2 * used, interval))
+    near = nearest(interval, used)
     if near == interval or k == CHUNK_NUMEL:
         return k, near
     k_min, k_max = _bounds(config)

@@ -98,7 +98,8 @@ def observe(state: NetworkState, signals: StepSignals) -> Network:
     timed, time_s, wire_bytes = signals.timed_density, signals.comm_time_s, signals.wire_bytes
     if timed is None or not is_time(time_s) or wire_bytes <= 0:
         return Network(state)
-    is_dense = timed == 1.0
+    # What an unpruned warm-up sends goes by the same collective as what is pruned.
+    is_dense = timed == 1.0 and not signals.timed_unpruned
     seen = _measure(state, is_dense, time_s, wire_bytes)
     k = round(timed * CHUNK_NUMEL)
     dense_cost, pruned_cost, factor = _costs(state, seen, is_dense)
@@ -109,8 +110,10 @@ def observe(state: NetworkState, signals: StepSignals) -> Network:
         former=seen.former,
         former_steps=seen.former_steps,
         as_before=seen.as_before,
-        codec=codec_cost.observe(state.codec, k, signals.codec_time_s),
-        sizes=state.sizes if is_dense else _sizes(state.sizes, k, wire_bytes),
+        codec=state.codec
+        if signals.timed_unpruned
+        else codec_cost.observe(state.codec, k, signals.codec_time_s),
+        sizes=state.sizes if k == CHUNK_NUMEL else _sizes(state.sizes, k, wire_bytes),
         dense_bytes=signals.dense_bytes or state.dense_bytes,
         dense_cost=dense_cost,
         pruned_cost=pruned_cost,

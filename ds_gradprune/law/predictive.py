@@ -30,7 +30,7 @@ from typing import NamedTuple
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.law import interval as intervals
-from ds_gradprune.law import learning, loss_arm, network, outliers, plan
+from ds_gradprune.law import learning, loss_arm, network, outliers, plan, warmup
 from ds_gradprune.law.decision import (
     Cause,
     Choice,
@@ -49,11 +49,11 @@ from ds_gradprune.law.schedule import (
     first_decision,
     next_exchange,
     patience,
-    scheduled,
     target_at,
 )
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Seconds, keep_last
+from ds_gradprune.law.warmup import WarmupState
 
 COMPUTE_STEPS = 32
 """Steps whose computation times are behind their median: one in five may have a straggler."""
@@ -74,6 +74,7 @@ class PredictiveState(NamedTuple):
         compute_times_s: the last compute times, oldest first.
         network: what is known of the exchanges.
         interval: optimizer steps up to the exchange that is next or under way.
+        warmup: what is known of the warm-up's exchanges.
     """
 
     density: Density
@@ -84,6 +85,7 @@ class PredictiveState(NamedTuple):
     compute_times_s: tuple[Seconds, ...] = ()
     network: NetworkState = NetworkState()
     interval: Interval = 1
+    warmup: WarmupState = WarmupState()
 
 
 def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
@@ -120,9 +122,13 @@ def update(
     heard = _listen(config, state, signals, interval)
     prices = network.prices_of(config, net, computes_s, planned.interval)
     budget_s = _budget_s(config, state, prices, signals.step)
-    arm, after = state.arm, interval
-    choice = scheduled(config, next_exchange(config, signals.step, interval))
-    if choice is None:
+    warm, arm = warmup.observe(state.warmup, signals), state.arm
+    beginning = warmup.begin(
+        config, warm, signals.step, computes_s=computes_s, used=interval, planned=planned.interval
+    )
+    if beginning is not None:
+        choice = beginning.choice
+    else:
         arm, verdict = _ask_arm(config, state, signals, heard, interval)
         wanted = _plan(config, planned, net, prices, budget_s, arm, signals)
         planned = planned.after(wanted)
@@ -131,14 +137,15 @@ def update(
         choice = _choose(
             config, state, arm, verdict, wanted, planned.interval, is_nonfinite=signals.nonfinite
         )
-        after = interval if choice.interval is None else choice.interval
+    after = interval if choice.interval is None else choice.interval
+    unpruned = beginning is not None and beginning.unpruned
     reason = choice.text
     if net.change is not None and choice.cause is not Cause.NETWORK_CHANGED:
         rate = "" if prices is None else prices.rate_text
         reason += f"; exchanges became {net.change}{rate}"
     density = choice.k / CHUNK_NUMEL
     decision = Decision(
-        step=next_exchange(config, signals.step, after),
+        step=next_exchange(config, signals.step, after, unpruned=unpruned),
         density=density,
         cause=choice.cause,
         reason=reason,
@@ -148,9 +155,10 @@ def update(
         predicted_step_s=intervals.predicted_s(config, prices, choice.k, after),
         rate_bytes_per_s=None if prices is None else 1.0 / prices.seconds_per_byte,
         interval=after,
+        unpruned=unpruned,
     )
     return PredictiveState(
-        density, planned, heard.window, heard.lows, arm, computes_s, net.state, after
+        density, planned, heard.window, heard.lows, arm, computes_s, net.state, after, warm
     ), decision
 
 

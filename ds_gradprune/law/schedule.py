@@ -32,6 +32,7 @@ def first_decision(config: GradientPruningConfig) -> Decision:
         budget_s=config.step_time_budget_s,
         network_changed=False,
         interval=config.first_interval,
+        unpruned=choice.cause is Cause.WARMUP and config.warmup == "unpruned",
     )
 
 
@@ -46,7 +47,8 @@ def scheduled(config: GradientPruningConfig, step: int) -> Choice | None:
         step: optimizer step, counted from 1.
     """
     if step <= config.warmup_steps:
-        text = f"warm-up step {step} of {config.warmup_steps}: dense"
+        form = "unpruned" if config.warmup == "unpruned" else "dense"
+        text = f"warm-up step {step} of {config.warmup_steps}: {form}"
         return Choice(CHUNK_NUMEL, Cause.WARMUP, text)
     position = step - config.warmup_steps
     if position > max(1, config.ramp_steps):
@@ -69,17 +71,23 @@ def _ramp_k(config: GradientPruningConfig, position: int) -> int:
     return max(least, min(most, math.ceil(round(exact * _GRID) / _GRID)))
 
 
-def next_exchange(config: GradientPruningConfig, step: int, interval: int) -> int:
-    """The step that the next exchange follows; in the warm-up the next step.
+def next_exchange(
+    config: GradientPruningConfig, step: int, interval: int, *, unpruned: bool
+) -> int:
+    """The step that the next exchange follows; in a dense warm-up the next step.
 
-    The exchange that passes the ramp's end counts as at that end, so that none is skipped.
+    The exchange that passes the ramp's end counts as at that end, so that none is skipped; so does
+    the one that passes the end of an unpruned warm-up.
 
     Args:
         config: the validated block.
         step: the step that the last exchange followed, counted from 1.
         interval: optimizer steps from one exchange to the next.
+        unpruned: islands step alone in the warm-up, too.
     """
     position = step - config.warmup_steps
+    if position < 0 and unpruned:
+        return min(step + interval, config.warmup_steps)
     if position < 0 or interval == 1:
         return step + 1
     ahead, ramp_end = position + interval, max(1, config.ramp_steps)

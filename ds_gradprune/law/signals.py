@@ -52,6 +52,7 @@ class StepSignals:
         dense_bytes: bytes one rank would have sent in it without pruning; 0: unknown.
         skew_time_s: how long the first to arrive waited for the last; None when unknown.
         interval: optimizer steps whose times these are; they are sums over them.
+        timed_unpruned: the exchange the times belong to was an unpruned one, not a dense one.
     """
 
     step: int
@@ -66,3 +67,4 @@ class StepSignals:
     dense_bytes: int
     skew_time_s: float | None = None
     interval: int = 1
+    timed_unpruned: bool = False

@@ -97,8 +97,9 @@ def update(
     density, reason = choice.k / CHUNK_NUMEL, choice.text
     reason += "" if change is None else f"; exchanges became {change}"
     steps_s = steps_s if density == state.density else ()
+    unpruned = config.warmup == "unpruned"
     decision = Decision(
-        next_exchange(config, signals.step, interval),
+        next_exchange(config, signals.step, interval, unpruned=unpruned),
         density,
         choice.cause,
         reason,
@@ -106,6 +107,7 @@ def update(
         budget_s,
         change is not None,
         interval=interval,
+        unpruned=unpruned and choice.cause is Cause.WARMUP,
     )
     return after._replace(density=density, step_times_s=steps_s, change=going_on), decision
 
@@ -118,7 +120,8 @@ def _decide(
     budget_s: float | None,
 ) -> tuple[Choice, Change | None]:
     """The rules in their order, and the change that is still to be adjusted to."""
-    choice = scheduled(config, next_exchange(config, signals.step, config.first_interval))
+    unpruned, interval = config.warmup == "unpruned", config.first_interval
+    choice = scheduled(config, next_exchange(config, signals.step, interval, unpruned=unpruned))
     if choice is not None:
         return choice, None
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)

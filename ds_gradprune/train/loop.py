@@ -25,7 +25,7 @@ from ds_gradprune.train.loop_state import LoopState, Timed
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.train.stopwatch import Stopwatch
 
-FORMAT = 3
+FORMAT = 4
 """Of the state in a checkpoint."""
 
 
@@ -138,22 +138,26 @@ class Loop:
         used, before, step = self.decision, self._timed, self.last_exchange
         times, is_seen = self.stopwatch.lap()
         finished = self.step + self._has_stepped
+        is_dense = used.density == 1.0 and not used.unpruned
         timed = Timed(
             used.density,
             max(1, finished - self._measured),
-            0 if used.density == 1.0 else self._config.delay_of(self.interval),
+            0 if is_dense else self._config.delay_of(self.interval),
             times.compute_s if is_seen else None,
             times.codec_s,
             times.wire_s + times.hidden_s,
             wire_bytes,
             dense_bytes,
+            used.unpruned,
         )
         signals = self._aggregate(step, ranks, before)
         self._law, self.decision = law.update(self._config, self._law, signals)
         steps, self._reported = step - self._reported, step
         self._timed, self._measured = timed, finished
         decided = self.decision
-        self._agree(struct.pack("<IdI", decided.step, decided.density, decided.interval))
+        self._agree(
+            struct.pack("<IdI?", decided.step, decided.density, decided.interval, decided.unpruned)
+        )
         self.report = StepReport(
             step=step,
             steps=steps,
@@ -254,5 +258,11 @@ class Loop:
             return aggregate(step, ranks, None, 0)
         share = min(1.0, before.hide_steps / before.steps)
         return aggregate(
-            step, ranks, before.density, before.dense_bytes, share, interval=before.steps
+            step,
+            ranks,
+            before.density,
+            before.dense_bytes,
+            share,
+            interval=before.steps,
+            unpruned=before.unpruned,
         )

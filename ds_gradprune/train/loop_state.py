@@ -24,6 +24,7 @@ class Timed:
         comm_time_s: waiting for the exchange.
         wire_bytes: sent by this rank.
         dense_bytes: what it would have sent without pruning.
+        unpruned: it sent everything, in few bits.
     """
 
     density: float
@@ -34,6 +35,7 @@ class Timed:
     comm_time_s: float
     wire_bytes: int
     dense_bytes: int
+    unpruned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

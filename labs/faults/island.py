@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.law.decision import Cause
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.islands import Islands, Prepared, refuse
 from ds_gradprune.train.kept import KeptResidual
@@ -77,7 +76,7 @@ class UpdateRank(Rank):
         """Begin an exchange, as `deepspeed.rounds` does; whether it may travel on."""
         loop = self.loop
         loop.begin_exchange()
-        is_dense = loop.decision.density == 1.0 and loop.decision.cause is not Cause.WARMUP
+        is_dense = loop.decision.density == 1.0 and not loop.decision.unpruned
         bad = is_dense and not self.islands.weights.is_finite()
         signals = loop.signals(2.0 / loop.exchange_step, nonfinite=bad)
         if is_dense:

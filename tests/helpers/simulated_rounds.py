@@ -16,10 +16,14 @@ from tests.helpers.simulated_law import (
     CODEC_S,
     COMPUTE_S,
     DENSE_BYTES,
+    OVERHEAD_S,
     comm_s,
     falling,
     wire_bytes,
 )
+
+UNPRUNED_BYTES = DENSE_BYTES // 8
+"""Values of 4 bits."""
 
 
 def make_config(**fields: Any) -> GradientPruningConfig:
@@ -77,7 +81,8 @@ class IslandRun:
         nonfinite: bool = False,
     ) -> Decision:
         """The steps up to an exchange and the exchange, at so many bytes per second."""
-        interval = self.interval if self.step >= self.config.warmup_steps else 1
+        in_rounds = self.step >= self.config.warmup_steps or self.decisions[-1].unpruned
+        interval = self.interval if in_rounds else 1
         steps = range(self.step + 1, self.step + interval + 1)
         self.step += interval
         base: dict[str, Any] = {
@@ -93,7 +98,7 @@ class IslandRun:
         signals = StepSignals(
             step=self.step, loss=loss, nonfinite=nonfinite, **(base | self._timed)
         )
-        self._time(interval, comm_s(self.k, rate) * stall)
+        self._time(interval, self._wire_s(rate) * stall)
         self.state, decision = law.update(self.config, self.state, signals)
         self.decisions.append(decision)
         return decision
@@ -108,13 +113,19 @@ class IslandRun:
     def raises(self, since: int) -> list[Decision]:
         return [d for d in self.decisions[since:] if d.cause is Cause.PERFORMANCE_MISSED]
 
+    def _wire_s(self, rate: float) -> float:
+        if self.decisions[-1].unpruned:
+            return OVERHEAD_S + UNPRUNED_BYTES / rate
+        return comm_s(self.k, rate)
+
     def _time(self, interval: int, wire_s: float) -> None:
-        used, k = self.decisions[-1].density, self.k
+        used, k, unpruned = self.decisions[-1].density, self.k, self.decisions[-1].unpruned
+        is_dense = used == 1.0 and not unpruned
         wire_s *= math.exp(self.noise * self.rng.gauss(0.0, 1.0))
         computes = [math.exp(0.1 * self.noise * self.rng.gauss(0.0, 1.0)) for _ in range(interval)]
         compute_s = COMPUTE_S * math.fsum(computes)
-        codec_s = 0.0 if used == 1.0 else CODEC_S
-        hidden_s = 0.0 if used == 1.0 else self.config.delay_of(interval) * COMPUTE_S
+        codec_s = 0.0 if is_dense else CODEC_S
+        hidden_s = 0.0 if is_dense else self.config.delay_of(interval) * COMPUTE_S
         step_s = compute_s + codec_s + max(0.0, wire_s - hidden_s)
         self.steps_s.append((interval, step_s / interval))
         self._timed = {
@@ -123,7 +134,8 @@ class IslandRun:
             "codec_time_s": codec_s,
             "comm_time_s": wire_s,
             "step_time_s": step_s,
-            "wire_bytes": wire_bytes(k),
+            "wire_bytes": UNPRUNED_BYTES if unpruned else wire_bytes(k),
             "dense_bytes": DENSE_BYTES,
             "interval": interval,
+            "timed_unpruned": unpruned,
         }

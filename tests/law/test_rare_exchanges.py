@@ -78,6 +78,12 @@ def test_first_plan_waits_for_a_dozen_steps_or_three_exchanges(every: int, most:
 
 def test_exchange_that_passes_the_ramp_is_decided_for_its_end() -> None:
     config = make_config(sync_every=8, warmup_steps=20, ramp_steps=20)
-    assert [next_exchange(config, step, 8) for step in (19, 20, 28, 36, 40)] == [20, 28, 36, 40, 48]
+    assert [next_exchange(config, step, 8, unpruned=False) for step in (19, 20, 28, 36, 40)] == [
+        20,
+        28,
+        36,
+        40,
+        48,
+    ]
     run = IslandRun(config).exchanges(24, RATE)
     assert [d.step for d in run.decisions[18:24]] == [19, 20, 28, 36, 40, 52]
