@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from ds_gradprune.commands.runlog import Run
+from ds_gradprune.commands.runlog import Run, mbit
 
 BUSY = 1.25
 """Computation that takes so many times as long tells of busy hosts, not of the network."""
@@ -69,7 +69,7 @@ def _exchange_changed(run: Run, number: int) -> str:
     factor = busier(run, number)
     if slower and factor is not None and factor >= BUSY:
         return f"{text}, and computation takes {factor:.1f} times as long: the hosts are busy"
-    return text if entry.link_mbit is None else f"{text}: {entry.link_mbit:.3g} Mbit/s"
+    return text if entry.link_mbit is None else f"{text}: {mbit(entry.link_mbit)} Mbit/s"
 
 
 def _is_slower(run: Run, number: int) -> bool:

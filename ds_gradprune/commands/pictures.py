@@ -36,6 +36,9 @@ CAUSES = {
 }
 """How decisions are marked."""
 
+CROWDED = 30
+"""Where a run has more marks than that, they are drawn small."""
+
 POINTS, GROUPS = 400, 120
 """Points of a line and groups of a stack at most."""
 
@@ -158,14 +161,13 @@ def _density(axis: Any, run: Run, color: str, label: str | None) -> None:
         return
     xs, ys = [e.step for e in known], [100 * (e.density or 0.0) for e in known]
     axis.step(xs, ys, where="pre", color=color, linewidth=1.4, label=label)
-    for number in decisions(run):
-        entry = run.entries[number]
-        mark = CAUSES.get(entry.next_cause)
-        if mark is None or not entry.is_move:
-            continue
-        shape, shade, _ = mark
-        y = 100 * (entry.next_density or 0.0)
-        axis.plot([entry.step], [y], shape, color=shade, markersize=7, markeredgecolor="white")
+    moves = [e for e in map(run.entries.__getitem__, decisions(run)) if e.is_move]
+    size, edge = (7, "white") if len(moves) <= CROWDED else (4, "none")
+    for entry in moves:
+        if entry.next_cause in CAUSES:
+            shape, shade, _ = CAUSES[entry.next_cause]
+            y = 100 * (entry.next_density or 0.0)
+            axis.plot([entry.step], [y], shape, color=shade, markersize=size, markeredgecolor=edge)
 
 
 def _dress_density(axis: Any, runs: Sequence[Run]) -> None:
@@ -207,9 +209,13 @@ def _link(axis: Any, run: Run, color: str) -> None:
     known = [e for e in run.entries if e.link_mbit is not None]
     axis.plot([e.step for e in known], [e.link_mbit for e in known], color=color, linewidth=1.2)
     shade = CAUSES["network_changed"][1]
-    for entry in run.entries:
-        if entry.has_changed:
-            axis.axvline(entry.step, color=shade, linewidth=0.8, linestyle=":")
+    changes = [e.step for e in run.entries if e.has_changed]
+    if len(changes) > CROWDED:  # lines would hide the rate
+        below = axis.get_xaxis_transform()
+        axis.plot(changes, [0.03] * len(changes), "|", color=shade, alpha=0.6, transform=below)
+        return
+    for step in changes:
+        axis.axvline(step, color=shade, linewidth=0.8, linestyle=":")
 
 
 def _dress_link(axis: Any, runs: Sequence[Run]) -> None:

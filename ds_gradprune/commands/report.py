@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from ds_gradprune.commands.decided import decisions, why
 from ds_gradprune.commands.doctor_page import duration, table
 from ds_gradprune.commands.flags import Parser
 from ds_gradprune.commands.plot import named
-from ds_gradprune.commands.runlog import Run, read_run, sums
+from ds_gradprune.commands.runlog import Entry, Run, mbit, read_run, sums
 from ds_gradprune.errors import DataError
 
-MOST_ROWS = 300
-"""Decisions in a table; of more, those in the middle are left out."""
+MOST_ROWS = 60
+"""Decisions in a table; of more, those that changed the density least are left out."""
 
 HEAD = (
     "step", "density", "next", "interval", "sent kB", "link Mbit/s", "compute s", "codec s",
@@ -80,7 +81,7 @@ def text_of(run: Run) -> str:
         else ["No run without pruning decides anything."]
     )
     if left_out:
-        body.append(f"{left_out} decisions in the middle are left out.")
+        body.append(f"{left_out} smaller decisions are left out.")
     return "\n".join([*lines, *body])
 
 
@@ -104,8 +105,16 @@ def rows_of(run: Run) -> tuple[list[list[str]], int]:
     numbers = decisions(run) if run.mode != "dense" else []
     left_out = max(0, len(numbers) - MOST_ROWS)
     if left_out:
-        numbers = numbers[: MOST_ROWS // 2] + numbers[-MOST_ROWS // 2 :]
+        inner = sorted(numbers[1:-1], key=lambda number: _weight(run.entries[number]), reverse=True)
+        numbers = sorted([numbers[0], *inner[: MOST_ROWS - 2], numbers[-1]])
     return [_row(run, number) for number in numbers], left_out
+
+
+def _weight(entry: Entry) -> float:
+    """How much a decision changed; 0.0: nothing, so that the alarm of the link alone comes last."""
+    if not entry.is_move or not entry.density or not entry.next_density:
+        return 0.0
+    return abs(math.log(entry.next_density / entry.density))
 
 
 def _row(run: Run, number: int) -> list[str]:
@@ -116,7 +125,7 @@ def _row(run: Run, number: int) -> list[str]:
         _density(entry.next_density) if entry.is_move else "",
         str(entry.interval),
         f"{entry.wire_bytes / 1e3:,.0f}",
-        "-" if entry.link_mbit is None else f"{entry.link_mbit:.3g}",
+        "-" if entry.link_mbit is None else mbit(entry.link_mbit),
         "-" if entry.compute_s is None else f"{entry.compute_s:.3f}",
         f"{entry.codec_s:.3f}",
         f"{entry.wire_s:.3f}",
@@ -165,7 +174,7 @@ def _section(run: Run, *, with_picture: bool) -> list[str]:
         )
     rows, left_out = rows_of(run)
     if left_out:
-        parts.append(f'<p class="note">{left_out} decisions in the middle are left out.</p>')
+        parts.append(f'<p class="note">{left_out} smaller decisions are left out.</p>')
     if with_picture:
         parts.append(_picture([run], run.name))
     parts.append(_table(HEAD, rows))

@@ -254,3 +254,8 @@ def means(values: Sequence[float], most: int) -> list[float]:
     size = -(-len(values) // most)
     groups = [values[i : i + size] for i in range(0, len(values), size)]
     return [statistics.fmean(group) for group in groups]
+
+
+def mbit(rate: float) -> str:
+    """A rate of a link for a user: three digits, no exponent."""
+    return f"{float(f'{rate:.3g}'):,.10g}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ds_gradprune.commands.runlog import mbit
 from ds_gradprune.deepspeed.validation import write_validation
 
 from .run_folder import write_json
@@ -83,7 +84,7 @@ def live_fields(handle: Any, record: Any, tokens_per_step: int) -> dict[str, str
             "P": "-" if report.performance is None else f"{report.performance:.2f}",
             "density": "dense" if report.density == 1.0 else f"{100 * report.density:.2f} %",
             "sent": f"{report.wire_bytes / 1e6:.2f} MB",
-            "link": "-" if rate is None else f"{8e-6 * rate:.3g} Mbit/s",
+            "link": "-" if rate is None else f"{mbit(8e-6 * rate)} Mbit/s",
         }
     return fields | {"tokens/s": f"{tokens_per_step / record.step_time_s:,.0f}"}
 
