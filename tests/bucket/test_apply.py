@@ -1,4 +1,7 @@
-"""What a delivered block does: sums, and moves of shared and own weights, bit for bit."""
+"""What a delivered block does: sums, and moves of shared and own weights, bit for bit.
+
+Longer than 300 lines: every way to apply a block, on the same few inputs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Islands inside DeepSpeed, two processes on gloo: warm-up, sharing, views, resume, refusals."""
+"""Islands inside DeepSpeed, two processes on gloo: warm-up, sharing, views, resume, refusals.
+
+Longer than 300 lines: one start of two ranks serves all of its tests.
+"""
 
 from __future__ import annotations
 

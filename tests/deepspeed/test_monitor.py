@@ -1,4 +1,7 @@
-"""What is written down of a run, and that no full disk, cut line or odd number ends it."""
+"""What is written down of a run, and that no full disk, cut line or odd number ends it.
+
+Longer than 300 lines: the log, the screen and the monitors are fed by one fake run.
+"""
 
 from __future__ import annotations
 

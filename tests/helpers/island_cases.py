@@ -1,4 +1,7 @@
-"""Single cases of one DeepSpeed rank that is an island, for tests/test_integration_islands.py."""
+"""Single cases of one DeepSpeed rank that is an island, for tests/deepspeed/test_island_handle.py.
+
+Longer than 300 lines: all cases that one start of ranks runs in a row.
+"""
 
 from __future__ import annotations
 

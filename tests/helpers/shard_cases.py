@@ -1,4 +1,7 @@
-"""What one rank of 2x1 or 2x2 islands finds out about its shards, for tests/deepspeed."""
+"""What one rank of 2x1 or 2x2 islands finds out about its shards, for tests/deepspeed.
+
+Longer than 300 lines: all cases that one start of ranks runs in a row.
+"""
 
 from __future__ import annotations
 

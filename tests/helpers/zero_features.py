@@ -1,4 +1,7 @@
-"""What people add to a training, with islands of two ranks at every ZeRO stage."""
+"""What people add to a training, with islands of two ranks at every ZeRO stage.
+
+Longer than 300 lines: all features that one start of ranks tries in a row.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""launch/train.py on one process: flags, faults, a run and its continuation."""
+"""launch/train.py on one process: flags, faults, a run and its continuation.
+
+Longer than 300 lines: every flag and fault of one script.
+"""
 
 from __future__ import annotations
 

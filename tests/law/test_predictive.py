@@ -1,4 +1,7 @@
-"""The law "predictive", case by case: plan, network, dense, bounds."""
+"""The law "predictive", case by case: plan, network, dense, bounds.
+
+Longer than 300 lines: one table of situations, a test for each.
+"""
 
 import itertools
 import math

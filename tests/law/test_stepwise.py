@@ -1,4 +1,7 @@
-"""The law "stepwise": the decision table, which times count, the network, and whole runs."""
+"""The law "stepwise": the decision table, which times count, the network, and whole runs.
+
+Longer than 300 lines: one table of decisions, and the runs that pass through it.
+"""
 
 import itertools
 import json

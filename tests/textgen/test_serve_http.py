@@ -1,4 +1,7 @@
-"""The server as clients see it: over a real socket, on loopback."""
+"""The server as clients see it: over a real socket, on loopback.
+
+Longer than 300 lines: one server, started once, and all that clients ask of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Owners sum shares: equal on all ranks, nothing lost, staged until applied, traffic flat in N."""
+"""Owners sum shares: equal on all ranks, nothing lost, staged until applied, traffic flat in N.
+
+Longer than 300 lines: one exchange, from its sums to its faults.
+"""
 
 from __future__ import annotations
 

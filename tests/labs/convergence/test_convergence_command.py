@@ -1,4 +1,7 @@
-"""The laboratory's command: grids, the store of finished runs, tables and the contract."""
+"""The laboratory's command: grids, the store of finished runs, tables and the contract.
+
+Longer than 300 lines: one command, from its grids to its page.
+"""
 
 from __future__ import annotations
 
