@@ -34,7 +34,7 @@ def subjects() -> Iterator[tuple[str, str, Sequence[tuple[str, Any]]]]:
     """(heading, what stands below it, (name, object) in order)."""
     import ds_gradprune
     from ds_gradprune import errors
-    from ds_gradprune.deepspeed import attach, initialize, validation
+    from ds_gradprune.deepspeed import attach, initialize, validation, waits
     from ds_gradprune.deepspeed.handle import Handle
     from ds_gradprune.law.decision import Cause, Decision
     from ds_gradprune.train.report import StepReport, Totals
@@ -48,6 +48,7 @@ def subjects() -> Iterator[tuple[str, str, Sequence[tuple[str, Any]]]]:
             ("ds_gradprune.unregister", ds_gradprune.unregister),
             ("ds_gradprune.attach", attach.attach),
             ("ds_gradprune.detach", ds_gradprune.detach),
+            ("ds_gradprune.watch", waits.watch),
         ],
     )
     yield "engine.gradprune", "What `initialize` and `attach` tie to an engine.", members(Handle)

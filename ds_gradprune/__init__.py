@@ -12,13 +12,14 @@ Importing this package loads neither deepspeed nor mpi4py; calling one of these 
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ds_gradprune.errors import MissingDependencyError
 
 __version__ = "0.2.0"
 
-__all__ = ["attach", "detach", "initialize", "register", "unregister"]
+__all__ = ["attach", "detach", "initialize", "register", "unregister", "watch"]
 
 if TYPE_CHECKING:
     from ds_gradprune.deepspeed.attach import AnyHandle
@@ -57,6 +58,15 @@ def detach(engine: Any) -> None:
     handle = getattr(engine, "gradprune", None)
     if handle is not None:
         handle.detach()
+
+
+def watch(engine: Any) -> AbstractContextManager[None]:
+    """Let no wait of a script last for ever, from a thread; see `deepspeed.waits.watch`.
+
+    Collective: all ranks.
+    """
+    watched: AbstractContextManager[None] = _room("waits").watch(engine)
+    return watched
 
 
 def _room(name: str) -> Any:

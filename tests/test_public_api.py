@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
 
-ENTRY_POINTS = {"initialize", "register", "unregister", "attach", "detach"}
+ENTRY_POINTS = {"initialize", "register", "unregister", "attach", "detach", "watch"}
 
 
 def test_public_names_are_frozen_and_sorted() -> None:

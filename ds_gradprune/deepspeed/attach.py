@@ -23,6 +23,7 @@ from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
+from ds_gradprune.deepspeed.waits import bounded, new_group
 from ds_gradprune.deepspeed.zero_gradients import ZeroGradientHandle, warn_of_parameters
 from ds_gradprune.errors import GradPruneError, UnsupportedError
 from ds_gradprune.train.piece import Shards
@@ -66,7 +67,8 @@ def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
     if not isinstance(engine.config, dict):
         raise UnsupportedError(f"engine.config must be a dict, got {type(engine.config).__name__}")
     config = load_block(engine.config)
-    handle = _handle(engine, config, clock or Clock())
+    with bounded("attaching to the engine", config.timeout_s):
+        handle = _handle(engine, config, clock or Clock())
     if isinstance(handle, Handle):
         handle.facts = facts_of(engine, config).values
     engine.gradprune = handle
@@ -85,7 +87,7 @@ def _handle(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHand
 
 
 def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHandle:
-    group = on_cpu(engine.seq_data_parallel_group)
+    group = on_cpu(engine.seq_data_parallel_group, config.timeout_s)
     ranks = TorchDistTransport(group, config.timeout_s)
     _together(ranks, lambda: compat.check(engine, config.prune))
     if ranks.world_size < dist.get_world_size():
@@ -95,7 +97,7 @@ def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyH
             "or mesh_param of your own."
         )
     check_ranks(ranks, facts_of(engine, config))
-    groups = Groups(config.island.ranks)
+    groups = Groups(config.island.ranks, config.timeout_s)
     if groups.num_islands == 1:
         groups.close(is_mpu=False)
         return _idle(engine, config, "there is only one island")
@@ -122,7 +124,7 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
             "ds_gradprune.initialize, or call ds_gradprune.register() before "
             'deepspeed.initialize, or set prune to "gradient".'
         )
-    ranks = TorchDistTransport(on_cpu(groups.everyone), config.timeout_s)
+    ranks = TorchDistTransport(on_cpu(groups.everyone, config.timeout_s), config.timeout_s)
     _together(ranks, lambda: compat.check(engine, config.prune))
     if groups.num_islands == 1:
         return _idle(engine, config, "there is only one island")
@@ -137,7 +139,8 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
 
 def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:
     logger.warning("gradient pruning is idle: %s, nothing to exchange", why)
-    ranks = TorchDistTransport(on_cpu(engine.data_parallel_group), config.timeout_s)
+    group = on_cpu(engine.data_parallel_group, config.timeout_s)
+    ranks = TorchDistTransport(group, config.timeout_s)
     return IdleHandle(engine, config, Carried(engine, config, ranks))
 
 
@@ -152,14 +155,14 @@ def _together(ranks: Transport, work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def on_cpu(group: Any) -> Any:
+def on_cpu(group: Any, timeout_s: float) -> Any:
     """A group of the same ranks that moves what lies in the host's memory.
 
     Collective: all ranks.
     """
     if dist.get_backend(group) == "gloo":
         return group
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    return new_group(dist.get_process_group_ranks(group), timeout_s, backend="gloo")
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ machine has open was left behind, or belongs to another host on the same disk, w
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from torch.utils import cpp_extension
 
 from ds_gradprune.errors import UnsupportedError
 
+logger = logging.getLogger(__name__)
+
 SHM_OP = "deepspeed_shm_comm"
 """DeepSpeed loads it whenever it opens its communication on CPUs; only inference calls it."""
 
 LONGEST_BUILD_S = 900.0
-"""Where processes cannot be looked at, and on a disk that hosts share: no compilation is longer."""
+"""Where processes cannot be looked at: no compilation is longer. Clocks may jump."""
 
 
 def stale_locks(
@@ -51,6 +54,12 @@ def warning(locks: list[Path]) -> str:
     )
 
 
+def warn_of_locks() -> None:
+    """Log, once per host, which compilations were killed: an engine may need one of those ops."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (locks := stale_locks()):
+        logger.warning(warning(locks).removeprefix("warning: "))
+
+
 def refuse_stale_shm_lock() -> None:
     """DeepSpeed is about to load its shared-memory op: it would wait for this lock for ever.
 
@@ -64,12 +73,11 @@ def refuse_stale_shm_lock() -> None:
 
 def _is_stale(lock: Path, processes: Path) -> bool:
     try:
-        age_s = time.time() - lock.stat().st_mtime
-        if age_s > LONGEST_BUILD_S:
-            return True
+        if not processes.is_dir():
+            return time.time() - lock.stat().st_mtime > LONGEST_BUILD_S
         held = {os.stat(file)[1:3] for file in _open_files(processes, lock.name)}
         # A process of another user cannot be looked at; its locks would not be in this folder.
-        return processes.is_dir() and os.stat(lock)[1:3] not in held
+        return os.stat(lock)[1:3] not in held
     except FileNotFoundError:  # its holder has just finished
         return False
 

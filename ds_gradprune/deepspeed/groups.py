@@ -25,6 +25,7 @@ from deepspeed.utils import groups
 
 from ds_gradprune.deepspeed.crowd import warn_of_crowd
 from ds_gradprune.deepspeed.seats import Seat, gather_seats, ranks_per_island
+from ds_gradprune.deepspeed.waits import everyone, new_group
 
 _given_up: list[Any] = []
 """Groups of engines that were detached."""
@@ -36,6 +37,7 @@ class Groups:
     Args:
         ranks: consecutive ranks that form an island; None: the ranks of a host do, or each rank
             alone where there is only one host.
+        timeout_s: longest wait in them; None: torch's own.
 
     Attributes:
         island: which island this rank belongs to.
@@ -54,8 +56,9 @@ class Groups:
     Collective: all ranks construct it.
     """
 
-    def __init__(self, ranks: int | None = None) -> None:
+    def __init__(self, ranks: int | None = None, timeout_s: float | None = None) -> None:
         self._created: list[Any] = []
+        self._timeout_s = timeout_s
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         seats = gather_seats(Seat.here())
@@ -67,7 +70,7 @@ class Groups:
             warn_of_crowd(seats, self.num_shards)
         self.num_islands = self._world_size // self.num_shards
         self.island, self.shard = divmod(self._rank, self.num_shards)
-        self.everyone: Any = groups._clone_world_group()
+        self.everyone: Any = everyone(timeout_s)
         self._alone = self._mine([[rank] for rank in range(self._world_size)])
         self.inner: Any = None
         self.inner_cpu: Any = None
@@ -188,7 +191,7 @@ class Groups:
 
     def _mine(self, partition: list[list[int]], **options: Any) -> Any:
         """Create all groups, on all ranks in the same order; the one with this rank in it."""
-        created = [dist.new_group(ranks, **options) for ranks in partition]
+        created = [new_group(ranks, self._timeout_s, **options) for ranks in partition]
         mine = next(g for g, ranks in zip(created, partition, strict=True) if self._rank in ranks)
         self._created.append(mine)
         return mine

@@ -32,6 +32,7 @@ from ds_gradprune.deepspeed.facts import tell_changes
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.idle import module_crc
 from ds_gradprune.deepspeed.losses import StepLosses
+from ds_gradprune.deepspeed.waits import bounded
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.law.schedule import target_at
 from ds_gradprune.law.signals import RankSignals
@@ -88,10 +89,10 @@ class Handle:
         self.hooks = Hooks(engine)
         self.hooks.keep(engine.register_forward_pre_hook(self._before_forward))
         self.hooks.keep(engine.register_forward_hook(self._after_forward))
-        self.hooks.replace("backward", self._backward)
-        self.hooks.replace("step", self._step)
-        self.hooks.replace("save_checkpoint", self._save_checkpoint)
-        self.hooks.replace("load_checkpoint", self._load_checkpoint)
+        self._replace("backward", "training", self._backward)
+        self._replace("step", "training", self._step)
+        self._replace("save_checkpoint", "saving a checkpoint", self._save_checkpoint)
+        self._replace("load_checkpoint", "loading a checkpoint", self._load_checkpoint)
 
     @property
     def session(self) -> Loop:
@@ -179,6 +180,15 @@ class Handle:
         raise NotImplementedError
 
     # ---- hooks ---------------------------------------------------------------------------------
+
+    def _replace(self, name: str, doing: str, hook: Callable[..., Any]) -> None:
+        """Shadow a method of the engine; what DeepSpeed waits for inside has our deadline."""
+
+        def within_limits(*args: Any, **kwargs: Any) -> Any:
+            with bounded(doing, self.config.timeout_s):
+                return hook(*args, **kwargs)
+
+        self.hooks.replace(name, within_limits)
 
     def _trains(self) -> bool:
         return bool(self.engine.module.training) and torch.is_grad_enabled()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -11,19 +13,22 @@ import torch
 import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.pipe import PipelineModule
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.config.load import read_config
 from ds_gradprune.deepspeed.agree import check_ranks
 from ds_gradprune.deepspeed.attach import attach, on_cpu
-from ds_gradprune.deepspeed.build_locks import SHM_OP, refuse_stale_shm_lock
+from ds_gradprune.deepspeed.build_locks import SHM_OP, refuse_stale_shm_lock, warn_of_locks
 from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
 from ds_gradprune.deepspeed.shards import refused_by
 from ds_gradprune.deepspeed.trainers import join_trainers, leave_trainers
+from ds_gradprune.deepspeed.waits import asking, bounded, everyone
 from ds_gradprune.deepspeed.zero3_setup import confine, repartition
 from ds_gradprune.errors import ConfigError, UnsupportedError
+from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.torchdist import TorchDistTransport
 
 _original = deepspeed.initialize
@@ -72,15 +77,15 @@ def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any
         return _call(given), True
     _refuse_strided(given.arguments["model"])
     _refuse_other_groups(given.arguments, ds_config, config.prune)
-    _open_comm(given.arguments)
-    if comm.get_world_size() > 1:
-        _compare(given.arguments, config)
-    if comm.get_world_size() > 1 and config.prune == "update":
-        groups = Groups(config.island.ranks)
-        repartition(given.arguments["model"], groups)
-        given.arguments["mpu"] = groups
-    with kept():
-        return _call(given), True
+    _open_comm(given.arguments, config.timeout_s)
+    with bounded("starting the engine", config.timeout_s):
+        if comm.get_world_size() > 1:
+            _compare(given.arguments, config)
+            everyone(config.timeout_s)
+        if comm.get_world_size() > 1 and config.prune == "update":
+            _divide(given.arguments, config)
+        with kept():
+            return _call(given), True
 
 
 def _reference(
@@ -91,16 +96,24 @@ def _reference(
     is_divided = isinstance(zero, dict) and zero.get("stage") == 3
     if not is_divided or not _has_islands(ds_config):
         return _call(given)
-    _open_comm(given.arguments)
+    config = load_block(ds_config)
+    _open_comm(given.arguments, config.timeout_s)
     if comm.get_world_size() == 1:
         return _call(given)
-    groups = Groups(load_block(ds_config).island.ranks)
-    repartition(given.arguments["model"], groups)
-    given.arguments["mpu"] = groups
-    with kept():
-        result = _call(given)
-    confine(result[0], groups)
+    with bounded("starting the engine", config.timeout_s):
+        groups = _divide(given.arguments, config)
+        with kept():
+            result = _call(given)
+        confine(result[0], groups)
     return result
+
+
+def _divide(given: dict[str, Any], config: GradientPruningConfig) -> Groups:
+    """Make the islands, and the model and the engine to come part of them. Collective."""
+    groups = Groups(config.island.ranks, config.timeout_s)
+    repartition(given["model"], groups)
+    given["mpu"] = groups
+    return groups
 
 
 def _has_islands(ds_config: dict[str, Any]) -> bool:
@@ -110,16 +123,30 @@ def _has_islands(ds_config: dict[str, Any]) -> bool:
     return config.enabled and config.prune == "update"
 
 
-def _open_comm(given: dict[str, Any]) -> None:
-    """Open DeepSpeed's communication as `deepspeed.initialize` would."""
-    loads_shm = deepspeed.ops.__compatible_ops__.get(SHM_OP, False)
-    if not comm.is_initialized() and get_accelerator().device_name() == "cpu" and loads_shm:
-        refuse_stale_shm_lock()
+def _open_comm(given: dict[str, Any], timeout_s: float) -> None:
+    """Open DeepSpeed's communication as `deepspeed.initialize` would, if nobody has yet.
+
+    The others are waited for `timeout_s`, or as long as DEEPSPEED_TIMEOUT says, in minutes.
+
+    Collective: all ranks.
+    """
+    warn_of_locks()
     names = ("distributed_port", "dist_init_required")
-    comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        **{name: given[name] for name in names if name in given},
-    )
+    options = {name: given[name] for name in names if name in given}
+    options["dist_backend"] = get_accelerator().communication_backend_name()
+    if comm.is_initialized() or dist.is_initialized():
+        comm.init_distributed(**options)
+        return
+    if deepspeed.ops.__compatible_ops__.get(SHM_OP) and get_accelerator().device_name() == "cpu":
+        refuse_stale_shm_lock()
+        # DeepSpeed loads it first, and may compile it for a minute, which is no wait for a rank.
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    own = default_pg_timeout if "DEEPSPEED_TIMEOUT" in os.environ else timedelta(seconds=timeout_s)
+    place = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    rank, world_size = (int(text) if text.isdecimal() else 0 for text in place)
+    limit_s = own.total_seconds()
+    with translated("finding all ranks", rank, world_size, limit_s), asking(limit_s):
+        comm.init_distributed(timeout=own, **options)
 
 
 def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:
@@ -127,7 +154,7 @@ def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:
 
     Collective: all ranks.
     """
-    ranks = TorchDistTransport(on_cpu(dist.group.WORLD), config.timeout_s)
+    ranks = TorchDistTransport(on_cpu(dist.group.WORLD, config.timeout_s), config.timeout_s)
     check_ranks(ranks, facts_before(config, given["model"], given.get("optimizer")))
 
 

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from ds_gradprune.errors import GradPruneError, RankMismatchError
+from ds_gradprune.wire.lost import translated
+from ds_gradprune.wire.silence import within
 
-from .lost import translated
 from .place import Place
 
 T = TypeVar("T")
@@ -193,7 +194,7 @@ class Peers:
             TransportError, TransportTimeout: instead of torch's RuntimeError.
         """
         before, self.doing = self.doing, doing
-        with translated(doing, self.place, self.timeout_s):
+        with translated(doing, self.rank, self.world_size, self.timeout_s):
             yield
         self.doing = before
 
@@ -261,20 +262,6 @@ class StopSwitch:
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def within(limit_s: float, work: Callable[[], T]) -> T | None:
-    """What `work` returns; None if it fails or takes longer, and its thread is left behind."""
-    results: list[T] = []
-
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            results.append(work())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    return results[0] if results else None
 
 
 def _flat(facts: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -23,9 +23,10 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_gradprune.errors import ConfigError, TransportError, TransportTimeout
+from ds_gradprune.wire.silence import LATE_S, deadline
 
 from .place import Place
-from .pulse import LATE_S, deadline
+from .seat import take_seat
 
 PREFIX = "ds_gradprune/roll_call"
 FIRST_NAP_S, LONGEST_NAP_S = 0.02, 0.5
@@ -187,7 +188,7 @@ def meet(place: Place, environ: Mapping[str, str], timeout_s: float) -> Any:
 
     Raises:
         AbsentRanks: some rank never came, or rank 0 went away.
-        TransportError: this is rank 0, and the port cannot be listened on.
+        TransportError: this is rank 0, and the port cannot be listened on; or see `take_seat`.
     """
     # torch's store has no time-out for an answer: a host that is frozen or cut off gives none.
     with deadline(timeout_s + LATE_S, "finding rank 0"):
@@ -195,7 +196,9 @@ def meet(place: Place, environ: Mapping[str, str], timeout_s: float) -> Any:
     listed = hosts_of_launcher(parent_words(), place.world_size)
     try:
         with deadline(timeout_s + LATE_S, "finding the other ranks"):
-            call_roll(store, place, socket.gethostname(), timeout_s, listed, Clock())
+            host, attempt = socket.gethostname(), environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            take_seat(store, place, host, attempt)
+            call_roll(store, place, host, timeout_s, listed, Clock())
     except dist.DistError as exc:
         reason = str(exc).strip().splitlines()[0]
         raise AbsentRanks(

@@ -10,11 +10,12 @@ from typing import NoReturn, Protocol, TypeVar
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed.build_locks import stale_locks, warning
 from ds_gradprune.errors import GradPruneError, TransportError
+from ds_gradprune.wire.lost import translated
+from ds_gradprune.wire.silence import LATE_S, Pulse, deadline, within
 
-from .lost import situated, translated
-from .peers import TELL_LIMIT_S, AgreedFault, Peers, within
+from .lost import situated
+from .peers import TELL_LIMIT_S, AgreedFault, Peers
 from .place import Place, export_place, find_place, share_cores
-from .pulse import LATE_S, Pulse, deadline
 from .rendezvous import AbsentRanks
 from .run import say
 from .start import choose_accelerator, connect
@@ -52,11 +53,16 @@ def run_script(
         share_cores(place, os.environ)
         choose_accelerator()
         settings, timeout_s = _read(arguments, read)
-        with translated("starting", place, timeout_s):
+        with translated("starting", place.rank, place.world_size, timeout_s):
             peers = crew = connect(place, timeout_s)
         with situated(lambda: crew.standing()), crew.during("starting"):
             with deadline(timeout_s + LATE_S, "making the first process groups"):
-                pulse = Pulse(crew)
+                pulse = Pulse(
+                    crew.new_group(),
+                    timeout_s,
+                    doing=lambda: crew.doing,
+                    standing=lambda: crew.standing(),
+                )
             with pulse:
                 work(crew.together(settings), crew)
     except GradPruneError as exc:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from ds_gradprune.config import load_block
 from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
+from ds_gradprune.wire.silence import LATE_S, deadline, within
 
-from .peers import Peers, within
+from .peers import Peers
 from .place import Place
-from .pulse import LATE_S, deadline
 from .rendezvous import meet
 
 _LR_BEFORE = "Attempting to get learning rate from scheduler before it has started"

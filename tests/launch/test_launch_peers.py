@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ds_gradprune.errors import ConfigError, DataError, TransportError, TransportTimeout
 from launch.support import lost
-from launch.support.peers import AgreedFault, Peers, StopSwitch, within
+from launch.support.peers import AgreedFault, Peers, StopSwitch
 from launch.support.place import Place
 from tests.helpers.ranks import run_processes
 
@@ -51,14 +51,6 @@ def test_a_store_that_does_not_answer_silences_nobody(monkeypatch: pytest.Monkey
     never.set()
 
 
-def test_within_gives_up_on_what_fails_or_hangs() -> None:
-    never = threading.Event()
-    assert within(10.0, lambda: 7) == 7
-    assert within(0.01, never.wait) is None
-    assert within(10.0, lambda: 1 // 0) is None
-    never.set()
-
-
 GLOO = (
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer "
     "[127.0.0.1]:4711. \nThis may have been caused by many things."
@@ -90,6 +82,15 @@ def test_an_interface_that_is_not_there_is_named() -> None:
         Peers(Place()).during("starting"),
     ):
         raise RuntimeError(error)
+
+
+def test_a_port_that_is_in_use_is_no_lost_rank() -> None:
+    error = "The server socket has failed to listen on any address. port: 29500, EADDRINUSE"
+    with (
+        pytest.raises(TransportError, match=r"rank 0 must be able to listen on .* it is in use"),
+        Peers(Place()).during("finding all ranks"),
+    ):
+        raise dist.DistNetworkError(error)
 
 
 def test_where_a_run_stands_is_told_with_the_loss_of_a_rank() -> None:

@@ -26,6 +26,7 @@ from launch.support.rendezvous import (
     open_store,
     port_of,
 )
+from launch.support.seat import take_seat
 from tests.helpers import scripts
 
 WORDS = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=", "--node_rank=0"]
@@ -108,6 +109,18 @@ def test_a_port_in_use_is_told_by_rank_zero() -> None:
             TransportError, match=r"rank 0 must be able to listen on port .* in use"
         ):
             open_store(Place(0, 2, 0, 1), environ, 7.0)
+
+
+def test_a_second_process_of_one_rank_is_refused() -> None:
+    """Rank 1 of a second run on the same port waited in the store of the first one."""
+    store = dist.HashStore()
+    take_seat(store, Place(1, 2, 0, 1), "host-b", "0")
+    take_seat(store, Place(0, 2, 0, 1), "host-a", "0")
+    with pytest.raises(TransportError, match=r"rank 1 must be one .* on host-b is it, too"):
+        take_seat(store, Place(1, 2, 0, 1), "host-c", "0")
+    take_seat(store, Place(1, 2, 0, 1), "host-c", "1")  # torchrun's store outlives a restart
+    with pytest.raises(TransportError, match=r"rank 2 on host-c counts 3, and another one 2"):
+        take_seat(store, Place(2, 3, 0, 1), "host-c", "0")
 
 
 def test_hosts_are_those_of_the_launcher() -> None:

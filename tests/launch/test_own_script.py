@@ -1,0 +1,79 @@
+"""A user's own script whose other rank is frozen or gone: it ends in time, and says why.
+
+Each of these waits had torch's half hour, or no end at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import scripts
+from tests.helpers.forked import Case, Doom, Nursery
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(100)]
+
+OWN = "tests.helpers.plain_main"
+ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+}
+BLOCK = {"timeout_s": 2.0, "window_size": 4, "warmup_steps": 2, "min_numel": 64}
+
+
+@pytest.mark.parametrize(
+    ("prune", "doom", "flags", "code", "told"),
+    [
+        (
+            "update",
+            Doom(0, "ds_gradprune.deepspeed.groups:Groups._mine", 1, "stop"),
+            [],
+            2,
+            "error: making process groups must end within 7 s",
+        ),
+        (
+            "gradient",
+            Doom(1, f"{ENGINE}.__init__", 1, "stop"),
+            ["--opens"],
+            1,
+            "TransportTimeout: rank 0 of 2 on HOST has lost another rank while starting the engine",
+        ),
+        (
+            "update",
+            Doom(0, f"{ENGINE}._save_checkpoint", 1, "stop"),
+            ["--opens"],
+            1,
+            "TransportTimeout: rank 1 of 2 on HOST has lost another rank while saving a checkpoint",
+        ),
+        (
+            "update",
+            Doom(1, f"{OWN}:validate", 1, "stop"),
+            ["--opens", "--watch"],
+            1,
+            "TransportTimeout: rank 0 of 2 on HOST has lost another rank while training",
+        ),
+    ],
+    ids=["attach", "engine", "save", "validation"],
+)
+def test_a_script_of_ones_own_never_waits_in_silence(
+    prune: str,
+    doom: Doom,
+    flags: list[str],
+    code: int,
+    told: str,
+    nursery: Nursery,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG | {"gradient_pruning": BLOCK | {"prune": prune}}))
+    given = [str(path), str(tmp_path / "checkpoints"), "5", *flags]
+    case = Case([given] * 2, [doom], {"MASTER_PORT": scripts.free_port()}, 30.0, f"{OWN}:main")
+    ending = nursery.run(case)[1 - doom.rank]
+    assert ending.code == code, ending.told
+    before, _, after = told.partition("HOST")
+    [line] = [line for line in ending.told.splitlines() if before in line]
+    assert after in line
