@@ -25,7 +25,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "finetune": ("deepspeed", "transformers", "accelerate"),
     "supervise": (),
     "reply": ("transformers",),
-    "serve": ("transformers", "fastapi", "uvicorn"),
+    "serve": ("transformers", "fastapi", "uvicorn", "prometheus_client"),
 }
 """Command -> packages that it cannot do without."""
 

@@ -203,7 +203,7 @@ def test_health_metrics_and_page(server: Running) -> None:
             len(line.rsplit(" ", 1)) == 2 and float(line.split()[-1]) >= 0
         )
     assert 'ds_gradprune_serve_first_token_seconds_bucket{le="+Inf"}' in text
-    assert "ds_gradprune_serve_resident_bytes" in text
+    assert "process_resident_memory_bytes" in text
     status, page, headers = server.send("GET", "/")
     assert status == 200
     assert "default-src 'none'" in headers["content-security-policy"]

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from ds_gradprune.errors import GradPruneError
 from textgen.serve.engine import End, Engine, Job, Piece, QueueFull
-from textgen.serve.metrics import Metrics, rss_bytes
+from textgen.serve.metrics import Metrics
 from textgen.serve.schema import Answer, Asked, Chat, Completion, error_body
 
 PAGE_RULES = (
@@ -96,7 +96,6 @@ class Api:
             waiting=engine.num_waiting,
             running=engine.num_running,
             draining=engine.is_draining,
-            resident_bytes=rss_bytes(),
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
@@ -159,7 +158,7 @@ class Api:
         first = await reply.first(request)
         if isinstance(first, End) and first.reason in STATUS:
             return self._error(path, STATUS[first.reason], first.message, "server_error")
-        self._metrics.count("requests_total", path=path, status="200")
+        self._metrics.count("requests", path=path, status="200")
         return StreamingResponse(
             reply.stream(first, body.wants_usage),
             media_type="text/event-stream",
@@ -170,14 +169,14 @@ class Api:
         text, end = await reply.whole(request)
         if end.reason in STATUS:
             return self._error(path, STATUS[end.reason], end.message, "server_error", end.reason)
-        self._metrics.count("requests_total", path=path, status="200")
+        self._metrics.count("requests", path=path, status="200")
         return JSONResponse(reply.answer.whole(text, end.reason, reply.counts(end)))
 
     # ---- faults --------------------------------------------------------------------------------
 
     def refused(self, path: str, status: int) -> None:
         """Count what the guard has refused."""
-        self._metrics.count("requests_total", path="refused", status=str(status))
+        self._metrics.count("requests", path="refused", status=str(status))
 
     def _no_model(self, name: str, path: str = "models") -> Response:
         message = f"model must be {self._engine.served.name!r}, got {name[:80]!r}"
@@ -192,7 +191,7 @@ class Api:
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> Response:
-        self._metrics.count("requests_total", path=path, status=str(status))
+        self._metrics.count("requests", path=path, status=str(status))
         return JSONResponse(error_body(message, kind, code), status, headers)
 
     async def _invalid(self, request: Request, exc: Exception) -> Response:
@@ -234,10 +233,10 @@ class _Reply:
         if isinstance(event, Piece) and self._is_first:
             self._is_first = False
             self._metrics.time("first_token_seconds", now)
-            self._metrics.count("prompt_tokens_total", self.usage["prompt_tokens"])
+            self._metrics.count("prompt_tokens", self.usage["prompt_tokens"])
         elif isinstance(event, End):
-            self._metrics.count("replies_total", reason=event.reason)
-            self._metrics.count("reply_tokens_total", event.num_new)
+            self._metrics.count("replies", reason=event.reason)
+            self._metrics.count("reply_tokens", event.num_new)
             self._metrics.time("reply_seconds", now)
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)

@@ -71,13 +71,13 @@ class Watcher:
             served = self._source.load(self._context)
         except GradPruneError as exc:
             self._settled = version
-            self._metrics.count("reloads_total", outcome="failed")
+            self._metrics.count("reloads", outcome="failed")
             self._say(f"warning: the newer model is not taken: {exc}")
             return False
         if self._source.version() != version:
             return False
         self._settled = version
         self._engine.swap(served)
-        self._metrics.count("reloads_total", outcome="taken")
+        self._metrics.count("reloads", outcome="taken")
         self._say(f"serving {served.name} {version} from now on")
         return True
