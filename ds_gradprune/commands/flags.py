@@ -13,15 +13,21 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises where argparse would print and exit.
 
     Flags cannot be abbreviated: what a script line means must not change when a flag is added.
+
+    Args:
+        command: of `ds-gradprune`; None: a script.
+        description: see argparse.
+        epilog: see argparse.
     """
 
-    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+    def __init__(self, command: str | None, description: str, epilog: str | None = None) -> None:
         super().__init__(
-            prog=f"ds-gradprune {command}",
+            prog=None if command is None else f"ds-gradprune {command}",
             description=description,
             epilog=epilog,
             allow_abbrev=False,
         )
+        self._help = "--help" if command is None else f"{self.prog} --help"
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message.
@@ -29,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: always.
         """
-        raise ConfigError(f"{message}. See {self.prog} --help.")
+        raise ConfigError(f"{message}. See {self._help}.")
 
 
 def above_zero(text: str) -> float:
@@ -55,13 +61,20 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def several(text: str) -> int:
     """A whole number from 2 on, for argparse's `type`."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 2, got {text!r}")
-    return int(text)
+    return _at_least(2, text)
 
 
 def count(text: str) -> int:
     """A whole number from 1 on, for argparse's `type`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on, for argparse's `type`."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
     return int(text)

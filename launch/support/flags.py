@@ -1,4 +1,4 @@
-"""Command lines whose faults are told like all others: one message, from one rank."""
+"""Command lines of scripts: those of `ds-gradprune`, and flags that name files."""
 
 from __future__ import annotations
 
@@ -6,37 +6,19 @@ import argparse
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ds_gradprune.errors import ConfigError
+from ds_gradprune.commands.flags import Parser, natural
+from ds_gradprune.commands.flags import count as positive
+
+__all__ = ["ScriptParser", "given_flags", "name_or_path", "natural", "path", "positive"]
 
 
-class ScriptParser(argparse.ArgumentParser):
-    """An argparse parser that raises where argparse would print and exit.
-
-    Flags cannot be abbreviated: what a script line means must not change when a flag is added.
-    """
+class ScriptParser(Parser):
+    """A parser of a script."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise argparse's message.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"{message}. See --help.")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse's `type`."""
-    return _at_least(1, text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 on, for argparse's `type`."""
-    return _at_least(0, text)
+        super().__init__(None, description)
 
 
 def path(text: str) -> Path:
@@ -64,9 +46,3 @@ def given_flags(flags: argparse.Namespace, unlisted: Collection[str]) -> dict[st
         for name, value in vars(flags).items()
         if name not in unlisted
     }
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
-    return int(text)
