@@ -7,12 +7,13 @@ bounded size, cut at line breaks, so that a file of any size passes through litt
 from __future__ import annotations
 
 import ast
-import codecs
 import hashlib
+import io
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from ds_gradprune.errors import DataError
 
@@ -22,7 +23,6 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".
 PIECE_CHARS = 1 << 20
 """A piece holds at most this many characters and one line's rest."""
 
-_BLOCK_BYTES = 1 << 22
 _SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -59,8 +59,9 @@ class Document:
         Raises:
             DataError: the file cannot be read or is not UTF-8.
         """
-        blocks = iter([self.text]) if self.path is None else _decoded_blocks(self.path)
-        return _cut_at_lines(blocks)
+        if self.path is None:
+            return _pieces(io.StringIO(self.text, newline=None))
+        return _pieces_of_file(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,36 +196,22 @@ def _is_text_file(path: Path, root: Path) -> bool:
     return path.suffix.lower() in TEXT_SUFFIXES and path.is_file() and not hidden
 
 
-def _decoded_blocks(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    begin = 0  # offset of the first byte the decoder has not turned into text yet
+def _pieces_of_file(path: Path) -> Iterator[str]:
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                text = decoder.decode(block)
-                begin = file.tell() - len(decoder.getstate()[0])
-                yield text
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as exc:
-        raise DataError(
-            f"{path} must be UTF-8 text, but the byte at offset {begin + exc.start} is not. "
-            "Convert it first, for example with iconv -f latin1 -t utf-8."
-        ) from exc
+        with path.open(encoding="utf-8-sig") as file:
+            try:
+                yield from _pieces(file)
+            except UnicodeDecodeError as exc:
+                offset = file.buffer.tell() - len(exc.object) + exc.start
+                raise DataError(
+                    f"{path} must be UTF-8 text, but the byte at offset {offset} is not. "
+                    "Convert it first, for example with iconv -f latin1 -t utf-8."
+                ) from exc
     except OSError as exc:
         raise DataError(f"{path} must be readable: {exc.strerror}.") from exc
 
 
-def _cut_at_lines(blocks: Iterable[str]) -> Iterator[str]:
-    """Join and cut blocks into pieces of about PIECE_CHARS that end at a line break.
-
-    A line of more than PIECE_CHARS is cut where it is.
-    """
-    rest = ""
-    for block in blocks:
-        rest += block
-        while len(rest) > PIECE_CHARS:
-            end = rest.rfind("\n", 0, PIECE_CHARS) + 1 or PIECE_CHARS
-            yield rest[:end].replace("\r\n", "\n")
-            rest = rest[end:]
-    if rest:
-        yield rest.replace("\r\n", "\n")
+def _pieces(file: TextIO) -> Iterator[str]:
+    """Pieces of PIECE_CHARS and the rest of a line, of which as much at most."""
+    while piece := file.read(PIECE_CHARS):
+        yield piece + file.readline(PIECE_CHARS)

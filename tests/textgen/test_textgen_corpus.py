@@ -144,7 +144,7 @@ def test_digest_tells_texts_apart_and_not_their_places(tmp_path: Path) -> None:
     assert digests["one"] == digests["same"] != digests["other"]
 
 
-@pytest.mark.parametrize("before", [0, 7, corpus._BLOCK_BYTES - 1, corpus._BLOCK_BYTES])
+@pytest.mark.parametrize("before", [0, 7, 8191, 8192, corpus.PIECE_CHARS + 3])
 def test_byte_that_is_not_utf8_is_told_with_its_offset(tmp_path: Path, before: int) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a" * before + b"\xe9x")
@@ -168,19 +168,18 @@ def test_unreadable_file_is_told(tmp_path: Path) -> None:
         open_text(path).check()
 
 
-@given(st.lists(st.text(alphabet="ab\n", max_size=30), max_size=8), st.integers(1, 12))
-def test_pieces_join_to_the_text_and_end_at_lines(blocks: list[str], limit: int) -> None:
-    whole = "".join(blocks)
+@given(st.text(alphabet="ab\n", max_size=200), st.integers(1, 12))
+def test_pieces_join_to_the_text_and_end_at_lines(whole: str, limit: int) -> None:
     before = corpus.PIECE_CHARS
     corpus.PIECE_CHARS = limit
     try:
-        pieces = list(corpus._cut_at_lines(iter(blocks)))
+        pieces = list(Document("d", text=whole).pieces())
     finally:
         corpus.PIECE_CHARS = before
     assert "".join(pieces) == whole
     for piece in pieces[:-1]:
-        assert len(piece) <= limit
-        assert piece.endswith("\n") or (len(piece) == limit and "\n" not in piece)
+        assert limit <= len(piece) <= 2 * limit
+        assert piece.endswith("\n") or (len(piece) == 2 * limit and "\n" not in piece[limit:])
 
 
 def test_document_in_memory_has_pieces() -> None:
