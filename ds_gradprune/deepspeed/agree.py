@@ -145,7 +145,7 @@ def raise_together(
 
 
 def gather_texts(transport: Transport, text: str) -> list[str]:
-    """Every rank's text, in rank order; lengths may differ.
+    """The text of every rank that takes part, in rank order; lengths may differ.
 
     Raises:
         RankMismatchError: a length is impossible, on all ranks alike.
@@ -155,23 +155,29 @@ def gather_texts(transport: Transport, text: str) -> list[str]:
     """
     mine = text.encode("utf-8", "backslashreplace")
     length = torch.tensor([len(mine)], dtype=torch.int64).view(torch.uint8)
-    lengths = torch.empty(transport.world_size, 8, dtype=torch.uint8)
-    transport.all_gather(length, lengths)
-    sizes = lengths.view(torch.int64).flatten().tolist()
-    if not all(0 <= size <= MAX_TEXT_BYTES for size in sizes):
+    lengths = _gathered(transport, length)
+    sizes = {rank: int(row.view(torch.int64)) for rank, row in lengths.items()}
+    if not all(0 <= size <= MAX_TEXT_BYTES for size in sizes.values()):
         raise RankMismatchError(
-            f"ranks must tell at most {MAX_TEXT_BYTES} bytes of themselves, got lengths {sizes}. "
-            f"{_FIXES[0][1]}"
+            f"ranks must tell at most {MAX_TEXT_BYTES} bytes of themselves, got lengths "
+            f"{list(sizes.values())}. {_FIXES[0][1]}"
         )
-    payload = torch.zeros(max(sizes), dtype=torch.uint8)
+    payload = torch.zeros(max(sizes.values()), dtype=torch.uint8)
     if mine:
         payload[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-    rows = torch.empty(transport.world_size, payload.numel(), dtype=torch.uint8)
-    transport.all_gather(payload, rows)
     return [
-        bytes(row[:size].numpy()).decode("utf-8", "replace")
-        for row, size in zip(rows, sizes, strict=True)
+        bytes(row[: sizes[rank]].numpy()).decode("utf-8", "replace")
+        for rank, row in _gathered(transport, payload).items()
     ]
+
+
+def _gathered(transport: Transport, payload: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The bytes of every rank that takes part. Collective: all ranks of `transport`."""
+    rows = torch.empty(transport.world_size, payload.numel(), dtype=torch.uint8)
+    work = transport.start_all_gather(payload, rows)
+    work.wait()
+    ranks = range(len(rows)) if work.took_part is None else work.took_part
+    return dict(zip(ranks, rows, strict=False))
 
 
 def _dump(value: Any) -> bytes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
-from ds_gradprune.train.shared_weights import Bound
 from ds_gradprune.wire.transport import Work
 
 if TYPE_CHECKING:
@@ -38,23 +37,16 @@ class DenseExchange:
         self._islands.channel.settle(applied=False)
 
     @torch.no_grad()
-    def given(self) -> Iterator[tuple[Bound, torch.Tensor]]:
-        """The whole progress, bucket after bucket. Local."""
-        for bound in self._bounds:
-            move = torch.cat(bound.own).sub_(bound.beside())
-            if self._islands.kept is not None:
-                store = self._islands.weights.stores[bound.store]
-                kept = self._islands.kept
-                move.add_(kept.of(bound, store), alpha=kept.decay)
-            yield bound, move
-
-    @torch.no_grad()
     def start(self) -> None:
         """Let the progress travel. Collective: all islands."""
         if self._nonfinite:
             return
-        channel = self._islands.channel
-        for number, (bound, move) in enumerate(self.given()):
+        channel, kept = self._islands.channel, self._islands.kept
+        for number, bound in enumerate(self._bounds):
+            move = torch.cat(bound.own).sub_(bound.beside())
+            if kept is not None:
+                store = self._islands.weights.stores[bound.store]
+                move.add_(kept.of(bound, store), alpha=kept.decay)
             channel.pay(number, bound.layout, move)
             self._moves.append(move)
             self._works.append(channel.start_all_reduce(move))
@@ -74,8 +66,9 @@ class DenseExchange:
     def commit(self) -> None:
         """Move shared and own weights by the mean. Local."""
         islands = self._islands
-        for bound, move in zip(self._bounds, self._moves, strict=True):
-            move.mul_(islands.factor_at(CHUNK_NUMEL))
+        for bound, move, work in zip(self._bounds, self._moves, self._works, strict=True):
+            count = None if work.took_part is None else len(work.took_part)
+            move.mul_(islands.factor_at(CHUNK_NUMEL, count))
             shared = bound.beside()
             store = islands.weights.stores[bound.store]
             if islands.kept is not None:

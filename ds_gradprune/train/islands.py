@@ -14,10 +14,8 @@ commit the island may go on training: `own` is read again at the commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
-
-import torch
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.errors import NonFiniteError
@@ -61,9 +59,6 @@ class Prepared(Protocol):
     def abort(self) -> None:
         """Apply nothing: some rank could not deliver. Local."""
 
-    def given(self) -> Iterator[tuple[Bound, torch.Tensor]]:
-        """What this island let travel, bucket after bucket, (numel,) fp32, if it failed. Local."""
-
 
 class Islands:
     """The algorithm of update mode on one rank.
@@ -74,6 +69,7 @@ class Islands:
         stopwatch: waiting counts as "wire" there.
         value_bits: bits of a value on the wire.
         scale: factor on the islands' mean update.
+        scale_of: the same for any number of islands, where they may be lost; None: it stays.
         sparse_scale: that factor is at least so large where little is sent, and falls to 1 where
             all is, see `scale.scale_at`; None: `scale` holds everywhere.
         rule: what moves the shared weights besides.
@@ -85,7 +81,7 @@ class Islands:
         channel: see there.
         stopwatch: see there.
         value_bits: see there.
-        scale: see there.
+        scale_of: see there.
         sparse_scale: see there.
         rule: see there.
         kept: see there.
@@ -107,13 +103,14 @@ class Islands:
         kept: KeptResidual | None = None,
         clip: float | None = None,
         sparse_scale: float | None = None,
+        scale_of: Callable[[int], float] | None = None,
     ) -> None:
         self.weights = weights
         self.clip = clip
         self.rule = rule
         self.kept = kept
         self.have_parted = False
-        self.scale = scale
+        self.scale_of = scale_of or (lambda _: scale)
         self.sparse_scale = sparse_scale
         self.channel = channel
         self.stopwatch = stopwatch
@@ -123,12 +120,19 @@ class Islands:
     @property
     def factor(self) -> float:
         """Weight of one island's update in the move of the shared weights, by `scale` alone."""
-        return self.scale / self.channel.world_size
-
-    def factor_at(self, k: int) -> float:
-        """The same where `k` elements per chunk are kept."""
         islands = self.channel.world_size
-        return scale_at(k / CHUNK_NUMEL, self.scale, self.sparse_scale, islands) / islands
+        return self.scale_of(islands) / islands
+
+    def factor_at(self, k: int, islands: int | None = None) -> float:
+        """The same where `k` elements per chunk are kept.
+
+        Args:
+            k: see there.
+            islands: so many have taken part; None: as many as in the exchange before.
+        """
+        count = self.channel.world_size if islands is None else islands
+        scale = self.scale_of(count)
+        return scale_at(k / CHUNK_NUMEL, scale, self.sparse_scale, count) / count
 
     def dense_bytes(self) -> int:
         """What this rank would send in an exchange without pruning."""
@@ -154,8 +158,8 @@ class Islands:
             unscaled: the shared weights take the islands' mean update. `scale` makes up for what
                 is not sent.
         """
-        factor = 1.0 / self.channel.world_size if unscaled else self.factor_at(k)
-        return PrunedExchange(self, Stamp(step, self.channel.rank, k, signals), factor, hides=hides)
+        stamp = Stamp(step, self.channel.rank, k, signals)
+        return PrunedExchange(self, stamp, hides=hides, unscaled=unscaled)
 
     def source(self, bound: Bound) -> Source:
         """What is selected from in a bucket: own - shared, and what is kept of it."""

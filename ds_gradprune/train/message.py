@@ -155,13 +155,6 @@ class Message:
                 out=payload,
             )
 
-    def written(self, number: int, payloads: torch.Tensor, device: torch.device) -> SparseBlock:
-        """What `write` has put into the payloads of one bucket, as receivers read it."""
-        shares, first = self._shares[number], sum(map(len, self._shares[:number]))
-        parts = torch.split(payloads, self.sizes)[first : first + len(shares)]
-        block = self._memory.block(self.layouts[number], self.stamp.k, device)
-        return _read(block, shares, parts, [codec.read_header(part) for part in parts])
-
     def arrived(self, pending: Pending) -> Arrived:
         """Everything that has come, verified.
 
@@ -219,11 +212,19 @@ class Arrived:
             A block, which holds until the next one, and whether it is just what this rank sent.
         """
         payloads, count = self._pending.payloads(number), len(self._shares[number])
-        is_by_rank = count == 1
+        place = self._pending.place(number) if count == 1 else None
         for delivery, first in enumerate(range(0, len(payloads), count)):
             here = slice(first, first + count)
             block = self._read(number, payloads[here], self._headers[number][here], device)
-            yield block, is_by_rank and delivery == self._stamp.rank
+            yield block, delivery == place
+
+    def num_senders(self, number: int) -> int:
+        """Ranks whose parts a bucket's deliveries hold; all buckets may not have the same."""
+        return self._pending.num_senders(number)
+
+    def place(self, number: int) -> int:
+        """Which delivery of a bucket this rank has sent, where there is one per rank."""
+        return self._pending.place(number)
 
     def factor(self, delivery: int) -> float:
         """By how much a delivery is scaled."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,16 +24,16 @@ class PrunedExchange:
     Args:
         islands: the algorithm.
         stamp: what the payloads say.
-        factor: weight of one island's update in the move of the shared weights.
         hides: the island trains on between `write` and `commit`.
+        unscaled: the shared weights take the islands' mean update.
 
     Attributes:
         sizes: bytes of every payload.
     """
 
-    def __init__(self, islands: Islands, stamp: Stamp, factor: float, *, hides: bool) -> None:
+    def __init__(self, islands: Islands, stamp: Stamp, *, hides: bool, unscaled: bool) -> None:
         self._islands = islands
-        self._factor = factor
+        self._unscaled = unscaled
         self._copies = hides and islands.kept is not None
         self._before: list[tuple[torch.Tensor, ...]] = []
         sources = [islands.source(bound) for bound in islands.weights.bound()]
@@ -96,13 +96,15 @@ class PrunedExchange:
         if self._arrived is not None:
             self._arrived.finish(applied=False)
 
-    def given(self) -> Iterator[tuple[Bound, torch.Tensor]]:
-        """What this island let travel, bucket after bucket, (numel,) fp32. Local."""
-        assert self._payloads is not None
-        for number, bound in enumerate(self._islands.weights.bound()):
-            vector = torch.zeros(bound.layout.numel, device=bound.own[0].device)
-            scatter_add(vector, self._message.written(number, self._payloads, vector.device))
-            yield bound, vector
+    def _factor(self, arrived: Arrived, number: int) -> float:
+        """Weight of one island's update in the move of the shared weights.
+
+        Those count that have taken part: some may have been lost since the exchange before.
+        """
+        count = arrived.num_senders(number)
+        if self._unscaled:
+            return 1.0 / count
+        return self._islands.factor_at(self._message.stamp.k, count)
 
     def _apply(self, arrived: Arrived, number: int, bound: Bound) -> None:
         islands = self._islands
@@ -118,11 +120,12 @@ class PrunedExchange:
 
     def _move(self, arrived: Arrived, number: int, bound: Bound, shared: torch.Tensor) -> None:
         """Own weights keep what they have beyond the shared ones, less what was sent."""
-        rule, factor, device = self._islands.rule, self._factor, bound.own[0].device
+        rule, device = self._islands.rule, bound.own[0].device
+        factor = self._factor(arrived, number)
         blocks = None if arrived.factors else arrived.all_at_once(number, device)
         if blocks is not None:
-            rank = self._islands.channel.rank
-            move_at_once(bound.own, shared, blocks, rank=rank, factor=factor)
+            place = arrived.place(number)
+            move_at_once(bound.own, shared, blocks, rank=place, factor=factor)
             for block in blocks:
                 rule.note(block, factor)
         else:
@@ -148,7 +151,8 @@ class PrunedExchange:
         shared: torch.Tensor,
     ) -> None:
         """Own weights become the shared ones; what was not sent is kept aside."""
-        rule, factor, device = self._islands.rule, self._factor, bound.own[0].device
+        rule, device = self._islands.rule, bound.own[0].device
+        factor = self._factor(arrived, number)
         kept = residual.of(bound, self._islands.weights.stores[bound.store])
         before = self._before[number] if self._copies else bound.own
         residual.gather(kept, bound, before, shared)

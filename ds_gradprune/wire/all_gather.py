@@ -45,24 +45,28 @@ class AllGather(Channel):
         world_size = self.world_size
         memory = self._memory.take(world_size * message.numel())
         works: list[Work] = []
-        rows: list[tuple[torch.Tensor, ...]] = []
+        rows: list[tuple[Work, tuple[torch.Tensor, ...]]] = []
         start = 0
         for together in _cut(sizes, self._most_bytes):
             stop = start + sum(together)
             out = memory[world_size * start : world_size * stop].view(world_size, stop - start)
-            works.append(self._transport.start_all_gather(message[start:stop], out))
-            rows += zip(*(torch.split(row, together) for row in out), strict=True)
+            work = self._transport.start_all_gather(message[start:stop], out)
+            works.append(work)
+            split = zip(*(torch.split(row, together) for row in out), strict=True)
+            rows += [(work, payloads) for payloads in split]
             start = stop
         self._wire_bytes += all_gather_bytes(message.numel(), world_size)
-        return _Gathered(works, rows, torch.split(message, list(sizes)), self._memory, memory)
+        sent = torch.split(message, list(sizes))
+        return _Gathered(self.rank, works, rows, sent, self._memory, memory)
 
 
 class _Gathered(Pending):
     """An exchange of `AllGather`.
 
     Args:
+        rank: this one.
         works: its collectives.
-        rows: of every bucket: the ranks' payloads.
+        rows: of every bucket: the collective it travels in, and the ranks' payloads.
         sent: of every bucket: the own payload.
         pool: where the receive memory goes when all is over.
         memory: the receive memory.
@@ -70,12 +74,14 @@ class _Gathered(Pending):
 
     def __init__(
         self,
+        rank: int,
         works: Sequence[Work],
-        rows: Sequence[tuple[torch.Tensor, ...]],
+        rows: Sequence[tuple[Work, tuple[torch.Tensor, ...]]],
         sent: Sequence[torch.Tensor],
         pool: Memory,
         memory: torch.Tensor,
     ) -> None:
+        self._rank = rank
         self._works = works
         self._rows = rows
         self._sent = sent
@@ -97,7 +103,18 @@ class _Gathered(Pending):
         """See `Pending.payloads`. Local."""
         if not self._waited or self._finished:
             raise ValueError("an exchange must have been waited for, and not be finished yet")
-        return list(self._rows[bucket])
+        work, payloads = self._rows[bucket]
+        return list(payloads if work.took_part is None else payloads[: len(work.took_part)])
+
+    def num_senders(self, bucket: int) -> int:
+        """See `Pending.num_senders`. Local."""
+        work, payloads = self._rows[bucket]
+        return len(payloads if work.took_part is None else work.took_part)
+
+    def place(self, bucket: int) -> int:
+        """See `Pending.place`. Local."""
+        took_part = self._rows[bucket][0].took_part
+        return self._rank if took_part is None else took_part.index(self._rank)
 
     def sent(self, bucket: int) -> list[torch.Tensor]:
         """See `Pending.sent`. Local."""

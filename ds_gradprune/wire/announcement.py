@@ -1,7 +1,8 @@
 """The headers of all ranks, before any payload: found to agree, or the first difference is named.
 
-A row of the announcement is a header of 64 bytes and 16 bytes on the payloads that are to follow:
-their bytes together (u64), their number (u32) and the crc32c of their sizes (u32), little endian.
+A row of the announcement is a header of 64 bytes and 16 bytes on what is to follow, little endian:
+the bytes of all payloads together (u64), their number (u16, 65535 for more), how many ranks have
+taken part in the call before (u16), and the crc32c of the sizes (u32).
 Its size depends on nothing, so it can be exchanged by ranks that disagree about everything else.
 """
 
@@ -20,7 +21,8 @@ from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.errors import RankMismatchError, WireFormatError
 from ds_gradprune.wire.transport import Transport
 
-_SIZES = struct.Struct("<QII")
+_SIZES = struct.Struct("<QHHI")
+_MOST = 2**16 - 1
 ROW_BYTES = codec.HEADER_BYTES + _SIZES.size
 """What one rank announces."""
 
@@ -34,6 +36,7 @@ class _Row:
         header: its header.
         message_bytes: of the payloads to follow.
         num_payloads: their number.
+        islands: how many there were in the call before.
         sizes_crc: crc32c of their sizes.
     """
 
@@ -41,6 +44,7 @@ class _Row:
     header: codec.Header
     message_bytes: int
     num_payloads: int
+    islands: int
     sizes_crc: int
 
     def __str__(self) -> str:
@@ -53,6 +57,7 @@ class _Row:
 
 
 _FIELDS: tuple[tuple[str, Callable[[_Row], object]], ...] = (
+    ("number of islands", lambda row: row.islands),
     ("step", lambda row: row.header.step),
     ("codec", lambda row: row.header.codec_id),
     ("k", lambda row: row.header.k),
@@ -87,7 +92,8 @@ class Announcement:
             )
         crc = google_crc32c.value(np.array(sizes, dtype="<u8").tobytes()) if sizes else 0
         tail = torch.frombuffer(
-            bytearray(_SIZES.pack(sum(sizes), len(sizes), crc)), dtype=torch.uint8
+            bytearray(_SIZES.pack(sum(sizes), min(len(sizes), _MOST), transport.world_size, crc)),
+            dtype=torch.uint8,
         )
         self._rows = torch.empty((transport.world_size, ROW_BYTES), dtype=torch.uint8)
         self._work = transport.start_all_gather(torch.cat((header, tail)), self._rows)
@@ -97,7 +103,7 @@ class Announcement:
         """Wait for them.
 
         Returns:
-            Every rank's header, in rank order; again and again if asked.
+            The header of every rank that took part, in rank order; again and again if asked.
 
         Raises:
             TransportError, TransportTimeout: the announcement failed.
@@ -109,7 +115,9 @@ class Announcement:
         """
         if self._headers is None:
             self._work.wait()
-            rows = [_read(place, row) for place, row in enumerate(self._rows)]
+            # Ranks that may be lost say whose rows these are.
+            places = self._work.took_part or range(len(self._rows))
+            rows = [_read(place, row) for place, row in zip(places, self._rows, strict=False)]
             _check_agreement(rows)
             self._headers = [row.header for row in rows]
         return self._headers
@@ -133,7 +141,10 @@ def _check_agreement(rows: Sequence[_Row]) -> None:
         for row in rows[1:]:
             mine, first = field(row), field(rows[0])
             if mine != first:
-                _refuse(f"{name} is {mine} on rank {row.place} and {first} on rank 0", rows)
+                _refuse(
+                    f"{name} is {mine} on rank {row.place} and {first} on rank {rows[0].place}",
+                    rows,
+                )
 
 
 def _refuse(difference: str, rows: Sequence[_Row]) -> None:

@@ -92,10 +92,18 @@ class Pending(abc.ABC):
 
         Returns:
             uint8 tensors on the CPU, views of kept receive memory, valid until `finish`. With
-            `AllGather` one per rank, in rank order, the own included. With `OwnerReduce` one per
-            share, in order: that share's sum over ranks. Each is a payload of the codec, whose
-            header names the rank that wrote it.
+            `AllGather` one per rank that took part, in rank order, the own included. With
+            `OwnerReduce` one per share, in order: that share's sum over ranks. Each is a payload of
+            the codec, whose header names the rank that wrote it.
         """
+
+    @abc.abstractmethod
+    def num_senders(self, bucket: int) -> int:
+        """Ranks whose parts are in the payloads of one bucket. Local."""
+
+    def place(self, bucket: int) -> int:
+        """Which of `payloads` is this rank's own, where there is one per rank. Local."""
+        return 0
 
     @abc.abstractmethod
     def sent(self, bucket: int) -> list[torch.Tensor]:
@@ -129,15 +137,18 @@ class Channel(abc.ABC):
 
     Attributes:
         rank: this rank, 0 .. world_size - 1.
-        world_size: number of ranks.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.rank = transport.rank
-        self.world_size = transport.world_size
         self._transport = transport
         self._announced: tuple[int, ...] = ()
         self._wire_bytes = 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; where ranks may be lost, of the last finished call."""
+        return self._transport.world_size
 
     @abc.abstractmethod
     def shares(self, layout: BucketLayout) -> tuple[Share, ...]:

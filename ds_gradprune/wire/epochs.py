@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,12 @@ from ds_gradprune.wire.members import Epoch
 from ds_gradprune.wire.torchdist import TorchDistTransport
 from ds_gradprune.wire.transport import Transport
 
+CONNECT_S = 30.0
+"""So long islands that have agreed on an epoch may take to connect."""
+
+_given_up: list[Any] = []
+"""Groups of former epochs. To drop one waits for its threads, and those wait for a lost island."""
+
 
 def gloo_opener(store: Any, island: int, timeout_s: float) -> Callable[[Epoch], Transport]:
     """What `Members` opens its epochs with.
@@ -21,7 +28,7 @@ def gloo_opener(store: Any, island: int, timeout_s: float) -> Callable[[Epoch], 
     Args:
         store: a store of torch.distributed that all islands reach.
         island: this one.
-        timeout_s: of connecting, and of every call.
+        timeout_s: of every call.
     """
 
     def opens(epoch: Epoch) -> Transport:
@@ -31,15 +38,32 @@ def gloo_opener(store: Any, island: int, timeout_s: float) -> Callable[[Epoch], 
         kind = dist.ProcessGroup.BackendType.GLOO
         group = dist.ProcessGroup(prefix, place, size)
         try:
-            backend = dist.ProcessGroupGloo(prefix, place, size, limit)
+            connect = timedelta(seconds=min(timeout_s, CONNECT_S))
+            backend = dist.ProcessGroupGloo(prefix, place, size, connect)
         except RuntimeError as exc:
             reason = (str(exc).strip().splitlines() or ["no reason given"])[0][:200]
             raise TransportError(
                 f"island {island} could not connect to islands {epoch.islands}: {reason}"
             ) from exc
+        backend._set_default_timeout(limit)
         backend._set_sequence_number_for_group()
         group._set_default_backend(kind)
         group._register_backend(torch.device("cpu"), kind, backend)
-        return TorchDistTransport(group, timeout_s, is_apart=True)
+        return _EpochTransport(group, backend, timeout_s)
 
     return opens
+
+
+class _EpochTransport(TorchDistTransport):
+    """Closes its connections, so that nobody waits for what this island will not send."""
+
+    def __init__(self, group: Any, backend: Any, timeout_s: float) -> None:
+        super().__init__(group, timeout_s, is_apart=True)
+        self._backend = backend
+
+    def close(self) -> None:
+        """See `Transport.close`; the group is given up. Local."""
+        super().close()
+        _given_up.append((self._group, self._backend))
+        with contextlib.suppress(RuntimeError):  # some peer has ended
+            self._backend.abort()

@@ -1,24 +1,24 @@
 """Which islands take part: an epoch is a set of islands with a transport of its own.
 
-No process group of torch can lose a member. So when an exchange has failed, the islands that answer
-within `answer_s` agree on the next epoch and open a new transport among them::
+No process group of torch can lose a member. So when a call has failed, the islands that are alive
+agree on the next epoch and open a new transport among them::
 
-    regroup(step)       set   epoch/island = committed step       I am here
-                        wait  for all islands of the epoch, or until the time is up
+    regroup(done)       set   epoch/island = calls that this island has finished
+                        wait  for every island of the epoch, but not for one that shows no life
                         compare_set  epoch/members               the first proposal holds for all
                         open the epoch's transport
 
-An island that was too late finds itself left out. It asks in, and the others let it in between two
-exchanges, at a step that is the same on all of them. What islands have beyond the shared weights is
-theirs and waits with them (`train.catch_up` brings those up to date that were away).
+Each island shows life by counting in the store, from a thread, and looks there whether another one
+has called for the next epoch. So no island waits in a call that can never end.
 
-The store must outlive the islands. Where an island keeps it, that one cannot be left out, so it
-wants a process of its own.
+The store is the judge: islands that do not reach it end. So two halves of a network that was cut
+never train on side by side. Where an island keeps the store, that one cannot be lost.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +27,17 @@ from typing import Any
 from ds_gradprune.errors import TransportError, TransportTimeout
 from ds_gradprune.wire.transport import Transport
 
-NEVER = -1
-"""Committed step of an island that joins."""
+STORE_S = 20.0
+"""So long the store may take for an answer; torch's own client would wait for ever."""
+
+MOST_TRIES = 3
+"""So often the same islands try to connect, then the run ends."""
 
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.005, 0.25
 
 
 class LeftOut(TransportError):
-    """The others go on without this island; it may ask in."""
+    """The others go on without this island."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,27 @@ class Epoch:
     Attributes:
         number: from 0.
         islands: who takes part, rising.
-        steps: island -> the last step whose exchange it has applied; NEVER: it joins.
+        done: island -> the calls that it has finished.
     """
 
     number: int
     islands: tuple[int, ...]
-    steps: Mapping[int, int]
-
-    @property
-    def is_even(self) -> bool:
-        """All have applied the same exchanges."""
-        return len(set(self.steps.values())) == 1
+    done: Mapping[int, int]
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Time, so that tests can do without waiting."""
+class Pace:
+    """How often islands show life, and how long they are waited for; seconds.
 
-    now_s: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    Attributes:
+        beat_s: from one sign of life to the next.
+        silent_s: an island that has shown no life for so long is not waited for.
+        late_s: some notice a failed call so much later than others.
+    """
+
+    beat_s: float = 0.5
+    silent_s: float = 5.0
+    late_s: float = 2.0
 
 
 class Members:
@@ -72,15 +77,17 @@ class Members:
         store: a store of torch.distributed that all islands reach.
         island: this one; a number of its own for the whole run.
         opens: makes this island's end of an epoch's transport. Collective: the epoch's islands.
-        answer_s: so long islands have to say that they are there; longer than the time-out of an
-            exchange, which some notice later than others.
+        timeout_s: so long a call may wait for an island that is alive.
         least: with fewer islands the run ends.
-        clock: where time comes from.
+        pace: see there.
 
     Attributes:
         island: see there.
-        epoch: the current one; None: this island takes part in none.
-        transport: of the epoch; None as well.
+        epoch: the current one.
+        transport: of the epoch.
+        timeout_s: see there.
+        least: see there.
+        waits: this island waits for others: it looks who shows life.
     """
 
     def __init__(
@@ -88,170 +95,203 @@ class Members:
         store: Any,
         island: int,
         opens: Callable[[Epoch], Transport],
-        answer_s: float,
+        timeout_s: float,
         least: int = 1,
-        clock: Clock | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.island = island
-        self.epoch: Epoch | None = None
-        self.transport: Transport | None = None
-        self._store = store
+        self.least = least
+        self._store = Bounded(store)
         self._opens = opens
-        self._answer_s = answer_s
-        self._least = least
-        self._clock = clock or Clock()
+        self.timeout_s = timeout_s
+        self._pace = pace or Pace()
+        self._seen: dict[int, tuple[str, float]] = {}
+        self.waits = False
+        self._called = threading.Event()
+        self._closed = threading.Event()
+        self.epoch = Epoch(-1, (), {})
+        self.transport: Transport | None = None
 
-    def begin(self, islands: Sequence[int], step: int = 0) -> Epoch:
+    def begin(self, islands: Sequence[int]) -> Epoch:
         """The first epoch, which all were started with. Collective: these islands."""
-        return self._enter(Epoch(0, tuple(sorted(islands)), dict.fromkeys(islands, step)))
+        self._enter(Epoch(0, tuple(sorted(islands)), dict.fromkeys(islands, 0)))
+        # Its own words with the store: it must see a call while this thread waits for something.
+        threading.Thread(target=self._beat, name="members", daemon=True).start()
+        return self.epoch
 
-    def regroup(self, step: int, invited: Sequence[int] = ()) -> Epoch:
-        """Go on with those that answer, after an exchange failed or to let islands in.
+    @property
+    def is_called(self) -> bool:
+        """Some island has called for the next epoch: no call of this one can end any more."""
+        return self._called.is_set()
+
+    def regroup(self, done: int) -> Epoch:
+        """Go on with those that are alive, after a call has failed.
 
         Args:
-            step: the last step whose exchange this island has applied.
-            invited: islands to let in; equal on all that call it for their sake.
-
-        Returns:
-            The next epoch. Where it is not even, those that are behind must catch up.
+            done: calls that this island has finished.
 
         Raises:
             LeftOut: the others have gone on without this island.
-            TransportTimeout: fewer than `least` answered.
+            TransportTimeout: fewer than `least` answered, or the store does not.
+            TransportError: islands that are alive cannot reach each other.
 
         Collective: the islands of the epoch that are alive.
         """
-        assert self.epoch is not None
-        expected = sorted({*self.epoch.islands, *invited})
-        number = self.epoch.number + 1
+        expected, number, tries = self.epoch.islands, self.epoch.number + 1, 0
         while True:
-            epoch = self._agree(number, step, expected)
+            epoch = self._agree(number, done, expected)
+            tries = tries + 1 if epoch.islands == expected else 1
             try:
-                return self._enter(epoch)
-            except TransportError:  # one more was lost while the transport was made
-                expected, number = list(epoch.islands), number + 1
-
-    def plan(self, step: int) -> None:
-        """Before the exchange of a step at which islands may be let in. Local."""
-        assert self.epoch is not None
-        if self.island == self.epoch.islands[0]:
-            known = json.loads(self._get("known", "[]"))
-            wishes = [
-                island
-                for island in known
-                if island not in self.epoch.islands and self._store.check([f"wish/{island}"])
-            ]
-            self._store.set(f"{self.epoch.number}/plan/{step}", json.dumps(wishes))
-
-    def invited(self, step: int) -> list[int]:
-        """After that exchange was applied: who is let in now, equal on all. Local."""
-        assert self.epoch is not None
-        # Without a plan the epoch has begun in this very step, after the last one failed.
-        wishes: list[int] = json.loads(self._get(f"{self.epoch.number}/plan/{step}", "[]"))
-        for island in wishes:
-            self._store.set(f"{self.epoch.number + 1}/invited/{island}", "")
-        return wishes
-
-    def ask_in(self, limit_s: float) -> Epoch:
-        """Wait until the others let this island in; it is behind them then.
-
-        Raises:
-            TransportTimeout: they have not, within `limit_s`.
-        """
-        self._make_known()
-        self._store.set(f"wish/{self.island}", "")
-        deadline_s, nap_s = self._clock.now_s() + limit_s, _FIRST_NAP_S
-        while self._clock.now_s() < deadline_s:
-            number = int(self._get("epoch", "0")) + 1
-            if self._store.check([f"{number}/invited/{self.island}"]):
-                self._store.delete_key(f"wish/{self.island}")
-                try:
-                    return self._enter(self._agree(number, NEVER, None))
-                except TransportError:  # they went on without it: ask again
-                    self._store.set(f"wish/{self.island}", "")
-            self._clock.sleep(nap_s)
-            nap_s = min(2 * nap_s, _LONGEST_NAP_S)
-        self._store.delete_key(f"wish/{self.island}")
-        raise TransportTimeout(
-            f"island {self.island} must be let in within {limit_s:g} s, but the others have not: "
-            "none of them is left, or none exchanges."
-        )
+                self._enter(epoch)
+                return epoch
+            except TransportError as exc:  # one more was lost while the transport was made
+                if tries >= MOST_TRIES:
+                    raise TransportError(
+                        f"islands {_listed(epoch.islands)} are alive but cannot reach each other, "
+                        f"says island {self.island}: {exc}. Look at the links between their hosts."
+                    ) from exc
+                expected, number = epoch.islands, number + 1
 
     def close(self) -> None:
         """Take part no more. Local."""
-        if self.transport is not None:
-            self.transport.close()
-        self.transport = self.epoch = None
+        self._closed.set()
+        self._close_transport()
 
     # ---- details -------------------------------------------------------------------------------
 
-    def _agree(self, number: int, step: int, expected: Sequence[int] | None) -> Epoch:
-        """Say that this island is there, and find out with whom it goes on.
-
-        Args:
-            number: of the next epoch.
-            step: see `regroup`.
-            expected: who may answer; None: others decide.
-        """
-        self.close_transport()
-        self._store.set(f"{number}/{self.island}", str(step))
+    def _agree(self, number: int, done: int, expected: Sequence[int]) -> Epoch:
+        """Say that this island is there, and find out with whom it goes on."""
+        self._close_transport()
         members = f"{number}/members"
-        present = self._await(number, expected or (), members)
-        if expected is not None:
-            steps = {i: int(self._store.get(f"{number}/{i}")) for i in present}
-            found = self._store.compare_set(members, "", json.dumps(steps))
-        elif self._store.check([members]):
-            found = self._store.get(members)
-        else:
-            raise LeftOut(f"nobody has gone on to epoch {number} with island {self.island}.")
-        agreed = {int(island): int(done) for island, done in json.loads(found).items()}
+        self._store.set(f"{number}/{self.island}", str(done))
+        self._store.set(f"{number}/called", "")
+        present = self._await(number, expected, members)
+        counts = {i: int(self._store.get(f"{number}/{i}")) for i in present}
+        found = self._store.compare_set(members, "", json.dumps(counts))
+        agreed = {int(island): int(calls) for island, calls in json.loads(found).items()}
         if self.island not in agreed:
             raise LeftOut(
-                f"islands {', '.join(map(str, agreed))} go on without island {self.island}: it did "
-                f"not answer within {self._answer_s:g} s."
+                f"islands {_listed(agreed)} have gone on without island {self.island}, which did "
+                f"not answer within gradient_pruning.timeout_s. Its progress since its last "
+                "exchange is lost. End it, and let it resume with the others."
             )
-        if len(agreed) < self._least:
+        if len(agreed) < self.least:
             raise TransportTimeout(
-                f"gradient_pruning.min_islands {self._least} must answer within "
-                f"{self._answer_s:g} s, but only islands {', '.join(map(str, agreed))} did."
+                f"gradient_pruning.min_islands {self.least} must be alive to go on, but only "
+                f"island{'' if len(agreed) == 1 else 's'} {_listed(agreed)} answered. Start the "
+                "others again, and resume from the last checkpoint."
             )
         return Epoch(number, tuple(sorted(agreed)), agreed)
 
     def _await(self, number: int, expected: Sequence[int], members: str) -> list[int]:
-        """Those that are there, when all are, when somebody has decided, or when time is up."""
-        deadline_s, nap_s = self._clock.now_s() + self._answer_s, _FIRST_NAP_S
+        """Those that are there, when all are that live, when somebody has decided, or in the end.
+
+        An island that shows life may be computing. It comes at its next call.
+        """
+        nap_s, deadline_s = _FIRST_NAP_S, time.monotonic() + self.timeout_s + self._pace.late_s
         while True:
-            late = self._clock.now_s() >= deadline_s
+            is_late = time.monotonic() >= deadline_s
             present = [i for i in expected if self._store.check([f"{number}/{i}"])]
-            complete = bool(expected) and len(present) == len(expected)
-            if late or complete or self._store.check([members]):
+            awaited = [i for i in expected if i not in present and self._is_alive(i)]
+            if not awaited or is_late or self._store.check([members]):
                 return present
-            self._clock.sleep(nap_s)
+            time.sleep(nap_s)
             nap_s = min(2 * nap_s, _LONGEST_NAP_S)
 
-    def _enter(self, epoch: Epoch) -> Epoch:
-        self.close_transport()
-        self.transport = self._opens(epoch)
-        self.epoch = epoch
-        self._make_known()
-        if self.island == epoch.islands[0]:
-            self._store.set("epoch", str(epoch.number))
-        return epoch
+    def _is_alive(self, island: int) -> bool:
+        """Whether an island has shown life, as far as this one has looked."""
+        beat, now_s = self._store.text(f"beat/{island}"), time.monotonic()
+        if island not in self._seen or self._seen[island][0] != beat:
+            self._seen[island] = (beat, now_s)
+        return now_s - self._seen[island][1] < self._pace.silent_s
 
-    def close_transport(self) -> None:
-        """The epoch's transport has failed, or is over. Local."""
+    def _enter(self, epoch: Epoch) -> None:
+        self._close_transport()
+        self.epoch = epoch
+        self._called.clear()
+        self.transport = self._opens(epoch)
+
+    def _close_transport(self) -> None:
         if self.transport is not None:
             self.transport.close()
             self.transport = None
 
-    def _make_known(self) -> None:
-        """Add this island to the list of those that may ask in."""
-        text = self._get("known", "[]")
-        while self.island not in json.loads(text):
-            wanted = json.dumps(sorted({*json.loads(text), self.island}))
-            expected = text if self._store.check(["known"]) else ""
-            text = self._store.compare_set("known", expected, wanted).decode()
+    def _beat(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._store.add(f"beat/{self.island}", 1)
+                number = self.epoch.number
+                for island in self.epoch.islands if self.waits else ():
+                    self._is_alive(island)
+                if not self.waits:
+                    self._seen.clear()  # nobody has looked: what was seen tells nothing
+                if self._store.check([f"{number + 1}/called"]) and number == self.epoch.number:
+                    self._called.set()
+            except TransportError:  # told where the store is needed; it may come back before
+                pass
+            self._closed.wait(self._pace.beat_s)
 
-    def _get(self, key: str, default: str) -> str:
-        found: str = self._store.get(key).decode() if self._store.check([key]) else default
-        return found
+
+class Bounded:
+    """A store of torch.distributed whose every answer comes within `STORE_S`, or an error of ours.
+
+    Args:
+        store: see there; its client may wait for ever for a host that is frozen or cut off.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key."""
+        self._ask(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> str:
+        """The value of a key that is there."""
+        return str(self._ask(lambda: self._store.get(key)).decode())
+
+    def text(self, key: str) -> str:
+        """The value of a key, or nothing."""
+        return self.get(key) if self.check([key]) else ""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return bool(self._ask(lambda: self._store.check(keys)))
+
+    def compare_set(self, key: str, expected: str, desired: str) -> str:
+        """Set a key that has the expected value, or is not there; what it has now."""
+        return str(self._ask(lambda: self._store.compare_set(key, expected, desired)).decode())
+
+    def add(self, key: str, amount: int) -> int:
+        """Count."""
+        return int(self._ask(lambda: self._store.add(key, amount)))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        answers: list[Any] = []
+        failures: list[Exception] = []
+
+        def run() -> None:
+            try:
+                answers.append(question())
+            except Exception as exc:  # torch's own, of many kinds
+                failures.append(exc)
+
+        thread = threading.Thread(target=run, name="store", daemon=True)
+        thread.start()
+        thread.join(STORE_S)
+        if answers:
+            return answers[0]
+        if failures:
+            reason = (str(failures[0]).strip().splitlines() or ["no reason given"])[0][:200]
+            raise TransportError(
+                f"the store on rank 0's host cannot be asked who is alive: {reason}. Its host, its "
+                "process or its link is gone; resume from the last checkpoint."
+            ) from failures[0]
+        raise TransportTimeout(
+            f"the store on rank 0's host must say within {STORE_S:g} s who is alive, but does not "
+            "answer: its host is frozen, or a link is down. Resume from the last checkpoint."
+        )
+
+
+def _listed(islands: Any) -> str:
+    return ", ".join(str(island) for island in sorted(islands))

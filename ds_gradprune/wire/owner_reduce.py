@@ -174,6 +174,10 @@ class _Reducing(Pending):
         """See `Pending.done`: never before `proceed`. Local."""
         return self._second is not None and self._second.done()
 
+    def num_senders(self, bucket: int) -> int:
+        """See `Pending.num_senders`. Local."""
+        return self._channel.world_size
+
     def payloads(self, bucket: int) -> list[torch.Tensor]:
         """See `Pending.payloads`. Local."""
         if not self._waited or self._finished:

@@ -25,7 +25,13 @@ _LISTED = 8
 
 
 class Work(abc.ABC):
-    """A call under way."""
+    """A call under way.
+
+    Attributes:
+        took_part: ranks whose parts it holds, rising, once it has been waited for; None: all.
+    """
+
+    took_part: tuple[int, ...] | None = None
 
     @abc.abstractmethod
     def wait(self) -> None:
@@ -72,6 +78,11 @@ class Transport(abc.ABC):
 
     rank: int
     world_size: int
+
+    @property
+    def place(self) -> int:
+        """This rank's row in a result: its rank, or less where ranks have been lost."""
+        return self.rank
 
     @abc.abstractmethod
     def start_all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
