@@ -3,8 +3,8 @@
 #
 #   launch/test.sh [arguments of pytest, for example -m "not slow" or tests/config]
 #
-# Without arguments the tests run in two processes side by side: those that start processes of their
-# own, whose time is mostly waiting, and all others.
+# Without arguments three things run side by side: mypy, the tests that start processes of their own,
+# whose time is mostly waiting, and all other tests.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,22 +15,25 @@ export PATH="$root/.venv/bin:$PATH"
 step() { printf '\n[test] %s\n' "$*"; "$@"; }
 step ruff format --check .
 step ruff check .
-step mypy
 if [ $# -gt 0 ]; then
+  step mypy
   step pytest "$@"
   exit
 fi
 
 apart=(tests/launch tests/tools tests/labs)
 logs="$(mktemp -d)"
-printf '\n[test] pytest %s, beside all others\n' "${apart[*]}"
+printf '\n[test] mypy and pytest %s, beside all others\n' "${apart[*]}"
+mypy >"$logs/types" 2>&1 &
+types=$!
 pytest --durations=25 "${apart[@]}" >"$logs/apart" 2>&1 &
 first=$!
 pytest --durations=25 "${apart[@]/#/--ignore=}" >"$logs/others" 2>&1 &
 second=$!
 failed=0
-wait "$first" || failed=1
-wait "$second" || failed=1
-cat "$logs/apart" "$logs/others"
+for job in "$types" "$first" "$second"; do
+  wait "$job" || failed=1
+done
+cat "$logs/types" "$logs/apart" "$logs/others"
 rm -rf "$logs"
-[ "$failed" = 0 ] || { printf '\n[test] tests failed\n'; exit 1; }
+[ "$failed" = 0 ] || { printf '\n[test] failed\n'; exit 1; }

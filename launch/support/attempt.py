@@ -142,8 +142,9 @@ class Attempt:
         self._note("ended", host=host.name, local_rank=rank, code=code)
         if code == 0:
             return
-        if self._deadline_s is None:
+        if not self._outcome.code:
             self._outcome.code = code if code > 0 else SIGNALLED - code
+        if self._deadline_s is None:
             self._deadline_s = time.monotonic() + self._limits.grace_s
         self._outcome.killed |= code < 0 and not self._is_ending
 

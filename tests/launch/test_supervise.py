@@ -111,7 +111,8 @@ def test_a_signal_ends_everything_and_the_ranks_code_is_passed_on(
     for _ in range(times):
         run.process.send_signal(signal.SIGTERM)
     code, _ = run.end()
-    assert code == 5  # what the ranks' own handler ends with
+    # What the ranks' own handler ends with; the second signal may kill them before it has run.
+    assert code in {1: {5}, 2: {5, 128 + signal.SIGKILL}}[times]
     assert not any(is_alive(pid) for pid in ranks["pids"])
 
 
