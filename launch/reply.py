@@ -111,13 +111,9 @@ def _talk(replier: Replier, sampling: Sampling) -> None:
 
 def _print_reply(replier: Replier, sampling: Sampling, prompt: str) -> str:
     """Show a reply while it comes; return it."""
-    pieces = []
-    with contextlib.closing(replier.stream(prompt, sampling)) as stream:
-        for piece in stream:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+    text = replier.reply(prompt, sampling, lambda piece: print(piece, end="", flush=True))
     print(flush=True)
-    return "".join(pieces)
+    return text
 
 
 @contextlib.contextmanager

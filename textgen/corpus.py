@@ -198,11 +198,11 @@ def _is_text_file(path: Path, root: Path) -> bool:
 
 def _pieces_of_file(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
             try:
                 yield from _pieces(file)
             except UnicodeDecodeError as exc:
-                offset = file.buffer.tell() - len(exc.object) + exc.start
+                offset = raw.tell() - len(exc.object) + exc.start
                 raise DataError(
                     f"{path} must be UTF-8 text, but the byte at offset {offset} is not. "
                     "Convert it first, for example with iconv -f latin1 -t utf-8."

@@ -6,13 +6,12 @@ plain transformers.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ds_gradprune.errors import ConfigError, MissingDependencyError
 from textgen.model import context_length, load_model
@@ -86,53 +85,23 @@ class Replier:
         """
         return cls(load_model(name), load_tokenizer(name), device)
 
-    def reply(self, prompt: str, sampling: Sampling) -> str:
-        """The whole of what `stream` yields. Local."""
-        return "".join(self.stream(prompt, sampling))
-
-    def stream(self, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
-        """Continue a prompt, in pieces, each as soon as it is known. Local.
-
-        The model runs in a thread of its own. Leaving the iterator early stops it after the token
-        at hand.
+    def reply(
+        self, prompt: str, sampling: Sampling, say: Callable[[str], object] = lambda text: None
+    ) -> str:
+        """Continue a prompt. Local.
 
         Args:
             prompt: any text; of a long one the model sees the end.
             sampling: how tokens are chosen.
+            say: gets the new text in pieces, each as soon as no later token can change it.
 
-        Yields:
+        Returns:
             The new text alone.
         """
+        pieces = _Pieces(self.tokenizer, say)
         prompt_ids = self._prompt_ids(prompt, sampling.max_new_tokens)
-        streamer: Any = TextIteratorStreamer(
-            self.tokenizer,
-            skip_prompt=True,
-            skip_special_tokens=True,
-        )
-        left = threading.Event()
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self._generate(
-                    prompt_ids,
-                    sampling,
-                    streamer=streamer,
-                    stopping_criteria=[lambda ids, scores, **_: _flags(ids, left.is_set())],
-                )
-            except BaseException as exc:  # carried to the caller's thread below
-                failure.append(exc)
-                streamer.end()
-
-        thread = threading.Thread(target=work, name="generate", daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            left.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+        self._generate(prompt_ids, sampling, streamer=pieces)
+        return "".join(pieces.texts)
 
     def _prompt_ids(self, prompt: str, max_new_tokens: int) -> torch.Tensor:
         """(1, prompt_tokens) int64; the end of the prompt where it does not fit the context.
@@ -178,9 +147,19 @@ class Replier:
         return tokens
 
 
-def _flags(ids: torch.Tensor, value: bool) -> torch.Tensor:
-    """One stop flag per sequence, as transformers wants them."""
-    return torch.full((ids.shape[0],), value, dtype=torch.bool, device=ids.device)
+class _Pieces(TextStreamer):
+    """Hands out new text instead of printing it."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.texts: list[str] = []
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """See transformers."""
+        if text:
+            self.texts.append(text)
+            self._say(text)
 
 
 def inference_engine(model: PreTrainedModel, dtype: torch.dtype) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -78,23 +78,27 @@ def test_streamed_reply_equals_the_whole_one(replier: Replier, prompt: str, seed
     assert replier.reply(prompt, sampling) == whole
 
 
-def test_stream_left_early_stops_its_thread(replier: Replier) -> None:
-    threads = threading.active_count()
-    stream = replier.stream("the", Sampling(seed=1, max_new_tokens=20))
-    next(stream)
-    stream.close()
-    assert threading.active_count() == threads
+def test_pieces_come_word_by_word(replier: Replier, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = replier.tokenizer.encode("the quick brown fox", add_special_tokens=False)
+
+    def generate(*args: object, streamer: Any, **kwargs: object) -> None:
+        streamer.put(torch.tensor([ids]))  # the prompt, which is no news
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr(replier._engine, "generate", generate)
+    pieces = list[str]()
+    assert replier.reply("x", GREEDY, pieces.append) == "the quick brown fox"
+    assert pieces == ["the ", "quick ", "brown ", "fox"]
 
 
-def test_failure_in_the_stream_reaches_the_caller(
-    replier: Replier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("out of memory")
+def test_who_listens_may_end_the_reply(replier: Replier) -> None:
+    def leave(text: str) -> None:
+        raise BrokenPipeError
 
-    monkeypatch.setattr(replier._engine, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(replier.stream("the", GREEDY))
+    with pytest.raises(BrokenPipeError, match=r"^$"):
+        replier.reply("the", Sampling(seed=1, max_new_tokens=20), leave)
 
 
 @given(num_tokens=st.integers(0, 60), max_new_tokens=st.integers(1, 60))
@@ -165,7 +169,6 @@ def test_deepspeeds_engine_replies_the_same(replier: Replier) -> None:
     other._engine = inference_engine(replier._engine, torch.float32)
     assert type(other._engine).__name__ == "InferenceEngine"
     assert other.reply("the quick", GREEDY) == wanted
-    assert "".join(other.stream("the quick", GREEDY)) == wanted
 
 
 @pytest.mark.gpu
