@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_gradprune.bucket.block import SparseBlock
+from ds_gradprune.train.load import Joined
 from ds_gradprune.train.message import Arrived
 
 _BITS = 16
@@ -40,7 +41,9 @@ def energy(block: SparseBlock) -> float:
     return math.ldexp(float(total), 2 * (exponent - _BITS))
 
 
-def factors(arrived: Arrived, num_buckets: int, limit: float, device: torch.device) -> list[float]:
+def factors(
+    arrived: Arrived | Joined, num_buckets: int, limit: float, device: torch.device
+) -> list[float]:
     """By how much each sender's message is scaled.
 
     Args:

@@ -7,11 +7,12 @@ pre-division and clipping stay in force around it.
 
 What is not sent stays in the residual. The new one lies beside the old one until the step was
 applied, so a step that is skipped, or that fails in a later bucket, touches none.
+
+Longer than 300 lines: a sum that is waited for, one that travels in parts, and the dense one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,10 +23,11 @@ from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
 from ds_gradprune.train.clip import factors
 from ds_gradprune.train.inside import Gradient, Inside
-from ds_gradprune.train.message import Arrived, Memory, Message, Source, Stamp
+from ds_gradprune.train.load import Joined, Load, Sent
+from ds_gradprune.train.message import Memory, Message, Source, Stamp
 from ds_gradprune.train.residual import Residuals
 from ds_gradprune.train.stopwatch import Stopwatch
-from ds_gradprune.wire.channel import Channel, Pending
+from ds_gradprune.wire.channel import Channel
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
 
 __all__ = ["Gradient", "GradientPruning"]
@@ -71,7 +73,7 @@ class GradientPruning:
         self._memory = Memory()
         self._number = 0
         self._dense_bytes = 0
-        self._open: list[Arrived] = []
+        self._open: list[Joined] = []
 
     def begin(self) -> None:
         """A reduction of all gradients begins. Local."""
@@ -129,66 +131,141 @@ class GradientPruning:
         """
         self._count(vector)
         with self._share(vector, gradients) as (share, parts):
-            self._reduce(share, parts, Stamp(step, self.channel.rank, k, signals), scale, agreed)
+            load = self.load(share, parts, Sent(k, step, signals, scale))
+            self._take(share, parts, self._exchange(load, agreed), scale)
 
-    def _reduce(
+    def buckets(self, gradients: Sequence[Gradient]) -> tuple[Bucket, ...]:
+        """How a vector of these is cut. Local."""
+        together = tuple(gradients)
+        buckets = self._cuts.get(together)
+        if buckets is None:
+            numels = [g.numel for g in together]
+            offsets = [sum(numels[:i]) for i in range(len(numels))]
+            buckets = cut(numels, [g.pruned for g in together], offsets, self._bucket_numel)
+            self._cuts[together] = buckets
+        return buckets
+
+    def load(
         self,
         vector: torch.Tensor,
         gradients: Sequence[Gradient],
-        stamp: Stamp,
-        scale: float,
-        agreed: Callable[[], object],
-    ) -> None:
-        buckets = self._buckets(gradients)
-        keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
-        owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
+        what: Sent,
+        *,
+        only: tuple[int, int] | None = None,
+        place: int = 0,
+    ) -> Load:
+        """Prepare to send a vector, or a bucket of it; nothing changes. Local.
+
+        Args:
+            vector: (numel,), or that bucket's elements alone.
+            gradients: what lies in the whole vector, in order.
+            what: what the payloads say.
+            only: a bucket, and how many of the step lie before this vector; None: all of them.
+            place: of the message among those under way together.
+        """
+        whole = self.buckets(gradients)
+        owed = self._owed(gradients, vector.device)
+        first, before = (0, self._number) if only is None else only
+        buckets = whole if only is None else whole[first : first + 1]
+        start = buckets[0].start if buckets else 0
         sources = [
             Source(
                 bucket.layout,
-                vector[bucket.start : bucket.stop],
+                vector[bucket.start - start : bucket.stop - start],
                 None if owed is None else owed[bucket.start : bucket.stop],
-                scale,
+                what.scale,
             )
             for bucket in buckets
         ]
-        stamp = dataclasses.replace(stamp, first_bucket=self._number)
-        self._number += len(buckets)
-        message = Message(sources, stamp, self.value_bits, self.channel, self._memory)
-        arrived = self._exchange(message, message.write(), agreed)
+        stamp = Stamp(what.step, self.channel.rank, what.k, what.signals, before + first)
+        if only is None:
+            self._number += len(whole)
+        message = Message(sources, stamp, self.value_bits, self.channel, self._memory, place)
+        return Load(message, self.channel, first)
+
+    @torch.no_grad()
+    def land(
+        self,
+        vector: torch.Tensor,
+        gradients: Sequence[Gradient],
+        loads: Sequence[Load],
+        scale: float = 1.0,
+    ) -> None:
+        """Replace `vector` by the sum of what has arrived of it.
+
+        Args:
+            vector: (numel,), as it was when it was loaded; changed in place as by `reduce`.
+            gradients: what lies in it, in order.
+            loads: of all its buckets, waited for; in any order.
+            scale: loss scale of `vector`.
+
+        Raises:
+            WireFormatError, RankMismatchError: a payload is damaged, or another one; no residual
+                has changed.
+
+        Local.
+        """
+        try:
+            parts = [load.arrived() for load in sorted(loads, key=lambda load: load.first)]
+        except Exception:
+            self.give_up(loads)
+            raise
+        self._count(vector)
+        self._take(vector, gradients, Joined(parts), scale)
+
+    def give_up(self, loads: Sequence[Load]) -> None:
+        """Nothing of these is applied, on any rank. Local."""
+        self._memory.abandon()
+        for load in loads:
+            load.abandon()
+
+    def _take(
+        self,
+        vector: torch.Tensor,
+        gradients: Sequence[Gradient],
+        arrived: Joined,
+        scale: float,
+    ) -> None:
+        """Let a vector be what has arrived, and stage what is owed then."""
         if arrived.nonfinite:
             vector.fill_(float("nan"))
             arrived.finish(applied=False)
             return
         if self._clip is not None:
-            arrived.factors = factors(arrived, len(buckets), self._clip, vector.device)
+            arrived.factors = factors(arrived, arrived.num_buckets, self._clip, vector.device)
         self._open.append(arrived)
-        staged = _unscaled(vector, owed, scale) if self._error_feedback else None
-        self._apply(arrived, buckets, vector, staged, scale)
+        staged = None
         if self._error_feedback:
+            staged = _unscaled(vector, self._owed(gradients, vector.device), scale)
+        self._apply(arrived, self.buckets(gradients), vector, staged, scale)
+        if self._error_feedback:
+            keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
             self.residuals.stage(keys, numels, staged)
 
-    def _exchange(
-        self, message: Message, payloads: torch.Tensor, agreed: Callable[[], object]
-    ) -> Arrived:
+    def _exchange(self, load: Load, agreed: Callable[[], object]) -> Joined:
         """Everything that all islands sent, verified on all ranks of this one. Collective."""
-        pending: Pending | None = None
+        load.write()
         try:
             with self._together():
                 agreed()
-                pending = self.channel.start(payloads, message.sizes, message.layouts)
+                load.start()
                 with self._stopwatch.phase("wire"):
-                    pending.wait()
-                arrived = message.arrived(pending)
+                    load.wait()
+                arrived = load.arrived()
         except Exception:
-            self._memory.abandon()
-            if pending is not None:
-                pending.finish(applied=False)
+            self.give_up([load])
             raise
-        return arrived
+        return Joined([arrived])
+
+    def _owed(self, gradients: Sequence[Gradient], device: torch.device) -> torch.Tensor | None:
+        """(numel,) fp32, what these are owed; None: nothing."""
+        if not self._error_feedback:
+            return None
+        return self.residuals.of([g.key for g in gradients], [g.numel for g in gradients], device)
 
     def _apply(
         self,
-        arrived: Arrived,
+        arrived: Joined,
         buckets: tuple[Bucket, ...],
         vector: torch.Tensor,
         staged: torch.Tensor | None,
@@ -235,12 +312,11 @@ class GradientPruning:
     def _sum(
         self, vector: torch.Tensor, gradients: Sequence[Gradient], *, nonfinite: bool, scale: float
     ) -> None:
-        keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
-        owed = self.residuals.of(keys, numels, vector.device) if self._error_feedback else None
+        owed = self._owed(gradients, vector.device)
         if not nonfinite:
             if owed is not None:
                 vector.add_(owed, alpha=scale)
-            for number, bucket in enumerate(self._buckets(gradients), start=self._number):
+            for number, bucket in enumerate(self.buckets(gradients), start=self._number):
                 here = vector[bucket.start : bucket.stop]
                 self.channel.pay(number, bucket.layout, here, scale)
                 self._number = number + 1
@@ -248,6 +324,7 @@ class GradientPruning:
             if vector.numel():
                 self.channel.start_all_reduce(vector).wait()
         if owed is not None and not nonfinite:
+            keys, numels = [g.key for g in gradients], [g.numel for g in gradients]
             self.residuals.stage(keys, numels, None)
 
     # ---- details -------------------------------------------------------------------------------
@@ -281,16 +358,6 @@ class GradientPruning:
     def _count(self, vector: torch.Tensor) -> None:
         tensor_bytes = vector.numel() * vector.element_size()
         self._dense_bytes += ring_all_reduce_bytes(tensor_bytes, self.channel.world_size)
-
-    def _buckets(self, gradients: Sequence[Gradient]) -> tuple[Bucket, ...]:
-        together = tuple(gradients)
-        buckets = self._cuts.get(together)
-        if buckets is None:
-            numels = [g.numel for g in together]
-            offsets = [sum(numels[:i]) for i in range(len(numels))]
-            buckets = cut(numels, [g.pruned for g in together], offsets, self._bucket_numel)
-            self._cuts[together] = buckets
-        return buckets
 
 
 def _unscaled(vector: torch.Tensor, owed: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -83,6 +83,7 @@ class Message:
         value_bits: bits of a value on the wire.
         channel: says in which shares a bucket travels.
         memory: where the message comes to lie.
+        number: of the message among those that are under way together.
 
     Attributes:
         sizes: bytes of every payload; equal on all ranks.
@@ -97,7 +98,9 @@ class Message:
         value_bits: int,
         channel: Channel,
         memory: Memory,
+        number: int = 0,
     ) -> None:
+        self._number = number
         self.layouts = [source.layout for source in sources]
         self.stamp = stamp
         self._sources = sources
@@ -118,10 +121,11 @@ class Message:
         Returns:
             (sum of sizes,) uint8, CPU.
         """
-        message = self._memory.message(sum(self.sizes))
+        message = self._memory.message(sum(self.sizes), self._number)
         payloads = iter(torch.split(message, self.sizes))
         for number, (source, shares) in enumerate(zip(self._sources, self._shares, strict=True)):
             self._write_bucket(number, source, shares, payloads)
+        self._sources = ()  # their memory is not needed any more
         return message
 
     def _write_bucket(
@@ -172,6 +176,7 @@ class Arrived:
     """What all ranks sent in one exchange; made by `Message.arrived`.
 
     Attributes:
+        num_buckets: that the message holds.
         nonfinite: ranks whose values hold inf or nan.
         factors: by how much each delivery is scaled; empty: by nothing. See `clip`.
     """
@@ -184,6 +189,7 @@ class Arrived:
         stamp: Stamp,
         memory: Memory,
     ) -> None:
+        self.num_buckets = len(layouts)
         self._pending = pending
         self._layouts = layouts
         self._shares = shares

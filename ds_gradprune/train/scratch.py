@@ -1,4 +1,4 @@
-"""Scratch memory of a rank's exchanges: one block, one message, whatever the number of ranks."""
+"""Scratch memory of a rank's exchanges: one block, whatever the ranks, and messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[torch.device, int], Scratch] = {}
-        self._message = torch.empty(0, dtype=torch.uint8)
+        self._messages: dict[int, torch.Tensor] = {}
 
     def block(
         self, layout: BucketLayout, k: int, device: torch.device, number: int = 0
@@ -22,12 +22,13 @@ class Memory:
         scratch = self._blocks.setdefault((device, number), Scratch(device))
         return scratch.block(layout, k)
 
-    def message(self, size: int) -> torch.Tensor:
-        """(size,) uint8, CPU; the next call overwrites it."""
-        if self._message.numel() < size:
-            self._message = torch.empty(size, dtype=torch.uint8)
-        return self._message[:size]
+    def message(self, size: int, number: int = 0) -> torch.Tensor:
+        """(size,) uint8, CPU; the next call with the same number overwrites it."""
+        message = self._messages.get(number)
+        if message is None or message.numel() < size:
+            message = self._messages[number] = torch.empty(size, dtype=torch.uint8)
+        return message[:size]
 
     def abandon(self) -> None:
-        """An exchange failed: whoever still reads the message may keep its memory."""
-        self._message = torch.empty(0, dtype=torch.uint8)
+        """An exchange failed: whoever still reads a message may keep its memory."""
+        self._messages = {}
