@@ -10,8 +10,17 @@ from typing import Any
 
 from ds_gradprune.commands.flags import Parser, natural
 from ds_gradprune.commands.flags import count as positive
+from ds_gradprune.config import BLOCK
 
-__all__ = ["ScriptParser", "given_flags", "name_or_path", "natural", "path", "positive"]
+__all__ = [
+    "ScriptParser",
+    "add_run_flags",
+    "given_flags",
+    "name_or_path",
+    "natural",
+    "path",
+    "positive",
+]
 
 
 class ScriptParser(Parser):
@@ -19,6 +28,31 @@ class ScriptParser(Parser):
 
     def __init__(self, description: str) -> None:
         super().__init__(None, description)
+
+
+def add_run_flags(flags: ScriptParser, config: Path, *, steps: int, out: str, seed: str) -> None:
+    """Add what both training scripts take.
+
+    Args:
+        flags: of the script.
+        config: DeepSpeed's, where none is given.
+        steps: likewise.
+        out: name of the run folder below runs/, likewise.
+        seed: what it decides.
+    """
+    add = flags.add_argument
+    add(
+        "--config",
+        type=path,
+        default=config,
+        help=f"DeepSpeed's JSON file, with a {BLOCK} block (default: ds_configs/{config.name})",
+    )
+    add("--steps", type=positive, default=steps, help=f"optimizer steps in all (default: {steps})")
+    folder = f"runs/{out}"
+    add("--out", type=path, default=Path(folder), help=f"run folder (default: {folder})")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--seed", type=natural, default=0, help=f"{seed} (default: 0)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed passes it
 
 
 def path(text: str) -> Path:

@@ -14,7 +14,7 @@ from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.errors import ConfigError
 from textgen.corpus import open_text
 
-from .flags import ScriptParser, given_flags, name_or_path, natural, path, positive
+from .flags import ScriptParser, add_run_flags, given_flags, name_or_path, path, positive
 from .run_folder import RunFolder
 from .start import read_ds_config
 
@@ -23,11 +23,8 @@ def parser() -> ScriptParser:
     """The flags; all else is a key of the DeepSpeed configuration."""
     flags = ScriptParser("Train a text generator over pruned updates or gradients.")
     add = flags.add_argument
-    add(
-        "--config",
-        type=path,
-        default=SHIPPED / "own_text.json",
-        help=f"DeepSpeed's JSON file, with a {BLOCK} block (default: ds_configs/own_text.json)",
+    add_run_flags(
+        flags, SHIPPED / "own_text.json", steps=1000, out="train", seed="weights and order"
     )
     add(
         "--model",
@@ -42,24 +39,30 @@ def parser() -> ScriptParser:
         help="UTF-8 file, or folder of text files (default: the help topics and docstrings of this "
         "Python)",
     )
-    add("--steps", type=positive, default=1000, help="optimizer steps in all (default: 1000)")
-    add("--out", type=path, default=Path("runs/train"), help="run folder (default: runs/train)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--seed", type=natural, default=0, help="weights and order (default: 0)")
     add("--eval-every", type=positive, default=100, help="steps between validations (default: 100)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default: 500)")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed passes it
     return flags
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the user asked for, checked as far as no model and no peer is needed."""
+class RunSettings:
+    """What the user of either script asked for, checked as far as no peer is needed."""
 
     flags: argparse.Namespace
     ds_config: dict[str, Any]
     block: GradientPruningConfig
     folder: RunFolder
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all ranks, as plain JSON. Pure."""
+        # Of files the content is compared, not the path.
+        flags = given_flags(self.flags, ("config", "text", "data", "prompts", "local_rank"))
+        return flags | self.ds_config | {BLOCK: self.block.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """What the user of launch/train.py asked for."""
 
     @property
     def text(self) -> Path | None:
@@ -85,12 +88,6 @@ class Settings:
         if self.text is None:
             return f"the embedded text of Python {platform.python_version()}"
         return open_text(self.text).check()
-
-    def facts(self) -> dict[str, Any]:
-        """What must be equal on all ranks, as plain JSON. Pure."""
-        # Of files the content is compared, not the path.
-        flags = given_flags(self.flags, ("config", "text", "local_rank"))
-        return flags | self.ds_config | {BLOCK: self.block.model_dump(mode="json")}
 
 
 def read_settings(arguments: Sequence[str] | None) -> Settings:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ds_gradprune.commands.dispatch import SHIPPED
-from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
+from ds_gradprune.config import BLOCK, load_block
 from ds_gradprune.errors import ConfigError
 
-from .flags import ScriptParser, given_flags, name_or_path, natural, path, positive
+from .flags import ScriptParser, add_run_flags, name_or_path, path, positive
 from .run_folder import RunFolder
+from .settings import RunSettings
 from .start import read_ds_config
 from .tuning_data import read_prompts
 from .tuning_model import check_model
@@ -35,6 +34,8 @@ def parser() -> ScriptParser:
     """The flags; all else is a key of the DeepSpeed configuration."""
     flags = ScriptParser("Fine-tune a language model over pruned updates or gradients.")
     add = flags.add_argument
+    split = "order and evaluation split"
+    add_run_flags(flags, DEFAULT_CONFIG, steps=200, out="finetune", seed=split)
     add(
         "--model",
         type=name_or_path,
@@ -48,34 +49,17 @@ def parser() -> ScriptParser:
         help='FILE.jsonl with {"prompt", "response"} or {"messages"} a line, or a UTF-8 text',
     )
     add("--lora", action="store_true", help="train adapters only; needs peft")
-    add(
-        "--config",
-        type=path,
-        default=DEFAULT_CONFIG,
-        help=f"DeepSpeed's JSON file, with a {BLOCK} block (default: ds_configs/"
-        f"{DEFAULT_CONFIG.name})",
-    )
-    add("--steps", type=positive, default=200, help="optimizer steps in all (default: 200)")
-    add("--out", type=path, default=Path("runs/finetune"), help="run folder (runs/finetune)")
-    add("--resume", action="store_true", help="continue the run in --out")
     add("--max-length", type=positive, default=512, help="tokens of a sequence (default: 512)")
     add("--bf16", action="store_true", help="set bf16 in the configuration")
     add("--prompts", type=path, help="a prompt on each line, replied to before and after")
-    add("--seed", type=natural, default=0, help="order and evaluation split (default: 0)")
     add("--eval-every", type=positive, help="steps between evaluations (default: at both ends)")
     add("--save-every", type=positive, help="steps between checkpoints (default: none)")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed passes it
     return flags
 
 
 @dataclass(frozen=True)
-class TuningSettings:
-    """What the user asked for, checked as far as no model and no peer is needed."""
-
-    flags: argparse.Namespace
-    ds_config: dict[str, Any]
-    block: GradientPruningConfig
-    folder: RunFolder
+class TuningSettings(RunSettings):
+    """What the user of launch/finetune.py asked for."""
 
     def check_inputs(self) -> list[str]:
         """Check model, data, prompts and run folder. Local, writes nothing.
@@ -90,12 +74,6 @@ class TuningSettings:
             self.folder.check_new()
         check_model(self.flags.model, self.flags.lora)
         return [] if self.flags.prompts is None else read_prompts(self.flags.prompts)
-
-    def facts(self) -> dict[str, Any]:
-        """What must be equal on all ranks, as plain JSON. Pure."""
-        # Of files the content is compared, not the path.
-        flags = given_flags(self.flags, ("config", "data", "prompts", "local_rank"))
-        return flags | self.ds_config | {BLOCK: self.block.model_dump(mode="json")}
 
 
 def read_tuning_settings(arguments: Sequence[str] | None) -> TuningSettings:

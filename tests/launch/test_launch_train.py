@@ -68,7 +68,7 @@ def forget_deepspeed() -> None:
 
 def test_flags_are_frozen() -> None:
     flags = [option for action in settings.parser()._actions for option in action.option_strings]
-    assert flags == [
+    assert set(flags) == {
         "-h",
         "--help",
         "--config",
@@ -81,7 +81,7 @@ def test_flags_are_frozen() -> None:
         "--eval-every",
         "--save-every",
         "--local_rank",
-    ]
+    }
     assert len(flags) - 2 <= 10
 
 
