@@ -163,6 +163,10 @@ class Update(Pruned):
             product lets them; False: they wait.
         local_lr: factor of the learning rate on the islands, after warm-up. Not a key of the
             product: its user sets the learning rate.
+        warmup: see the product.
+        warmup_every: steps between exchanges in an unpruned warm-up, which the product's law
+            chooses.
+        warmup_dense: steps of an unpruned warm-up that are dense nevertheless, its first ones.
     """
 
     kind: Literal["update"]
@@ -173,12 +177,15 @@ class Update(Pruned):
     slow_momentum: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
     overlap: Literal["auto", False] = False
     local_lr: Positive = 1.0
+    warmup: Literal["dense", "unpruned"] = "dense"
+    warmup_every: Count = 1
+    warmup_dense: Annotated[int, pydantic.Field(ge=0)] = 0
 
     def _block(self, warmup_steps: int) -> dict[str, Any]:
         own = self.model_dump(
             include={
                 "sync_every", "residual", "residual_decay", "update_scale", "slow_momentum",
-                "overlap",
+                "overlap", "warmup",
             }
         )  # fmt: skip
         return super()._block(warmup_steps) | {"prune": "update"} | own

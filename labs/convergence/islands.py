@@ -1,7 +1,7 @@
 """Islands: every worker steps its own AdamW, and the product exchanges what they have learned.
 
-Until warm-up is over the islands are one dense run, bit for bit, and part with copies of its
-moments. Then `ds_gradprune.train.islands` works on every worker's row. An exchange needs no
+Until a dense warm-up is over the islands are one dense run, bit for bit, and part with copies of
+its moments. Then `ds_gradprune.train.islands` works on every worker's row. An exchange needs no
 threads: all ranks start, then all wait. With `owner_reduce` a rank that waits also starts the
 second half, so there every rank waits on a thread of its own.
 """
@@ -48,8 +48,17 @@ class IslandSimulation(SharedGradient, abc.ABC):
         self._begun_after = self._lands_after = 0
 
     @property
-    def delay_steps(self) -> int:
-        """Optimizer steps from an exchange to its commit."""
+    def dense_steps(self) -> int:
+        """The first steps, in which the islands are one dense run."""
+        return self.setting.train.warmup_steps
+
+    @property
+    def warmup_every(self) -> int:
+        """Steps between exchanges from then until the warm-up is over."""
+        return 1
+
+    def delay_of(self, interval: int) -> int:
+        """Optimizer steps from an exchange to its commit, where exchanges come so often."""
         return 0
 
     @abc.abstractmethod
@@ -62,8 +71,7 @@ class IslandSimulation(SharedGradient, abc.ABC):
 
     def step(self, step: int, tokens: torch.Tensor, lr: float) -> float:
         """See `Simulation.step`."""
-        alone = step + 1 - self.setting.train.warmup_steps
-        if alone <= 0:
+        if step < self.dense_steps:
             return self.dense_step(tokens, lr)
         if not self.islands:
             self.part(self.apart.weights)
@@ -95,9 +103,11 @@ class IslandSimulation(SharedGradient, abc.ABC):
         if self._begun and step + 1 == self._lands_after:
             self._land()
         if self._is_due(step):
+            if self._begun:
+                self._land()
             self._begin(step + 1)
             # The run's last exchange is waited for, as a checkpoint waits for it.
-            if not self.delay_steps or step + 1 == self.setting.steps:
+            if self._lands_after == step + 1 or step + 1 == self.setting.steps:
                 self._land()
 
     def fetch_ahead(self, step: int) -> None:
@@ -130,20 +140,24 @@ class IslandSimulation(SharedGradient, abc.ABC):
 
     def _begin(self, step: int) -> None:
         self._fetch()
-        k, hides = self.k(step), self.delay_steps > 0
+        is_warmup = step <= self.setting.train.warmup_steps
+        interval = self.warmup_every if is_warmup else self.method.sync_every
+        delay_steps = self.delay_of(interval)
+        k = CHUNK_NUMEL if is_warmup else self.k(step)
         self._begun = [
-            islands.prepare(k, step=step, signals=SILENT, hides=hides) for islands in self.islands
+            islands.prepare(k, step=step, signals=SILENT, hides=delay_steps > 0, unscaled=is_warmup)
+            for islands in self.islands
         ]
         for prepared in self._begun:
             prepared.write()
             prepared.start()
-        self._begun_after, self._lands_after = step, step + self.delay_steps
+        self._begun_after, self._lands_after = step, step + delay_steps
 
     def _land(self) -> None:
         def deliver(prepared: Prepared) -> None:
             refuse(prepared.deliver(), self._begun_after)
 
-        if self.delay_steps:
+        if self._lands_after > self._begun_after:
             self._fetch()
         if self._in_turn:
             for prepared in self._begun:
@@ -159,7 +173,9 @@ class IslandSimulation(SharedGradient, abc.ABC):
         else:  # the next fetch, which is waited for, comes after these
             self._trained.copy_(self._own, non_blocking=True)
             self.shared[0].copy_(self._landed.copy_(store), non_blocking=True)
-        self.received_bits += self._ranks.take_received_bits()
+        bits = self._ranks.take_received_bits()
+        if self._begun_after > self.setting.train.warmup_steps:
+            self.received_bits += bits
 
     def _fetch(self) -> None:
         """What was learned since is exchanged on the host, if it is not learned there."""
@@ -170,7 +186,10 @@ class IslandSimulation(SharedGradient, abc.ABC):
             self._own.copy_(self._trained)
 
     def _is_due(self, step: int) -> bool:
-        return (step + 1 - self.setting.train.warmup_steps) % self.method.sync_every == 0
+        alone = step + 1 - self.setting.train.warmup_steps
+        if alone < 0:
+            return (step + 1 - self.dense_steps) % self.warmup_every == 0
+        return alone % self.method.sync_every == 0
 
     def _owed(self, number: int) -> torch.Tensor:
         """(numel,) what an island has learned and not sent."""
@@ -205,9 +224,19 @@ class UpdateSimulation(IslandSimulation):
         )
 
     @property
-    def delay_steps(self) -> int:
-        """See `IslandSimulation.delay_steps`: the product's."""
-        return self.config.delay_steps
+    def dense_steps(self) -> int:
+        """See `IslandSimulation.dense_steps`."""
+        steps = self.setting.train.warmup_steps
+        return min(steps, self._method.warmup_dense) if self.config.warmup != "dense" else steps
+
+    @property
+    def warmup_every(self) -> int:
+        """See `IslandSimulation.warmup_every`."""
+        return self._method.warmup_every
+
+    def delay_of(self, interval: int) -> int:
+        """See `IslandSimulation.delay_of`: the product's."""
+        return self.config.delay_of(interval)
 
     def k(self, step: int) -> int:
         """See `IslandSimulation.k`: the product's ramp, then a pinned density."""

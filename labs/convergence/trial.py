@@ -68,6 +68,8 @@ def run_trial(setting: Setting, method: Method, text: Text) -> dict[str, Any]:
 
 def can_stack(method: Method) -> bool:
     """Whether runs of a method can be made side by side, see `run_stack`."""
+    if isinstance(method, Update) and method.warmup != "dense":
+        return False  # its islands part at another step
     return method.accumulate == 1 and isinstance(method, (Dense, Update, DiLoCo))
 
 

@@ -13,11 +13,11 @@ from ds_gradprune.errors import NonFiniteError
 from labs.convergence.adamw import learning_rate
 from labs.convergence.base import DenseSimulation, Simulation
 from labs.convergence.gpt import Gradients
-from labs.convergence.grid import Dense, PowerSgd
-from labs.convergence.islands import IslandSimulation
+from labs.convergence.grid import Dense, PowerSgd, Update
+from labs.convergence.islands import IslandSimulation, UpdateSimulation
 from labs.convergence.nesterov import Nesterov
 from labs.convergence.peers import OneBitAdamSimulation, PowerSgdSimulation
-from labs.convergence.trial import simulation_of
+from labs.convergence.trial import can_stack, simulation_of
 from tests.labs.convergence.cases import (
     SETTING,
     TRAIN,
@@ -108,6 +108,28 @@ def test_an_exchange_in_flight_lands_later_and_at_the_end(residual: Any) -> None
     assert simulation.notes()["owed_part"] > 0.0  # all islands agree on the shared weights
     simulation.close()
     waiting.close()
+
+
+def test_an_unpruned_warm_up_exchanges_everything_in_rounds_and_counts_no_bits() -> None:
+    setting = dataclasses.replace(
+        SETTING, train=TRAIN.model_copy(update={"warmup_steps": 5}), steps=8
+    )
+    method = Update(
+        kind="update", name="u", warmup="unpruned", warmup_every=2, warmup_dense=1, value_bits=32
+    )
+    simulation, moved, bits = UpdateSimulation(setting, method), [], []
+    for step in range(8):
+        before = simulation.shared[0].clone()
+        simulation.step(step, tokens(step), learning_rate(TRAIN, step, 8))
+        moved.append(float((simulation.shared[0] - before).abs().max()) > 0.0)
+        bits.append(simulation.received_bits)
+        if step in (2, 4):  # everybody has sent everything, and the mean is everybody's
+            own = simulation.apart.weights
+            assert float((own - simulation.shared).abs().max()) <= 1e-6
+    assert moved == [True, False, True, False, True, True, True, True]
+    assert bits[:5] == [0.0] * 5
+    assert bits[5] > 0.0
+    assert not can_stack(method)
 
 
 def test_the_ramp_is_the_products() -> None:
