@@ -103,6 +103,7 @@ _FOR_USERS = (
     "shared_weights",
     "weight_sets",
     "parameters_crc",
+    "check_alike",
     "detach",
 )
 """Members of a handle that scripts call; the others are for our own modules."""

@@ -39,6 +39,7 @@ _FIXES = (
     (("parameter",), "Build the same model on every rank, with the same layers frozen."),
     (("TrainingArguments", "steps of"), "Pass the same TrainingArguments on every rank."),
     (("training examples",), "Give every rank the same training data."),
+    (("given",), "Give every rank the same."),
     (("optimizer", "lr_scheduler"), "Build the same optimizer and schedule on every rank."),
 )
 """First words of facts -> what to do where they differ; anything else stands in ds_config.json."""

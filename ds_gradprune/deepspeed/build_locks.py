@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -24,6 +24,9 @@ SHM_OP = "deepspeed_shm_comm"
 
 LONGEST_BUILD_S = 900.0
 """Where processes cannot be looked at: no compilation is longer. Clocks may jump."""
+
+
+_told: set[Path] = set()
 
 
 def stale_locks(
@@ -54,10 +57,20 @@ def warning(locks: list[Path]) -> str:
     )
 
 
-def warn_of_locks() -> None:
-    """Log, once per host, which compilations were killed: an engine may need one of those ops."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and (locks := stale_locks()):
-        logger.warning(warning(locks).removeprefix("warning: "))
+def warn_of_locks(tell: Callable[[str], object] = logger.warning) -> None:
+    """Tell which compilations were killed: an engine may need one of those ops. Local.
+
+    Each lock is told once, by the first rank of a host.
+
+    Args:
+        tell: shows one line.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    locks = [lock for lock in stale_locks() if lock not in _told]
+    if locks:
+        _told.update(locks)
+        tell(warning(locks))
 
 
 def refuse_stale_shm_lock() -> None:

@@ -25,7 +25,7 @@ from ds_gradprune import codec
 from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, disks, monitor
-from ds_gradprune.deepspeed.agree import check_weights
+from ds_gradprune.deepspeed.agree import Facts, check_ranks, check_weights
 from ds_gradprune.deepspeed.archives import check_files
 from ds_gradprune.deepspeed.clock import Clock, after_device
 from ds_gradprune.deepspeed.facts import tell_changes
@@ -133,6 +133,24 @@ class Handle:
     def parameters_crc(self) -> int:
         """crc32c over the bits of what must be equal on all ranks. Local."""
         return module_crc(self.engine.module)
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """Do all ranks have the same of what a script knows, and an engine does not?
+
+        For example::
+
+            engine.gradprune.check_alike({"seed": seed, "steps": steps, "data": sha256})
+
+        Args:
+            values: name to what is compared as text.
+
+        Raises:
+            RankMismatchError: names what differs, on which ranks and hosts; on all ranks alike.
+
+        Collective: all ranks.
+        """
+        given = {f"given {name}": str(value) for name, value in values.items()}
+        check_ranks(self.seat.transport, Facts(given))
 
     def detach(self) -> None:
         """Give DeepSpeed back everything that was hooked; a second call does nothing. Local.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,6 +67,9 @@ class IdleHandle:
     def parameters_crc(self) -> int:
         """crc32c over the bits of all parameters of this rank, in module order. Local."""
         return module_crc(self.engine.module)
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """Nothing is exchanged, so nothing is compared. Local."""
 
     def detach(self) -> None:
         """Give DeepSpeed back what was hooked, if anything was. Local."""

@@ -232,9 +232,14 @@ class StopSwitch:
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def listen(self) -> None:
-        """Take SIGINT and SIGTERM as requests. A second SIGINT interrupts at once. Local."""
+        """Take SIGINT, SIGTERM and SIGHUP as requests. A second SIGINT interrupts at once. Local.
+
+        SIGHUP comes when a terminal is closed; under nohup it is ignored, and stays so.
+        """
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     def agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop. Call once per step. Collective."""

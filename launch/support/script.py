@@ -19,6 +19,7 @@ from .place import Place, export_place, find_place, share_cores
 from .rendezvous import AbsentRanks
 from .run import say
 from .start import choose_accelerator, connect
+from .terminal import outlived
 
 
 class Configured(Protocol):
@@ -45,6 +46,15 @@ def run_script(
         read: its settings; raises GradPruneError.
         work: collective.
     """
+    with outlived():
+        return _run(arguments, read, work)
+
+
+def _run(
+    arguments: Sequence[str] | None,
+    read: Callable[[Sequence[str] | None], S],
+    work: Callable[[S, Peers], None],
+) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     place, peers = Place(), None
     try:

@@ -20,6 +20,7 @@ from .place import Place
 from .run_folder import KEPT_CHECKPOINTS, write_json
 from .tuning_data import TuningData, collate, read_data
 from .tuning_model import add_adapters, load_tuned, pad_id_of, replies
+from .tuning_order import Order, Since, read_since, write_since
 from .tuning_settings import TuningSettings
 
 LOG_LINES = 20
@@ -51,11 +52,14 @@ class TuningRun(AnyRun):
         self.counts = _counts(self.model)
         peers.check_alike({"tokens": self.data.digest, "parameters of the model": weights})
         self.on_first(lambda: write_json(self.folder.config, settings.ds_config))
+        self.since = self._since()
         self.notes = Notes(self)
         self.trainer = transformers.Trainer(
             model=self.model,
             args=arguments,
-            train_dataset=self.data.train,
+            train_dataset=Order(
+                self.data.train, self.flags.seed, self.flags.steps, self.per_step, self.since
+            ),
             eval_dataset=self.data.evaluation,
             data_collator=partial(collate, pad_id=pad_id_of(self.tokenizer)),
             callbacks=[self.notes],
@@ -91,12 +95,24 @@ class TuningRun(AnyRun):
             "--lora": self.flags.lora,
             "--max-length": self.flags.max_length,
             "--seed": self.flags.seed,
-            "world size": self.peers.world_size,
             "train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"],
             "gradient_accumulation_steps": config["gradient_accumulation_steps"],
             "zero_optimization.stage": config["zero_optimization"].get("stage", 0),
         }
         self.claim(identity, {})
+        self.per_step = (
+            self.peers.world_size
+            * config["train_micro_batch_size_per_gpu"]
+            * config["gradient_accumulation_steps"]
+        )
+
+    def _since(self) -> Since:
+        """Where the run begins, or goes on; rank 0's host knows."""
+        if not self.flags.resume:
+            return Since()
+        path = self.folder.checkpoints / str(self.folder.newest())
+        work = (lambda: vars(read_since(path))) if self.peers.rank == 0 else dict
+        return Since(**self.peers.gather(self.peers.together(work))[0])
 
     def _read_data(self) -> TuningData:
         flags = self.flags
@@ -116,6 +132,11 @@ class TuningRun(AnyRun):
             self.say(
                 f"note: {data.num_skipped} examples are left out, because their answers begin "
                 f"beyond --max-length {self.flags.max_length}"
+            )
+        if self.since.ranks not in (0, self.peers.world_size):
+            self.say(
+                f"note: {self.since.ranks} ranks have trained so far, now {self.peers.world_size}: "
+                f"a step takes {self.per_step} sequences"
             )
         self.say_if_plain(settings.block.enabled)
 
@@ -197,8 +218,11 @@ class Notes(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks have written: this is the checkpoint to resume from."""
-        name = f"checkpoint-{state.global_step}"
-        self._run.on_first(lambda: self._run.folder.name_newest(name))
+        run, step = self._run, state.global_step
+        used = Since(step, run.since.after(step, run.per_step), run.peers.world_size)
+        name = f"checkpoint-{step}"
+        run.on_first(lambda: write_since(run.folder.checkpoints / name, used))
+        run.on_first(lambda: run.folder.name_newest(name))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening."""
@@ -234,6 +258,7 @@ def _arguments(settings: TuningSettings, place: Place) -> Any:
             save_strategy="steps" if flags.save_every else "no",
             save_steps=flags.save_every or flags.steps,
             save_total_limit=KEPT_CHECKPOINTS,
+            train_sampling_strategy="sequential",  # `Order` has mixed them
             report_to=[],
             seed=flags.seed,
             disable_tqdm=place.rank != 0,

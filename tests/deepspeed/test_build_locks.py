@@ -12,6 +12,7 @@ from ds_gradprune.deepspeed.build_locks import (
     LONGEST_BUILD_S,
     refuse_stale_shm_lock,
     stale_locks,
+    warn_of_locks,
     warning,
 )
 from ds_gradprune.errors import UnsupportedError
@@ -67,3 +68,16 @@ def test_a_start_that_would_wait_for_ever_is_refused(
     path = lock_in(tmp_path / "py311_cpu", op="deepspeed_shm_comm")
     with pytest.raises(UnsupportedError, match=f"no process holds {path}"):
         refuse_stale_shm_lock()
+
+
+def test_locks_of_killed_compilations_are_told_once_per_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script of one's own, and launch/finetune.py, waited for them without a word."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = lock_in(tmp_path)
+    told: list[str] = []
+    for local_rank in ("1", "0", "0"):  # launch/ warns, and then `initialize`
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        warn_of_locks(told.append)
+    assert told == [warning([path])]

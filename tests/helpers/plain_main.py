@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     engine, *_ = ds_gradprune.initialize(
         model=model, model_parameters=list(model.parameters()), config=config
     )
+    engine.gradprune.check_alike({"steps": arguments[2]})
     train(engine, Path(arguments[1]), int(arguments[2]), watches="--watch" in arguments)
     return 0
 

@@ -124,14 +124,16 @@ def test_foreign_error_is_not_hidden() -> None:
 
 @pytest.fixture
 def _signals_restored() -> object:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("_signals_restored")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_is_a_request_to_stop(number: signal.Signals) -> None:
     switch = StopSwitch(Peers(Place()))
     switch.listen()
@@ -139,6 +141,13 @@ def test_signal_is_a_request_to_stop(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     assert switch.agreed()
     switch.close()
+
+
+@pytest.mark.usefixtures("_signals_restored")
+def test_nohup_is_respected() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopSwitch(Peers(Place())).listen()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @pytest.mark.usefixtures("_signals_restored")

@@ -25,6 +25,13 @@ CONFIG = {
 BLOCK = {"timeout_s": 2.0, "window_size": 4, "warmup_steps": 2, "min_numel": 64}
 
 
+def words(folder: Path, prune: str) -> list[str]:
+    """Configuration and folder of checkpoints."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(CONFIG | {"gradient_pruning": BLOCK | {"prune": prune}}))
+    return [str(path), str(folder / "checkpoints")]
+
+
 @pytest.mark.parametrize(
     ("prune", "doom", "flags", "code", "told"),
     [
@@ -68,12 +75,20 @@ def test_a_script_of_ones_own_never_waits_in_silence(
     nursery: Nursery,
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG | {"gradient_pruning": BLOCK | {"prune": prune}}))
-    given = [str(path), str(tmp_path / "checkpoints"), "5", *flags]
+    given = [*words(tmp_path, prune), "5", *flags]
     case = Case([given] * 2, [doom], {"MASTER_PORT": scripts.free_port()}, 30.0, f"{OWN}:main")
     ending = nursery.run(case)[1 - doom.rank]
     assert ending.code == code, ending.told
     before, _, after = told.partition("HOST")
     [line] = [line for line in ending.told.splitlines() if before in line]
     assert after in line
+
+
+def test_what_a_script_of_ones_own_knows_is_compared(nursery: Nursery, tmp_path: Path) -> None:
+    """Seed, steps and data cannot be seen in an engine; ranks with others trained on, or hung."""
+    ranks = [[*words(tmp_path, "update"), steps] for steps in ("5", "6")]
+    case = Case(ranks, [], {"MASTER_PORT": scripts.free_port()}, 30.0, f"{OWN}:main")
+    for ending in nursery.run(case):
+        assert ending.code == 1
+        assert "RankMismatchError: all ranks must run the same thing" in ending.told
+        assert "given steps is 5 on rank 0" in ending.told
