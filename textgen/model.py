@@ -161,13 +161,22 @@ def open_model(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreT
     if name in SIZES:
         return build_model(name, len(tokenizer), int(tokenizer.eos_token_id), seed)
     model = load_model(name)
+    check_fits(name, model, tokenizer)
+    return model
+
+
+def check_fits(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that has tokens which the model does not know. Local.
+
+    Raises:
+        DataError: it has.
+    """
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if rows < len(tokenizer):
         raise DataError(
             f"{name} must have an embedding for each of its tokenizer's {len(tokenizer)} tokens, "
             f"got {rows}."
         )
-    return model
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_gradprune.errors import DataError
-from textgen.model import check_model_name, load_model, open_model
+from textgen.model import check_fits, check_model_name, load_model, open_model
 from textgen.serve.served import Served
 from textgen.tokenizer import load_tokenizer
 
@@ -69,7 +70,7 @@ class FolderSource:
         """See `Source`."""
         version = self.version() or ""
         model, tokenizer = load_model(self.path), load_tokenizer(self.path)
-        _check_fits(self.path, model, tokenizer)
+        check_fits(self.path, model, tokenizer)
         return Served.of(model, tokenizer, self.name, version, context)
 
 
@@ -135,15 +136,6 @@ class RunSource:
         return model, tokenizer
 
 
-def _check_fits(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    if rows < len(tokenizer):
-        raise DataError(
-            f"{path} must have an embedding for each of its tokenizer's {len(tokenizer)} tokens, "
-            f"got {rows}."
-        )
-
-
 def _stamp(folder: Path) -> str | None:
     """Sizes and times of a model folder's files as a short text; None while it is replaced."""
     try:
@@ -153,8 +145,6 @@ def _stamp(folder: Path) -> str | None:
         return None
     if not any(name == "config.json" for name, *_ in facts):
         return None
-    import hashlib
-
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
