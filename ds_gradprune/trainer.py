@@ -172,15 +172,16 @@ def numbers(handle: Any, before: Totals) -> dict[str, float]:
         The names are `gradprune/` and density (of the last exchange), performance (P), target,
         mb (sent by this rank per optimizer step since the line before), link_mbit, interval
         (optimizer steps per exchange) and compression (bytes that DeepSpeed would have sent, over
-        those that were sent), exposed_s, hidden_s and codec_s (seconds per optimizer step that the
-        last exchange was waited for, went on beside the computation, and was coded), residual_norm
+        those that were sent), compute_s, codec_s, exposed_s and hidden_s (seconds per step of
+        computation, that the last exchange was coded, was waited for, and went on beside the
+        computation), residual_norm
         (of what this rank has not sent yet) and cause (number of the rule that decided last, in the
         order of `Cause`). What is not known yet is left out.
     """
     report, totals = handle.report, handle.totals
     steps = totals.steps - before.steps
     sent = totals.wire_bytes - before.wire_bytes
-    rate = report.decision.rate_bytes_per_s
+    rate, compute_s = report.decision.rate_bytes_per_s, report.compute_time_s
     found: Mapping[str, float | None] = {
         "density": report.density,
         "performance": report.performance,
@@ -189,9 +190,10 @@ def numbers(handle: Any, before: Totals) -> dict[str, float]:
         "link_mbit": None if rate is None else rate * 8e-6,
         "interval": report.steps,
         "compression": (totals.dense_bytes - before.dense_bytes) / sent if sent else None,
+        "compute_s": None if compute_s is None else compute_s / report.steps,
+        "codec_s": report.codec_time_s / report.steps,
         "exposed_s": report.comm_time_s / report.steps,
         "hidden_s": report.hidden_time_s / report.steps,
-        "codec_s": report.codec_time_s / report.steps,
         "residual_norm": handle.residual_norm(),
         "cause": list(Cause).index(report.decision.cause),
     }

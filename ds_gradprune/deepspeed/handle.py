@@ -36,6 +36,7 @@ from ds_gradprune.deepspeed.waits import bounded
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.law.schedule import target_at
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.law.times_line import TimesLine
 from ds_gradprune.law.verdict import FirstVerdict
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
@@ -86,6 +87,7 @@ class Handle:
         self._log = monitor.StepLog(config.log_path if self._is_first else None)
         self._decisions = monitor.DecisionLog(config)
         self._verdict = FirstVerdict()
+        self._times = TimesLine()
         self.hooks = Hooks(engine)
         self.hooks.keep(engine.register_forward_pre_hook(self._before_forward))
         self.hooks.keep(engine.register_forward_hook(self._after_forward))
@@ -281,6 +283,8 @@ class Handle:
             self._decisions.tell(report)
             if (verdict := self._verdict.see(report)) is not None:
                 monitor.say_verdict(verdict)
+            if (line := self._times.see(report)) is not None:
+                monitor.show(line)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -233,16 +233,19 @@ def write_events(
 
 
 def say_verdict(verdict: Verdict) -> None:
-    """Say whether pruning pays: a WARNING where it does not. Every run shows it.
-
-    Where nobody asked for our decisions, good news go to DeepSpeed's own logger, which speaks.
-    """
+    """Say whether pruning pays: a WARNING where it does not. Every run shows it."""
     if not verdict.pays:
         decisions_logger.warning(verdict.text)
-    elif decisions_logger.isEnabledFor(logging.INFO):
-        decisions_logger.info(verdict.text)
     else:
-        deepspeed_logger.info("gradient pruning: %s", verdict.text)
+        show(verdict.text)
+
+
+def show(text: str) -> None:
+    """Good news: where nobody asked for our decisions they go to DeepSpeed's own logger."""
+    if decisions_logger.isEnabledFor(logging.INFO):
+        decisions_logger.info(text)
+    else:
+        deepspeed_logger.info("gradient pruning: %s", text)
 
 
 class DecisionLog:

@@ -18,9 +18,10 @@ NUMBERS = {
     "mb",
     "interval",
     "compression",
+    "compute_s",
+    "codec_s",
     "exposed_s",
     "hidden_s",
-    "codec_s",
     "residual_norm",
     "cause",
 }
