@@ -232,8 +232,8 @@ class GradientPruningConfig(_Block):
     )
     overlap: Literal["auto", False] = Field(
         default=False,
-        description="With update: auto lets training go on while an exchange travels, and true "
-        "says the same. False waits for it.",
+        description="Auto lets the computation go on while a pruned exchange travels, and true "
+        "says the same. With gradient, buckets leave during backward. False waits for it.",
     )
     shared_device: Literal["auto", "device", "cpu"] = Field(
         default="auto",

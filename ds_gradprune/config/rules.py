@@ -15,7 +15,6 @@ _ONLY_UPDATE = (
     "update_scale",
     "slow_momentum",
     "warmup",
-    "overlap",
     "shared_device",
 )
 """Keys that mean nothing with pruned gradients: there they are refused, not ignored."""

@@ -24,7 +24,11 @@ from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
 from ds_gradprune.deepspeed.waits import bounded, new_group
-from ds_gradprune.deepspeed.zero_gradients import ZeroGradientHandle, warn_of_parameters
+from ds_gradprune.deepspeed.zero_gradients import (
+    ZeroGradientHandle,
+    warn_of_late_gradients,
+    warn_of_parameters,
+)
 from ds_gradprune.errors import GradPruneError, UnsupportedError
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.wire.all_gather import AllGather
@@ -38,6 +42,12 @@ from ds_gradprune.wire.transport import Transport
 __all__ = ["AnyHandle", "Clock", "Handle", "IdleHandle", "attach"]
 
 logger = logging.getLogger(__name__)
+
+CROWDED = (
+    'gradient_pruning.overlap must be false with prune = "gradient" and {ranks} ranks per island, '
+    'got "auto". Those sum their gradients in another order then. Leave it out, or set '
+    "island.ranks to 1."
+)
 
 AnyHandle: TypeAlias = Handle | IdleHandle
 T = TypeVar("T")
@@ -101,9 +111,15 @@ def _gradients(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyH
     if groups.num_islands == 1:
         groups.close(is_mpu=False)
         return _idle(engine, config, "there is only one island")
+    if config.overlap and groups.num_shards > 1:
+        ranks_each = groups.num_shards
+        groups.close(is_mpu=False)
+        raise UnsupportedError(CROWDED.format(ranks=ranks_each))
     seat = _seat(ranks, groups)
     if seat.is_first:
         warn_of_parameters(engine, ranks.world_size)
+        if config.overlap:
+            warn_of_late_gradients(engine)
     reduces_itself = isinstance(engine.optimizer, DeepSpeedZeroOptimizer)
     make = ZeroGradientHandle if reduces_itself else GradientHandle
     return make(engine, config, _channel(config, groups.outer_cpu, clock), clock, seat, groups)

@@ -9,6 +9,10 @@ That is ZeRO stage 0, and stage 1 with bf16 weights whose gradients are summed i
 - `allreduce_bucket`: its one all-reduce is marked for our backend; DeepSpeed's averaging and
   data-type casts around it stay in force;
 - `step`: after an optimizer step the residuals are committed, and the law decides.
+
+With `overlap` gradients leave before: see `early`.
+
+Longer than 300 lines: a step's reduction, and the checkpoint of what it keeps.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from typing import Any
 
 import google_crc32c
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import backend as backends
 from ds_gradprune.deepspeed import checkpoint
 from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.consensus import InsideIsland
+from ds_gradprune.deepspeed.early import EarlyBuckets
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.places import Places, places_of, whole_gradients
@@ -61,6 +67,7 @@ class GradientHandle(Handle):
         groups: see there.
         inside: how the ranks of the island agree.
         pruning: the algorithm, with the residuals.
+        backend: where DeepSpeed's own reductions are taken out.
     """
 
     def __init__(
@@ -88,11 +95,12 @@ class GradientHandle(Handle):
             inside=self._inner(),
             clip=config.clip_to_median,
         )
-        self._backend = backends.install()
+        self.backend = backends.install()
         self._places = Places()
         self._names_crc = 0
         self._announcement: Announcement | None = None
         self._signals: RankSignals | None = None
+        self._early: EarlyBuckets | None = None
         self._hook()
 
     @property
@@ -113,6 +121,8 @@ class GradientHandle(Handle):
         """Put ourselves where gradients are reduced."""
         self.hooks.replace("buffered_allreduce_fallback", self._reduce_gradients)
         self.hooks.replace("allreduce_bucket", self._reduce_bucket)
+        if self.config.overlap and not isinstance(self.engine.optimizer, BF16_Optimizer):
+            self._early = EarlyBuckets(self)
 
     def _inner(self) -> Inside | None:
         """The ranks of the island, which sum buckets where those lie."""
@@ -127,7 +137,7 @@ class GradientHandle(Handle):
         return Inside(transport, self.loop.stopwatch, together)
 
     def _before_detach(self) -> None:
-        backends.uninstall(self._backend)
+        backends.uninstall(self.backend)
 
     def _after_detach(self) -> None:
         self.groups.close(is_mpu=False)
@@ -146,12 +156,15 @@ class GradientHandle(Handle):
                 grads = whole_gradients(self.engine)
             places = list(places_of(self.engine, self.config.min_numel))
             self._places = Places(places)
-            self._note_names([place.gradient.key for place in places])
-            self.channel.advance(self.loop.exchange_step)
-            self.pruning.begin()
-            self._announcement = self._announce(
-                self.losses.so_far(), nonfinite=not all_finite(grads)
-            )
+            loss, bad = self.losses.so_far(), not all_finite(grads)
+            self._announcement = None
+            if self._early is not None:
+                self._announcement = self._early.finish(loss, nonfinite=bad)
+            if self._announcement is None:
+                self._note_names([place.gradient.key for place in places])
+                self.channel.advance(self.loop.exchange_step)
+                self.pruning.begin()
+                self._announcement = self._announce(loss, nonfinite=bad)
         return original(grads=grads, elements_per_buffer=elements_per_buffer)
 
     def _reduce_bucket(
@@ -162,22 +175,29 @@ class GradientHandle(Handle):
         dp_world_size: int | None = None,
     ) -> Any:
         gradients = self._places.owners(bucket)
-        with self._backend.gradient_bucket(lambda flat: self._reduce(flat, gradients)):
+        if self._early is not None and self._early.loads(gradients) is None:
+            self._early.note(gradients, lambda part: original(part, dp_group, dp_world_size))
+        with self.backend.gradient_bucket(lambda flat: self._reduce(flat, gradients)):
             return original(bucket, dp_group, dp_world_size)
 
     def _reduce(self, vector: torch.Tensor, gradients: Sequence[Gradient]) -> None:
         """Replace one bucket by its sum over the ranks."""
         assert self._announcement is not None
-        assert self._signals is not None
         if sum(gradient.numel for gradient in gradients) != vector.numel():
             raise UnsupportedError(OTHER_SIZE)
-        scale = loss_scale(self.engine)
+        scale = self.loss_scale()
         with self.loop.stopwatch.phase("codec"):
             if self.loop.decision.density == 1.0:
                 with self.inside.together():
                     bad = any(signals.nonfinite for signals in self._agreed())
                 self.pruning.reduce_dense(vector, gradients, nonfinite=bad, scale=scale)
                 return
+            loads = None if self._early is None else self._early.loads(gradients)
+            if loads is not None:
+                self._agreed()
+                self.pruning.land(vector, gradients, loads, scale)
+                return
+            assert self._signals is not None
             self.pruning.reduce(
                 vector,
                 gradients,
@@ -187,6 +207,12 @@ class GradientHandle(Handle):
                 scale=scale,
                 agreed=self._agreed,
             )
+
+    def loss_scale(self) -> float:
+        """By how much the gradients are too large. Local."""
+        engine = self.engine
+        scale = engine._get_optimizer_loss_scale() if engine.fp16_enabled() else None
+        return 1.0 if scale is None else float(scale)
 
     def _announce(self, loss: float | None, *, nonfinite: bool) -> Announcement:
         """Tell all islands what this one measured and is about to send. Collective: all ranks."""
@@ -209,12 +235,30 @@ class GradientHandle(Handle):
             self._names_crc = crc
             self.loop.note_weights(crc)
 
+    def _backward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._backward(*args, **kwargs)
+        except BaseException:
+            self._interrupt()
+            raise
+
+    def _interrupt(self) -> None:
+        """A backward has failed; what was on its way in it is lost. Local."""
+        if self._early is not None:
+            self._early.interrupt()
+
+    def _abort(self) -> None:
+        """The step under way failed: nothing of it counts. Local."""
+        if self._early is not None:
+            self._early.give_up()
+        self.pruning.abort()
+
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self.engine.global_steps
         try:
             result = original(*args, **kwargs)
         except BaseException:
-            self.pruning.abort()
+            self._abort()
             raise
         if self.engine.global_steps == before:
             return result
@@ -222,6 +266,8 @@ class GradientHandle(Handle):
             raise UnsupportedError(UNREDUCED.format(step=self.loop.exchange_step))
         self.pruning.commit(applied=bool(self.engine._step_applied))
         ranks, self._announcement = self._ranks(), None
+        if self._early is not None:
+            self._early.settle()
         self.losses.reset()
         self.loop.begin_exchange()
         _, wire_bytes = self.inside.outcome(wire_bytes=self.channel.take_wire_bytes())
@@ -273,7 +319,7 @@ class GradientHandle(Handle):
         self.channel.load_state_dict({})
 
     def _forget(self) -> None:
-        self.pruning.abort()
+        self._abort()
         self._announcement = None
 
 
@@ -282,9 +328,3 @@ def all_finite(grads: list[torch.Tensor]) -> bool:
     if not grads:
         return True
     return math.isfinite(float(torch.nn.utils.get_total_norm(grads, norm_type=math.inf)))
-
-
-def loss_scale(engine: Any) -> float:
-    """By how much the gradients are too large."""
-    scale = engine._get_optimizer_loss_scale() if engine.fp16_enabled() else None
-    return 1.0 if scale is None else float(scale)

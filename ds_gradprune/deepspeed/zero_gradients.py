@@ -16,6 +16,9 @@ concerned, so ranks that reduce different parameters are found before their payl
 density holds for the whole step, and residuals are committed when the optimizer has stepped. The
 loss is known in the round at the accumulation boundary, and what was announced there last is what
 the law decides from.
+
+With `overlap` a round's reductions travel while backward goes on, and DeepSpeed's buckets are held
+back until they are over: see `held`.
 """
 
 from __future__ import annotations
@@ -23,15 +26,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import google_crc32c
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+from ds_gradprune.deepspeed.early_round import BROKEN
 from ds_gradprune.deepspeed.gradient_handle import GradientHandle, all_finite
+from ds_gradprune.deepspeed.held import HeldBuckets
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.places import Place, Places, gradient_of, place_of
+from ds_gradprune.deepspeed.travels import Travels
+from ds_gradprune.errors import TransportError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.inside import Gradient
 from ds_gradprune.wire.channel import Announcement
@@ -48,6 +56,14 @@ ROUNDS = (
     " Stage 2 exchanges gradients in each of the {count} micro-steps of a step: stage 1 exchanges "
     "them once."
 )
+LATE = (
+    "gradient_pruning.overlap: ZeRO stage 1 reduces gradients after backward. Set "
+    "zero_optimization.overlap_comm to true, and it reduces them while backward goes on."
+)
+LATE_SUMS = (
+    "gradient_pruning.overlap hides nothing here: gradients that are summed in fp32 beside bf16 "
+    "weights are complete only after backward."
+)
 
 
 class ZeroGradientHandle(GradientHandle):
@@ -58,13 +74,17 @@ class ZeroGradientHandle(GradientHandle):
         self._in_round = self._is_closed = False
         self._has_owners = self.config.exchange_of(self.channel.world_size) == "owner_reduce"
         self._loss: float | None = None
+        self._travels: Travels | None = None
+        self._held = HeldBuckets(self.engine.optimizer)
+        self._is_ending = self._is_broken = False
         self._optimizer_hooks = Hooks(self.engine.optimizer, "engine.optimizer")
-        for name, hook in (
+        hooks: list[tuple[str, Callable[..., Any]]] = [
             ("reduce_ipg_grads", self._reduce_buckets),
             ("gradient_reduction_w_predivide", self._reduce_whole),
             ("allreduce_bucket", self._reduce_slices),
             ("overlapping_partition_gradients_reduce_epilogue", self._end_round),
-        ):
+        ]
+        for name, hook in hooks + (self._held.hooks() if self.config.overlap else []):
             self._optimizer_hooks.replace(name, hook)
 
     def _before_detach(self) -> None:
@@ -76,6 +96,34 @@ class ZeroGradientHandle(GradientHandle):
 
     def _reduce_buckets(self, original: Callable[..., Any], comm_dtype: Any = None) -> Any:
         """Note whose gradients lie where before DeepSpeed reduces and forgets them."""
+        if self.config.overlap and self.loop.decision.density < 1.0:
+            self._let_leave(original, comm_dtype)
+            return None
+        return self._reduce_now(original, comm_dtype)
+
+    def _let_leave(self, original: Callable[..., Any], comm_dtype: Any) -> None:
+        """What lies in the buckets travels; the epilogue waits for everything of the round."""
+        if self._is_broken:
+            raise TransportError(BROKEN)
+        travels = self._travels = self._travels or Travels(self)
+        for dtype in self._held.dtypes(comm_dtype):
+            self._places = Places(self._lay_out(dtype))
+            self._held.hold(dtype)
+        if not self._is_ending:
+            return
+        try:
+            self._told += travels.land()
+            self._announcement = self._told[-1] if self._told else None
+            self._held.release(partial(self._reduce_now, original))
+        except BaseException:
+            travels.give_up()
+            self._held.forget()
+            raise
+        finally:
+            self._travels = None
+        self._reduce_now(original, comm_dtype)  # of empty buckets
+
+    def _reduce_now(self, original: Callable[..., Any], comm_dtype: Any) -> Any:
         self._places = Places(self._lay_out(comm_dtype))
         try:
             return original(comm_dtype=comm_dtype)
@@ -111,30 +159,44 @@ class ZeroGradientHandle(GradientHandle):
         gradients = self._places.owners(tensors)
 
         def reduce(flat: torch.Tensor) -> None:
-            self._tell(gradients, flat)
-            self._reduce(flat, gradients)
+            if self._travels is None:
+                self._tell(gradients, flat)
+                self._reduce(flat, gradients)
+            elif self._held.is_holding:
+                self._travels.add(flat, gradients, self._note(gradients, flat))
+            else:
+                self._travels.take(flat, gradients)
 
-        with self._backend.gradient_bucket(reduce):
+        with self.backend.gradient_bucket(reduce):
             return original(*args, **kw)
 
     def _tell(self, gradients: tuple[Gradient, ...], vector: torch.Tensor | None) -> None:
         """Announce a reduction; None: nothing is reduced, only the loss is told. Collective."""
         with self.loop.stopwatch.phase("codec"):
-            if not self._told:
-                self.channel.advance(self.loop.exchange_step)
-            if not self._in_round:
-                self._in_round = True
-                if not (self._told and self._has_owners):
-                    self.pruning.begin()  # owners keep a residual for every number in a step
-                self._is_closed = vector is None or self.engine.is_gradient_accumulation_boundary()
-                self._loss = self.losses.so_far() if self._is_closed else None
-            self.loop.note_weights(google_crc32c.value(repr(gradients).encode()))
-            bad = vector is not None and not all_finite([vector])
-            self._announcement = self._announce(self._loss, nonfinite=bad)
+            mine = self._note(gradients, vector)
+            self._announcement = self._announce(mine.loss, nonfinite=mine.nonfinite)
             self._told.append(self._announcement)
 
+    def _note(self, gradients: tuple[Gradient, ...], vector: torch.Tensor | None) -> RankSignals:
+        """What this rank says of a reduction. Local."""
+        if not self._told:
+            self.channel.advance(self.loop.exchange_step)
+        if not self._in_round:
+            self._in_round = True
+            if not (self._told and self._has_owners):
+                self.pruning.begin()  # owners keep a residual for every number in a step
+            self._is_closed = vector is None or self.engine.is_gradient_accumulation_boundary()
+            self._loss = self.losses.so_far() if self._is_closed else None
+        self.loop.note_weights(google_crc32c.value(repr(gradients).encode()))
+        bad = vector is not None and not all_finite([vector])
+        return self.loop.signals(self._loss, nonfinite=bad)
+
     def _end_round(self, original: Callable[..., Any]) -> Any:
-        result = original()
+        self._is_ending = True
+        try:
+            result = original()
+        finally:
+            self._is_ending = False
         self._in_round = False
         return result
 
@@ -149,6 +211,16 @@ class ZeroGradientHandle(GradientHandle):
         bad = [any(h.signals.nonfinite for h in of_rank) for of_rank in zip(*rounds, strict=True)]
         self._begin_step()
         return [replace(s, nonfinite=b) for s, b in zip(said, bad, strict=True)]
+
+    def _interrupt(self) -> None:
+        if self._travels is not None:
+            self._travels.give_up()
+            self._travels, self._is_broken = None, True
+            self._held.forget()
+
+    def _abort(self) -> None:
+        self._interrupt()
+        super()._abort()
 
     def _forget(self) -> None:
         super()._forget()
@@ -171,3 +243,12 @@ def warn_of_parameters(engine: Any, world_size: int) -> None:
     sent_bytes = all_gather_bytes(-(-gathered_bytes // world_size), world_size)
     rounds = ROUNDS.format(count=count) if stage == 2 and count > 1 else ""
     logger.warning(GATHERED.format(stage=stage, gather=sent_bytes / 1e6, rounds=rounds))
+
+
+def warn_of_late_gradients(engine: Any) -> None:
+    """Say where `overlap` cannot let gradients leave during backward. Local."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, BF16_Optimizer):
+        logger.warning(LATE_SUMS)
+    elif int(engine.zero_optimization_stage()) == 1 and not optimizer.overlap_comm:
+        logger.warning(LATE)

@@ -439,9 +439,9 @@ def test_exchange_follows_the_number_of_islands(exchange: str, islands: int, cho
     assert load({"exchange": exchange}).exchange_of(islands) == chosen
 
 
-def test_overlap_is_refused_where_gradients_are_pruned() -> None:
-    with pytest.raises(ConfigError, match='overlap must be false with prune = "gradient"'):
-        load({"prune": "gradient", "overlap": "auto"})
+def test_overlap_delays_nothing_where_gradients_are_pruned() -> None:
+    config = load({"prune": "gradient", "overlap": "auto"})
+    assert (config.overlap, config.delay_steps) == ("auto", 0)
 
 
 def test_window_counts_steps_of_which_islands_tell_one_loss_per_exchange() -> None:

@@ -43,6 +43,7 @@ def cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     found["detach"] = ("detach_leaves_nothing", {})
     found["again"] = ("attached_again", {})
     found["foreign"] = ("foreign", {})
+    found["crowded"] = ("crowded", {})
     found["owners"] = ("owners", {})
     found["differing"] = ("differing", {"density": 0.02})  # the last: it leaves groups unusable
     return found
@@ -154,6 +155,12 @@ def test_groups_do_not_pile_up(four: Any) -> None:
 
 def test_an_engine_with_groups_of_its_own_is_refused(four: Any) -> None:
     assert all("is all 4 ranks, got one of 2. Make it without an mpu" in t for t in four("foreign"))
+
+
+def test_islands_of_several_ranks_do_not_let_gradients_leave_early(four: Any) -> None:
+    """They would sum in another order, and the bits would be others."""
+    for message in four("crowded"):
+        assert 'overlap must be false with prune = "gradient" and 2 ranks per island' in message
 
 
 def test_a_rank_that_differs_inside_its_island_is_found_by_all(four: Any) -> None:
