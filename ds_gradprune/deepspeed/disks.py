@@ -12,6 +12,8 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
+from collections.abc import Iterator
 
 from ds_gradprune.deepspeed.agree import gather_texts
 from ds_gradprune.deepspeed.checkpoint import Seat, agree_on
@@ -25,6 +27,9 @@ DEEPSPEED = re.compile(
     r"|(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"
 )
 """What it has written."""
+
+WRITER = re.compile(r"inline_container|PytorchStreamWriter|file write failed|enforce fail", re.I)
+"""torch.save hides a full disk behind a RuntimeError of its file writer."""
 
 
 def first_island(folder: str, seat: Seat) -> int:
@@ -60,21 +65,43 @@ def first_island(folder: str, seat: Seat) -> int:
     return min(seen, default=seat.island)
 
 
-def name_latest(save_dir: str, tag: str, *, names: bool) -> None:
-    """Finish a save on a disk that is not rank 0's. Local.
+@contextlib.contextmanager
+def told(save_dir: str, tag: str) -> Iterator[None]:
+    """What a disk refuses to DeepSpeed, which saves inside, is told by name. Local.
+
+    Raises:
+        CheckpointError: instead of an OSError, or of the RuntimeError of torch's file writer.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not WRITER.search(str(exc)):
+            raise
+        reason = exc.strerror if isinstance(exc, OSError) else (str(exc).splitlines() or [""])[0]
+        free = shutil.disk_usage(save_dir).free / 1e6 if os.path.isdir(save_dir) else 0.0
+        raise CheckpointError(
+            f"{os.path.join(save_dir, tag)} could not be saved: {reason or type(exc).__name__} "
+            f"({free:.0f} MB free). What was saved before is whole. Make room, and save again."
+        ) from exc
+
+
+def name_latest(save_dir: str, tag: str, *, names: bool, marks: bool = True) -> None:
+    """Finish a save on this disk. Local.
 
     Args:
         save_dir: holds the tag's folder.
         tag: of the save, which all ranks have ended.
-        names: write `latest`, as DeepSpeed does on rank 0's disk.
+        names: write `latest`.
+        marks: this is not rank 0's disk.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     latest = os.path.join(save_dir, "latest")
     try:
-        with open(os.path.join(save_dir, tag, OWN_DISK), "w", encoding="utf-8"):
-            pass
+        if marks:
+            with open(os.path.join(save_dir, tag, OWN_DISK), "w", encoding="utf-8"):
+                pass
         if names:
             with open(f"{latest}.tmp", "w", encoding="utf-8") as file:
                 file.write(tag)

@@ -299,18 +299,25 @@ class Handle:
         **kwargs: Any,
     ) -> Any:
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
-        given = (save_dir, tag, client_state or {}, save_latest, *args)
         if not save_dir:
-            return original(*given, **kwargs)
-        seat = self.seat
+            return original(save_dir, tag, client_state or {}, save_latest, *args, **kwargs)
+        seat, rank = self.seat, self.engine.global_rank
+        # DeepSpeed's rank 0 names a save before the others' files are whole, and not in one piece.
+        names = save_latest and (rank > 0 or not self.engine.checkpoint_engine.is_decoupled())
+        given = (save_dir, tag, client_state or {}, save_latest and not names, *args)
         check_weights(seat.transport, seat.shard, self.parameters_crc(), self.loop.step)
         state = self._state() | {"facts": dict(self.facts)}
         checkpoint.save(save_dir, tag, seat, state, self.loop.step)
         first = disks.first_island(os.path.join(save_dir, tag), seat)
-        with self._writing(first == seat.island):
+        with self._writing(first == seat.island), disks.told(save_dir, tag):
             result = original(*given, **kwargs)
-        if first == seat.island > seat.shard == 0:
-            disks.name_latest(save_dir, tag, names=save_latest)
+        fault: CheckpointError | None = None
+        if first == seat.island and seat.shard == 0:
+            try:
+                disks.name_latest(save_dir, tag, names=names, marks=rank > 0)
+            except CheckpointError as exc:
+                fault = exc
+        checkpoint.agree_on(fault, seat)
         return result
 
     @contextmanager

@@ -6,7 +6,6 @@ Every function is collective: all ranks call it.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ds_gradprune.deepspeed.disks import WRITER
 from ds_gradprune.deepspeed.tags import check_tag
 from ds_gradprune.errors import CheckpointError, GradPruneError, NonFiniteError
 
 from .peers import Peers
 from .run_folder import RunFolder, checkpoint_tag
-
-_WRITER = re.compile(r"inline_container|PytorchStreamWriter|file write failed|enforce fail", re.I)
-"""torch.save hides a full disk behind a RuntimeError of its file writer."""
 
 
 def save_checkpoint(
@@ -82,7 +79,7 @@ def whole_or_nothing(folder: RunFolder, tag: Callable[[], str]) -> Iterator[None
         folder.drop_unfinished(tag())
         raise
     except (OSError, RuntimeError, SafetensorError) as exc:
-        if isinstance(exc, RuntimeError) and not _WRITER.search(str(exc)):
+        if isinstance(exc, RuntimeError) and not WRITER.search(str(exc)):
             raise
         folder.drop_unfinished(tag())
         raise CheckpointError(

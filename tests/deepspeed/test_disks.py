@@ -58,6 +58,24 @@ def test_a_folder_that_cannot_be_written_is_told_by_all(tmp_path: Path) -> None:
     assert "must be a folder that can be written, got: Not a directory" in str(other)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), "enforce"),
+    ],
+)
+def test_what_a_disk_refuses_to_deepspeed_is_told(
+    tmp_path: Path, error: Exception, reason: str
+) -> None:
+    """A full disk was a RuntimeError of torch's file writer, about a position."""
+    told = rf"tag could not be saved: .*{reason}.* \(\d+ MB free\). What was saved before is whole"
+    with pytest.raises(CheckpointError, match=told), disks.told(str(tmp_path), "tag"):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), disks.told(str(tmp_path), "tag"):
+        raise RuntimeError("shapes")
+
+
 def test_a_save_names_itself_on_its_disk(tmp_path: Path) -> None:
     (tmp_path / "tag").mkdir()
     disks.name_latest(str(tmp_path), "tag", names=False)
@@ -65,5 +83,8 @@ def test_a_save_names_itself_on_its_disk(tmp_path: Path) -> None:
     disks.name_latest(str(tmp_path), "tag", names=True)
     assert (tmp_path / "latest").read_text() == "tag"
     assert {path.name for path in tmp_path.rglob("*")} == {"tag", "latest", disks.OWN_DISK}
+    (tmp_path / "tag" / disks.OWN_DISK).unlink()
+    disks.name_latest(str(tmp_path), "tag", names=True, marks=False)  # rank 0's
+    assert [*(tmp_path / "tag").iterdir()] == []
     with pytest.raises(CheckpointError, match="latest cannot be written"):
         disks.name_latest(str(tmp_path / "none"), "tag", names=True)

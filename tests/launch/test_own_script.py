@@ -84,6 +84,20 @@ def test_a_script_of_ones_own_never_waits_in_silence(
     assert after in line
 
 
+def test_a_checkpoint_is_named_when_all_ranks_have_written_it(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    """DeepSpeed's rank 0 names it before it knows of the others."""
+    commit = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine"
+    doom = Doom(1, f"{commit}.commit", 2, "kill")
+    given = [*words(tmp_path, "update"), "9"]
+    case = Case([given] * 2, [doom], {"MASTER_PORT": scripts.free_port()}, 30.0, f"{OWN}:main")
+    ending = nursery.run(case)[0]
+    assert "has lost another rank while saving a checkpoint" in ending.told
+    assert (tmp_path / "checkpoints" / "global_step8").is_dir()
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "global_step4"
+
+
 def test_what_a_script_of_ones_own_knows_is_compared(nursery: Nursery, tmp_path: Path) -> None:
     """Seed, steps and data cannot be seen in an engine; ranks with others trained on, or hung."""
     ranks = [[*words(tmp_path, "update"), steps] for steps in ("5", "6")]
