@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 def parser() -> ScriptParser:
     """The flags, with the names that transformers gives them."""
     flags = ScriptParser("Reply with a trained model.")
-    flags.add_argument("--model", required=True, help="transformers folder or hub name")
+    flags.add_argument(
+        "--model", required=True, help="transformers folder, folder of a run, or hub name"
+    )
     flags.add_argument(
         "--prompt", help="reply to this and end (default: stdin, or a conversation on a terminal)"
     )
@@ -74,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _open(flags: argparse.Namespace) -> tuple[Replier, Sampling]:
     from textgen.generate import Replier, Sampling
-    from textgen.model import quiet_transformers
+    from textgen.model import model_of, quiet_transformers
 
     quiet_transformers()
     sampling = Sampling(flags.temperature, flags.top_p, flags.max_new_tokens, flags.seed)
-    return Replier.load(flags.model), sampling
+    return Replier.load(model_of(flags.model)), sampling
 
 
 def _reply(replier: Replier, sampling: Sampling, prompt: str | None) -> None:

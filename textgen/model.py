@@ -107,7 +107,9 @@ def check_model_name(name: str, *, has_weights: bool = False) -> None:
     path = Path(name)
     if name in SIZES and not has_weights:
         return
-    if name not in SIZES and not path.exists() and _HUB_NAME.fullmatch(name):
+    # "runs/frist", where runs is a folder here, is a path with a mistake and no hub name.
+    is_here = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
+    if name not in SIZES and not is_here and _HUB_NAME.fullmatch(name):
         return
     if not name or not path.is_dir():
         sizes = "" if has_weights else f"{', '.join(SIZES)}, "
@@ -118,6 +120,23 @@ def check_model_name(name: str, *, has_weights: bool = False) -> None:
         raise _unreadable(name, exc) from exc
     if not isinstance(config, dict) or "model_type" not in config:
         raise DataError(f"{name}/config.json must name a model_type, but does not.")
+
+
+def model_of(name: str) -> str:
+    """The model that a name means: of a run's folder the one that it has written. Local.
+
+    Raises:
+        DataError: the run has written none yet.
+    """
+    folder = Path(name)
+    if not (folder / "run.json").is_file():
+        return name
+    if not (folder / "model" / "config.json").is_file():
+        raise DataError(
+            f"{name} must hold a model, but its run has not ended. `ds-gradprune serve --model "
+            f"{name}` takes its newest checkpoint."
+        )
+    return str(folder / "model")
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -30,14 +30,14 @@ def check_model(name: str, is_lora: bool) -> None:
         DataError: there is no such model.
         MissingDependencyError: a package that it needs is absent.
     """
-    from textgen.model import check_model_name
+    from textgen.model import check_model_name, model_of
 
     if is_gguf(name):
         if not Path(name).is_file():
             raise DataError(f"--model must be a GGUF file that exists, got {name!r}.")
         _need("gguf", "--model with a GGUF file")
     else:
-        check_model_name(name, has_weights=True)
+        check_model_name(model_of(name), has_weights=True)
     if is_lora:
         _need("peft", "--lora")
 
@@ -48,11 +48,12 @@ def load_tuned(name: str) -> tuple[Any, Any]:
     Raises:
         DataError: one of them cannot be read.
     """
-    from textgen.model import load_model
+    from textgen.model import load_model, model_of
     from textgen.tokenizer import load_tokenizer
 
     if not is_gguf(name):
-        return load_model(name), load_tokenizer(name)
+        folder = model_of(name)
+        return load_model(folder), load_tokenizer(folder)
     return _from_gguf(Path(name))
 
 

@@ -19,6 +19,7 @@ from textgen.model import (
     check_model_name,
     context_length,
     load_model,
+    model_of,
     open_model,
     save_model,
     sequence_length,
@@ -175,6 +176,27 @@ def test_names_that_may_be_models_pass_the_first_check(name: str) -> None:
 def test_names_that_cannot_be_models_are_refused(name: str) -> None:
     with pytest.raises(DataError, match=r"--model must be nano, micro, small, a model folder"):
         check_model_name(name)
+
+
+def test_a_path_with_a_mistake_is_no_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`serve --model runs/frist` asked the hub for half a minute."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"--model must be a model folder .*, got 'runs/frist'"):
+        check_model_name("runs/frist", has_weights=True)
+
+
+def test_the_folder_of_a_run_means_its_model(tmp_path: Path) -> None:
+    assert model_of("gpt2") == "gpt2"
+    assert model_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(DataError, match=r"must hold a model, but its run has not ended"):
+        model_of(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert model_of(str(tmp_path)) == str(tmp_path / "model")
 
 
 def test_size_is_nothing_to_load() -> None:
