@@ -80,6 +80,8 @@ class Hooks:
 
     Attributes:
         sum_over_ranks: sums floats over ranks. Collective.
+        share: which part of the validation text is this rank's, of how many; equal counts on all.
+            None: as the plan's ranks.
         stop: asked after every step; True, on all ranks at once, ends the run. Collective.
         save: called with the run so far after every `save_every` steps, and at the end. Collective.
         on_step: called after every step. Local.
@@ -91,6 +93,7 @@ class Hooks:
     """
 
     sum_over_ranks: Callable[[Sequence[float]], list[float]] = list
+    share: Callable[[], tuple[int, int]] | None = None
     stop: Callable[[], bool] = lambda: False
     save: Callable[[TrainResult], None] = lambda result: None
     on_step: Callable[[StepRecord], None] = lambda record: None
@@ -202,8 +205,9 @@ def _loss_over(
 ) -> float:
     """Mean loss over the validation sequences of all ranks. Collective."""
     total, count = 0.0, 0
+    rank, count_of_ranks = hooks.share() if hooks.share else (plan.rank, plan.world_size)
     for batch in data.validation_batches(
-        engine.train_micro_batch_size_per_gpu(), plan.rank, plan.world_size
+        engine.train_micro_batch_size_per_gpu(), rank, count_of_ranks
     ):
         tokens = batch.tokens.to(engine.device)
         with torch.set_grad_enabled(with_grad):

@@ -11,7 +11,8 @@ offset bytes type meaning
 4      1     u8   format version, 2
 5      1     u8   codec id, see `codec.CODECS`; 0: an announcement, a header without a body
 6      2     u16  flags; bit 0: not finite, bit 1: loss known, bit 2: compute time known, bit 3: the
-                  weights were written outside (with codec 0 only); all others 0
+                  weights were written outside, bit 4: the sender was asked to stop (both with
+                  codec 0 only); all others 0
 8      4     u32  step
 12     2     u16  bucket
 14     2     u16  rank of the sender
@@ -63,7 +64,7 @@ SIGNALS_ID = 0
 
 _FIELDS = struct.Struct("<4sBBHIHHHHIQIIfffff")
 _CRC = struct.Struct("<I")
-_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN, _WRITTEN = 1, 2, 4, 8
+_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN, _WRITTEN, _STOPS = 1, 2, 4, 8, 16
 _FLAGS = _NONFINITE | _LOSS_KNOWN | _TIME_KNOWN
 _F32_MAX = float(np.finfo(np.float32).max)
 
@@ -85,7 +86,7 @@ class Header:
         k: kept elements per full row.
         numel: elements of the bucket; 0 without a body.
         layout_crc: of the bucket's layout; 0 without a body.
-        signals: what the sender measured; `written` is False unless there is no body.
+        signals: what the sender measured; `written` and `stops` are False unless there is no body.
     """
 
     step: int
@@ -120,6 +121,7 @@ def seal(header: Header, payload: Bytes) -> None:
         | _LOSS_KNOWN * (signals.loss is not None)
         | _TIME_KNOWN * (signals.compute_time_s is not None)
         | _WRITTEN * (signals.written and header.codec_id == SIGNALS_ID)
+        | _STOPS * (signals.stops and header.codec_id == SIGNALS_ID)
     )
     fields = _FIELDS.pack(
         MAGIC,
@@ -210,7 +212,7 @@ def parse(payload: torch.Tensor) -> Header:
 def _check_fields(
     codec_id: int, flags: int, k: int, reserved: int, crc: int, numel: int, body_bytes: int
 ) -> None:
-    allowed = _FLAGS | _WRITTEN if codec_id == SIGNALS_ID else _FLAGS
+    allowed = _FLAGS | _WRITTEN | _STOPS if codec_id == SIGNALS_ID else _FLAGS
     if flags & ~allowed:
         raise WireFormatError(f"payload's flags must be within {allowed:#x}, got {flags:#x}.")
     if reserved:
@@ -243,6 +245,7 @@ def _signals(flags: int, agreement: int, loss: float, amounts: list[float]) -> R
         wire_bytes=int(wire_bytes),
         agreement=agreement,
         written=bool(flags & _WRITTEN),
+        stops=bool(flags & _STOPS),
     )
 
 

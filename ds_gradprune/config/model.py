@@ -249,6 +249,11 @@ class GradientPruningConfig(_Block):
         default=600.0,
         description="A rank that does not answer for so many seconds ends the run with an error.",
     )
+    min_islands: Annotated[int, Field(ge=1, le=2**16 - 1)] | None = Field(
+        default=None,
+        description="With update and one rank per island: a lost island is left out while so many "
+        "are left, and the others train on. Null means that a lost rank ends the run.",
+    )
     verify_every_steps: Steps | None = Field(
         default=100,
         description="A hash of all parameters is compared across ranks so often. Null means never.",

@@ -16,6 +16,7 @@ _ONLY_UPDATE = (
     "slow_momentum",
     "warmup",
     "shared_device",
+    "min_islands",
 )
 """Keys that mean nothing with pruned gradients: there they are refused, not ignored."""
 
@@ -73,6 +74,8 @@ def _update_faults(config: GradientPruningConfig) -> list[str]:
         )
     if config.sync_every == "auto":
         faults += _auto_faults(config)
+    if config.min_islands is not None:
+        faults += _lost_faults(config)
     default = GradientPruningConfig.model_fields["residual_decay"].default
     if config.residual_form == "used" and config.residual_decay != default:
         faults.append(
@@ -80,6 +83,19 @@ def _update_faults(config: GradientPruningConfig) -> list[str]:
             f'{shown(config.residual_decay)}. Leave it out, or set residual to "reset".'
         )
     return faults
+
+
+def _lost_faults(config: GradientPruningConfig) -> list[str]:
+    """Islands that may be lost."""
+    return [
+        f'{BLOCK}.{name} must be "{value}" with min_islands, got "{other}". What another island '
+        "was to add up, or MPI's processes, cannot be lost. Leave it out, or leave min_islands out."
+        for name, value, other in (
+            ("exchange", "all_gather", "owner_reduce"),
+            ("transport", "torch", "mpi"),
+        )
+        if getattr(config, name) == other
+    ]
 
 
 def _auto_faults(config: GradientPruningConfig) -> list[str]:

@@ -23,6 +23,7 @@ from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
+from ds_gradprune.deepspeed.survivors import make_crew, refuse_unfit
 from ds_gradprune.deepspeed.waits import bounded, new_group
 from ds_gradprune.deepspeed.zero_gradients import (
     ZeroGradientHandle,
@@ -149,6 +150,11 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
     if config.warmup == "dense" and config.warmup_steps and shards.warmup_fault is not None:
         raise UnsupportedError(shards.warmup_fault)
     equalize(engine.module, groups, shards)
+    if config.min_islands is not None:
+        refuse_unfit(config, groups)
+        crew = make_crew(config, groups, lambda inner: _throttled(inner, config, clock))
+        seat = _seat(crew, groups)
+        return IslandHandle(engine, config, AllGather(crew), clock, seat, groups, shards, crew)
     channel = _channel(config, groups.outer_cpu, clock)
     return IslandHandle(engine, config, channel, clock, _seat(ranks, groups), groups, shards)
 
@@ -215,18 +221,24 @@ def _crc(tensor: torch.Tensor) -> int:
     return int(google_crc32c.value(flat))
 
 
+def _throttled(inner: Transport, config: GradientPruningConfig, clock: Clock) -> Transport:
+    """The emulated link, if there is one."""
+    if config.throttle is None:
+        return inner
+    schedule = [
+        RatePoint(point.step, point.rate_mbit * 1e6 / 8, point.latency_s, point.outage_s)
+        for point in config.throttle.schedule
+    ]
+    return ThrottledTransport(
+        inner, schedule, config.timeout_s, sleep=clock.sleep, clock=clock.now_s
+    )
+
+
 def _channel(config: GradientPruningConfig, group: Any, clock: Clock) -> Channel:
     transport: Transport = TorchDistTransport(group, config.timeout_s)
     if config.transport == "mpi":
         transport = MpiTransport(transport, config.timeout_s)
-    if config.throttle is not None:
-        schedule = [
-            RatePoint(point.step, point.rate_mbit * 1e6 / 8, point.latency_s, point.outage_s)
-            for point in config.throttle.schedule
-        ]
-        transport = ThrottledTransport(
-            transport, schedule, config.timeout_s, sleep=clock.sleep, clock=clock.now_s
-        )
+    transport = _throttled(transport, config, clock)
     if config.exchange_of(transport.world_size) == "owner_reduce":
         if config.clip_to_median is not None:
             raise UnsupportedError(

@@ -25,7 +25,7 @@ class PruningBackend(TorchBackend):
     """A `TorchBackend` whose marked reduction is done by us."""
 
     # Own attributes live in slots: __dict__ is the adopted backend's and stays DeepSpeed's alone.
-    __slots__ = ("_adopted", "_reduce", "_users")
+    __slots__ = ("_adopted", "_alone", "_reduce", "_users")
 
     def __init__(self, adopted: TorchBackend) -> None:
         # No super().__init__: it would open a second process group and build its ops again.
@@ -33,6 +33,7 @@ class PruningBackend(TorchBackend):
         self._adopted = adopted
         self._reduce: Reduce | None = None
         self._users = 0
+        self._alone: Any = None
 
     @contextmanager
     def gradient_bucket(self, reduce: Reduce) -> Iterator[None]:
@@ -55,6 +56,29 @@ class PruningBackend(TorchBackend):
         finally:
             self._reduce = None
 
+    @contextmanager
+    def alone(self, everyone: Any) -> Iterator[None]:
+        """Nothing inside waits for all ranks, as some may be gone: all are taken to say the same.
+
+        DeepSpeed 0.19.8 meets all ranks in a save and in a load, to compare the tag, which they
+        have agreed on before, and to wait for files. Where it clips equal gradients it sums a
+        share of the norm over all ranks (runtime/utils.py, clip_grad_norm_).
+
+        Args:
+            everyone: the group of all ranks, beside torch's own.
+        """
+        self._alone = everyone
+        try:
+            yield
+        finally:
+            self._alone = None
+
+    def barrier(self, group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+        """`TorchBackend.barrier`, but for all ranks inside `alone`. Collective: the group."""
+        if self._is_alone(group):
+            return None
+        return super().barrier(group, async_op, device_ids)
+
     def all_reduce(
         self,
         tensor: torch.Tensor,
@@ -68,9 +92,18 @@ class PruningBackend(TorchBackend):
         """
         reduce, self._reduce = self._reduce, None
         if reduce is None:
-            return super().all_reduce(tensor, op, group, async_op)
+            if not self._is_alone(group):
+                return super().all_reduce(tensor, op, group, async_op)
+            if op == torch.distributed.ReduceOp.SUM:
+                tensor.mul_(torch.distributed.get_world_size(group))
+            return None
         reduce(tensor)
         return None
+
+    def _is_alone(self, group: Any) -> bool:
+        """Whether a collective of a group must not wait, see `alone`."""
+        everyone = (None, torch.distributed.GroupMember.WORLD, self._alone)
+        return self._alone is not None and any(group is one for one in everyone)
 
     def reduce(
         self,

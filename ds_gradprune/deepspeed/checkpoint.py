@@ -69,7 +69,7 @@ class Seat:
     @property
     def is_first(self) -> bool:
         """This rank writes what is written once."""
-        return self.transport.rank == 0
+        return self.transport.place == 0
 
 
 @dataclass(frozen=True)

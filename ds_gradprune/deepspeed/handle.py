@@ -14,6 +14,7 @@ Longer than 300 lines: all that both modes hook alike, with a checkpoint's two w
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from ds_gradprune.law.verdict import FirstVerdict
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.wire.channel import Announcement, Channel
+from ds_gradprune.wire.crew import CrewTransport
 
 
 class Handle:
@@ -63,9 +65,15 @@ class Handle:
         losses: of the step under way.
         facts: what this run was started with; compared when it is resumed.
         idle: false.
+        asks_stop: set it to tell all ranks, in the next exchange, that the run should end.
+        stops: some rank has said so in the last exchange; equal on all ranks.
+        crew: which ranks are left, where some may be lost; None: none may.
     """
 
     idle = False
+    asks_stop = False
+    stops = False
+    crew: CrewTransport | None = None
 
     def __init__(
         self,
@@ -258,7 +266,7 @@ class Handle:
             step=self.loop.exchange_step,
             rank=self.channel.rank,
             k=self.k,
-            signals=signals,
+            signals=dataclasses.replace(signals, stops=True) if self.asks_stop else signals,
         )
         return self.channel.announce(header, sizes)
 
@@ -271,7 +279,13 @@ class Handle:
             dense_bytes: what it would have sent without pruning.
         """
         before = self.loop.totals.steps
-        report = self.loop.finish_exchange(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
+        report = self.loop.finish_exchange(
+            ranks,
+            wire_bytes=wire_bytes,
+            dense_bytes=dense_bytes,
+            senders=self.channel.world_size,
+        )
+        self.stops = any(rank.stops for rank in ranks)
         every = self.config.verify_every_steps
         if every is not None and report.step // every > before // every:
             self.loop.note_weights(self.parameters_crc())

@@ -14,7 +14,8 @@ them), its own weights, its optimizer's state, its schedule and its buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +29,11 @@ from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.island_state import IslandState
 from ds_gradprune.deepspeed.island_weights import IslandWeights
+from ds_gradprune.deepspeed.monitor import StepLog
 from ds_gradprune.deepspeed.rounds import Rounds
+from ds_gradprune.deepspeed.survivors import tell_lost
 from ds_gradprune.deepspeed.warmup import Warmup
+from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.outer import make_rule, update_scale
@@ -37,6 +41,7 @@ from ds_gradprune.train.piece import Shards
 from ds_gradprune.train.scale import sparse_scale
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.wire.channel import Channel
+from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.torchdist import TorchDistTransport
 
 _DIVIDED = 3
@@ -54,6 +59,7 @@ class IslandHandle(Handle):
         seat: this rank's place, for its checkpoint file.
         groups: the islands.
         shards: the fp32 weights of this rank; equal on all islands.
+        crew: the transport of `channel` and `seat`, where islands may be lost; None: none may.
 
     Attributes:
         groups: see there.
@@ -73,8 +79,11 @@ class IslandHandle(Handle):
         seat: checkpoint.Seat,
         groups: Groups,
         shards: Shards,
+        crew: CrewTransport | None = None,
     ) -> None:
         super().__init__(engine, config, channel, clock, seat)
+        self.crew = crew
+        self._crew_before = () if crew is None else crew.took_part
         self.groups = groups
         self.shards = shards
         shared = SharedWeights(shards, on_cpu=_lies_on_cpu(config.shared_device, shards))
@@ -84,6 +93,7 @@ class IslandHandle(Handle):
             self.loop.stopwatch,
             value_bits=config.value_bits,
             scale=update_scale(groups.num_islands, config.update_scale),
+            scale_of=lambda islands: update_scale(islands, config.update_scale),
             sparse_scale=sparse_scale(config.update_scale, config.residual_form),
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
@@ -143,7 +153,23 @@ class IslandHandle(Handle):
             return super().parameters_crc()
         return self.islands.weights.own_crc()
 
+    def finish(self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int) -> None:
+        """See `Handle`; where an island is lost, another one may have to write down."""
+        crew = self.crew
+        if crew is not None and crew.took_part != self._crew_before:
+            before, self._crew_before = self._crew_before, crew.took_part
+            if crew.place == 0:
+                assert self.config.min_islands is not None
+                step, least = self.loop.last_exchange, self.config.min_islands
+                tell_lost(before, crew.took_part, step, least)
+                if not self._is_first:
+                    self._is_first = True
+                    self._log = StepLog(self.config.log_path)
+        super().finish(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
+
     def _before_detach(self) -> None:
+        if self.crew is not None:
+            self.crew.leave()
         self.weights.leave_shared()
         self._warmup.close()
         self.shards.close()
@@ -204,11 +230,20 @@ class IslandHandle(Handle):
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.rounds.land()
         with self.weights.shared():
-            return super()._save_checkpoint(original, *args, **kwargs)
+            if self.crew is None:
+                return super()._save_checkpoint(original, *args, **kwargs)
+            there = self.crew.roll()
+            while True:  # until nobody was lost in it
+                island, there_before = there.index(self.crew.rank), there
+                self.seat = dataclasses.replace(self.seat, island=island, num_islands=len(there))
+                result = super()._save_checkpoint(original, *args, **kwargs)
+                there = self.crew.roll()
+                if there == there_before:
+                    return result
 
     @contextmanager
     def _writing(self, writes: bool) -> Iterator[None]:
-        with self.groups.writing(self.engine, writes):
+        with self.groups.writing(self.engine, writes), self._warmup.alone():
             yield
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +254,7 @@ class IslandHandle(Handle):
             self.weights.give_up_own()  # what the checkpoint leaves out stays as it is shared
             return original(*args, **kwargs)
 
-        with self.groups.reading(self.engine):
+        with self.groups.reading(self.engine), self._warmup.alone():
             result = super()._load_checkpoint(load, *args, **kwargs)
         self.weights.note()
         return result

@@ -212,6 +212,7 @@ def write_events(
         "target": target,
         "density": report.density,
         "interval": report.steps,
+        "senders": report.senders,
         "wire_mb": report.wire_bytes / 1e6,
         "compression_rate": report.dense_bytes / report.wire_bytes if report.wire_bytes else None,
         "step_time_s": report.step_time_s,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from ds_gradprune.deepspeed.poison import refuse_poison
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.wire.channel import Announcement
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
+from ds_gradprune.wire.transport import Work
 
 if TYPE_CHECKING:
     from ds_gradprune.deepspeed.island_handle import IslandHandle
@@ -59,7 +61,8 @@ class Warmup:
             with self._groups.in_force():
                 result = original(*args, **kwargs)
         else:
-            result = original(*args, **kwargs)
+            with self.alone():
+                result = original(*args, **kwargs)
         if handle.engine.global_steps == before:
             return result
         if self._announcement is None:
@@ -72,6 +75,12 @@ class Warmup:
         handle.finish(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
         handle.loop.end_step()
         return result
+
+    def alone(self) -> AbstractContextManager[None]:
+        """DeepSpeed waits for nobody inside, where ranks may be gone. Local."""
+        if self._handle.crew is None:
+            return nullcontext()
+        return self._backend.alone(self._groups.everyone)
 
     # ---- stage 0 -------------------------------------------------------------------------------
 
@@ -112,7 +121,10 @@ class Warmup:
         groups, stopwatch = self._groups, self._handle.loop.stopwatch
         with stopwatch.phase("wire"):
             if groups.inner is None:
-                self._handle.channel.start_all_reduce(vector).wait()
+                work = self._handle.channel.start_all_reduce(vector)
+                work.wait()
+                if self._lacks(work):  # DeepSpeed divides by all that there were
+                    vector.mul_(groups.num_islands / self._count(work))
                 return
             dist.all_reduce(vector, group=groups.inner)
             shares = _equal_shares(vector, groups.num_shards)
@@ -143,9 +155,16 @@ class Warmup:
             works = [handle.channel.start_all_reduce(gradient) for gradient in gradients]
             for work in works:
                 work.wait()
-        for gradient in gradients:
-            gradient.mul_(1.0 / self._groups.num_islands)
+        for gradient, work in zip(gradients, works, strict=True):
+            gradient.mul_(1.0 / self._count(work))
         handle.shards.gradients_changed()
+
+    def _count(self, work: Work) -> int:
+        """Islands whose gradients are in a sum: some may have been lost."""
+        return self._groups.num_islands if work.took_part is None else len(work.took_part)
+
+    def _lacks(self, work: Work) -> bool:
+        return self._count(work) < self._groups.num_islands
 
     def _announce(self, *, nonfinite: bool, gradient_bytes: int) -> None:
         handle = self._handle

@@ -21,6 +21,7 @@ class RankSignals:
         wire_bytes: bytes this rank sent in the previous exchange.
         agreement: running crc of this rank's decisions and parameter hashes; equal on all ranks.
         written: somebody other than the optimizer has written this rank's weights.
+        stops: this rank was asked to end the run.
     """
 
     loss: float | None
@@ -31,6 +32,7 @@ class RankSignals:
     wire_bytes: int
     agreement: int
     written: bool = False
+    stops: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ class Loop:
     def interval(self) -> int:
         """Optimizer steps from the last exchange to the one that is next or under way."""
         every = self._config.sync_every
-        return self.decision.interval if every == "auto" else every
+        is_chosen = every == "auto" or self.decision.unpruned
+        return self.decision.interval if is_chosen else every
 
     def begin_step(self) -> None:
         """The step's first forward begins; further calls in the same step change nothing."""
@@ -124,6 +125,7 @@ class Loop:
         *,
         wire_bytes: int,
         dense_bytes: int,
+        senders: int | None = None,
     ) -> StepReport:
         """The exchange that was begun is over: decide for the next one.
 
@@ -131,6 +133,7 @@ class Loop:
             ranks: what all ranks said, in rank order; equal everywhere.
             wire_bytes: sent by this rank since the last exchange.
             dense_bytes: what it would have sent without pruning.
+            senders: ranks whose payloads came; None: as many as have said something.
 
         Returns:
             What the exchange was, and what holds next.
@@ -175,6 +178,7 @@ class Loop:
             nonfinite=signals.nonfinite,
             signals=signals,
             decision=self.decision,
+            senders=len(ranks) if senders is None else senders,
         )
         self.totals = self.totals.plus(self.report)
         return self.report

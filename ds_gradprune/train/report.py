@@ -30,6 +30,7 @@ class StepReport:
         nonfinite: some rank's gradient, weight or loss was not finite; nothing was applied.
         signals: what the ranks agreed on; the decision was made from it.
         decision: what holds for the next exchange.
+        senders: ranks, with islands one of each, that took part.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepReport:
     nonfinite: bool
     signals: StepSignals
     decision: Decision
+    senders: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,16 +102,19 @@ class CrewTransport(Transport):
         if self.members.transport is not None:
             self.members.transport.advance(step)
 
+    def roll(self) -> tuple[int, ...]:
+        """Who is there; a barrier. Collective."""
+        rows = torch.empty(self.world_size, 1, dtype=torch.uint8)
+        self.all_gather(torch.zeros(1, dtype=torch.uint8), rows)
+        return self.took_part
+
     def leave(self) -> None:
         """All work is done: others must not find this island gone in a call that it has finished.
 
         Collective.
         """
         with contextlib.suppress(TransportError):  # there is nothing left that could be lost
-            self.all_gather(
-                torch.zeros(1, dtype=torch.uint8),
-                torch.empty(self.world_size, 1, dtype=torch.uint8),
-            )
+            self.roll()
 
     def close(self) -> None:
         """See `Transport.close`. Local."""
@@ -243,7 +246,7 @@ class _CrewCall(Work):
         # Memory of its own: after a failure a late peer may still write into it.
         try:
             if self._out is None:
-                self._result = self._given.detach().clone()
+                self._result = torch.empty_like(self._given, device="cpu").copy_(self._given)
                 self._work = transport.start_all_reduce(self._result)
             else:
                 self._result = torch.empty(
@@ -285,7 +288,7 @@ class _CrewCall(Work):
         """Another island's result as this one's."""
         if self._out is not None:
             return data.view(count, -1)
-        return data.view(self._given.dtype).view(self._given.shape).to(self._given.device)
+        return data.view(self._given.dtype).view(self._given.shape)
 
     def end(self, result: torch.Tensor, took_part: tuple[int, ...]) -> None:
         """The result is this call's. Local."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from labs.faults import bed, bed_schedule, loopback, schedules
+from labs.faults import bed, bed_schedule, loopback, lost, schedules
 from labs.faults.bed_schedule import LASTING
 from labs.faults.page import ENDS, page
 from labs.machine import commit, machine
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--loopback", type=int, default=0, help="schedules on loopback (default: 0)")
+    flags.add_argument("--lost", type=int, default=0, help="schedules of lost islands (default: 0)")
     flags.add_argument("--bed", type=int, default=0, help="schedules on the bed (default: 0)")
     flags.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
     flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     torch.set_num_threads(1)
     numbers = range(given.first, given.first + given.loopback)
     rows = [_on_loopback(given.seed, number) for number in numbers]
+    rows += [_of_lost(given.seed, n) for n in range(given.first, given.first + given.lost)]
     rows += _on_bed(given.seed, range(given.first, given.first + given.bed))
     summary = summarize(rows)
     if given.out is not None:
@@ -62,6 +64,11 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ends = Counter(row["end"] for row in rows)
     lasting = [row for row in rows if row.get("supervised") and row["deed"] in LASTING]
     recover_s = sorted(row["recover_s"] for row in lasting if row["recover_s"] is not None)
+    without_s = sorted(
+        row["recover_s"]
+        for row in rows
+        if row.get("part") == "lost" and row["recover_s"] is not None
+    )
     typed_s = sorted(row["typed_s"] for row in rows if row.get("typed_s") is not None)
     return {
         "schedules": len(rows),
@@ -69,6 +76,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "diverged": sum(bool(row.get("diverged")) for row in rows),
         "lost_gradient": sum(bool(row.get("lost_gradient")) for row in rows),
         "recover_s_p95": _p95(recover_s),
+        "without_restart_s_p95": _p95(without_s),
         "typed_s_p95": _p95(typed_s),
     }
 
@@ -88,6 +96,16 @@ def _on_loopback(seed: int, number: int) -> dict[str, Any]:
     row |= {"seconds": round(time.monotonic() - began_s, 2), "ranks": schedule.ranks}
     row |= {"config": schedule.config.model_dump(mode="json", exclude_defaults=True)}
     row |= {"events": [dataclasses.asdict(event) for event in schedule.events]}
+    _say(row)
+    return row
+
+
+def _of_lost(seed: int, number: int) -> dict[str, Any]:
+    schedule = lost.draw(seed, number)
+    row = {"part": "lost", "number": number} | dataclasses.asdict(lost.play(schedule))
+    row |= {"islands": schedule.islands, "steps": schedule.steps}
+    row |= {"config": schedule.config.model_dump(mode="json", exclude_defaults=True)}
+    row |= {"losses": [dataclasses.asdict(loss) for loss in schedule.losses]}
     _say(row)
     return row
 

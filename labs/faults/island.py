@@ -43,6 +43,7 @@ class UpdateRank(Rank):
             self.loop.stopwatch,
             value_bits=config.value_bits,
             scale=update_scale(channel.world_size, None),
+            scale_of=lambda islands: update_scale(islands, None),
             rule=self.rule,
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
         )

@@ -27,6 +27,9 @@ def page(rows: Sequence[dict[str, Any]], command: str, facts: dict[str, Any]) ->
     loopback = [row for row in rows if row["part"] == "loopback"]
     if loopback:
         parts.append(_loopback(loopback))
+    lost = [row for row in rows if row["part"] == "lost"]
+    if lost:
+        parts.append(_lost(lost))
     on_bed = [row for row in rows if row["part"] == "bed"]
     if on_bed:
         parts.append(_bed(on_bed))
@@ -59,6 +62,26 @@ def _loopback(rows: Sequence[dict[str, Any]]) -> str:
     for kind, meaning in KINDS.items():
         having = [row for row in rows if any(event["kind"] == kind for event in row["events"])]
         lines.append(_row(f"{kind}: {meaning}", having))
+    return "\n".join(lines) + "\n"
+
+
+def _lost(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "## Islands that are lost\n",
+        f"{min(row['islands'] for row in rows)} to {max(row['islands'] for row in rows)} islands, "
+        "a process each, over gloo on one host, with `min_islands` 1 and `timeout_s` 5. Nothing is "
+        "started again. Seconds are the longest step of an island that is left, beyond its median "
+        "step: median (smallest to largest).\n",
+        "| lost by | schedules | finished | typed error | hung | untyped | diverged | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for deed in (*sorted({loss["deed"] for row in rows for loss in row["losses"]}), "all"):
+        having = [r for r in rows if deed == "all" or deed in [x["deed"] for x in r["losses"]]]
+        ends = Counter(row["end"] for row in having)
+        counts = [len(having), *(ends[end] for end in ENDS)]
+        counts.append(sum(bool(row["diverged"]) for row in having))
+        seconds = _spread(row["recover_s"] for row in having)
+        lines.append(f"| {deed} | " + " | ".join(map(str, counts)) + f" | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

@@ -67,12 +67,12 @@ class AnyRun:
         return standing(self.steps_done, self.peers.hosts, folder.checkpoints, folder.newest())
 
     def on_first(self, work: Callable[[], None]) -> None:
-        """Do `work` on rank 0; if it fails, it has failed on all. Collective."""
-        self.peers.together(work if self.peers.rank == 0 else lambda: None)
+        """Do `work` on the first rank; if it fails, it has failed on all. Collective."""
+        self.peers.together(work if self.peers.is_first else lambda: None)
 
     def say(self, text: str) -> None:
         """Show one line, once for all ranks."""
-        if self.peers.rank == 0:
+        if self.peers.is_first:
             say(text)
 
     def say_if_plain(self, is_enabled: bool) -> None:

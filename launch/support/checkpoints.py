@@ -55,7 +55,7 @@ def save_checkpoint(
             str(folder.checkpoints), tag=tag, client_state=state, save_latest=False
         )
     # DeepSpeed names it before the other ranks' files are there.
-    peers.together(lambda: folder.name_newest(tag) if peers.rank == 0 else None)
+    peers.together(lambda: folder.name_newest(tag) if peers.is_first else None)
     is_on_own_disk = peers.place.local_rank == 0 and folder.newest() != tag
     peers.together(lambda: folder.name_newest(tag) if is_on_own_disk else None)
     if peers.place.local_rank == 0:

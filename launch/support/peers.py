@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ds_gradprune.deepspeed.agree import gather_texts
 from ds_gradprune.errors import GradPruneError, RankMismatchError
+from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import within
 
@@ -60,6 +62,7 @@ class Peers:
         host: of this rank.
         doing: what this rank is at, for messages; see `during`.
         standing: how far the run has come, for messages; whole sentences, or nothing.
+        crew: which islands are left, where some may be lost; None: none may. See `adopt`.
 
     Collective: all ranks construct it.
     """
@@ -73,6 +76,8 @@ class Peers:
         self.host = socket.gethostname()
         self.doing = "starting"
         self.standing: Callable[[], str] = str
+        self.crew: CrewTransport | None = None
+        self.on_adopt: Callable[[], None] = lambda: None
         self._group = self.new_group()
 
     def new_group(self) -> Any:
@@ -81,6 +86,21 @@ class Peers:
             return None
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
 
+    @property
+    def is_first(self) -> bool:
+        """This rank does what is done once: rank 0, or the first one that is left."""
+        return self.rank == 0 if self.crew is None else self.crew.place == 0
+
+    def adopt(self, handle: Any) -> None:
+        """From now on agree with those islands that are left, where some may be lost. Collective.
+
+        Args:
+            handle: `engine.gradprune`; None: nothing is pruned.
+        """
+        self.crew = None if handle is None else handle.crew
+        if self.crew is not None:
+            self.on_adopt()
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order; plain JSON types. Collective.
 
@@ -88,6 +108,8 @@ class Peers:
             RankMismatchError: a rank tells far too much, on all ranks alike.
             RuntimeError: torch's own, where a rank is gone; `during` gives it a name.
         """
+        if self.crew is not None:
+            return [json.loads(text) for text in gather_texts(self.crew, json.dumps(value))]
         if self.world_size == 1:
             return [value]
         text = torch.tensor(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -124,7 +146,9 @@ class Peers:
             result = work()
         except GradPruneError as exc:
             fault = str(exc)
-        for rank, message in enumerate(self.gather(fault)):
+        messages = self.gather(fault)
+        ranks = range(self.world_size) if self.crew is None else self.crew.took_part
+        for rank, message in zip(ranks, messages, strict=True):
             if message is not None:
                 raise AgreedFault(message, rank)
         return result  # type: ignore[return-value] # set where no rank has a fault
@@ -220,15 +244,19 @@ class StopSwitch:
     The question travels while the next step computes: `agreed` launches it and answers the one of
     the step before. So a stop comes one step late and costs no waiting.
 
+    Where islands may be lost the question travels in the headers of the exchanges instead.
+
     Args:
         peers: the ranks that must agree.
+        handle: `engine.gradprune`; None: nothing is pruned.
 
     Collective: all ranks construct it.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers, handle: Any = None) -> None:
         self.requested = False
-        self._group = peers.new_group()
+        self._handle = None if peers.crew is None else handle
+        self._group = peers.new_group() if self._handle is None else None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     def listen(self) -> None:
@@ -243,6 +271,9 @@ class StopSwitch:
 
     def agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop. Call once per step. Collective."""
+        if self._handle is not None:
+            self._handle.asks_stop = self.requested
+            return bool(self._handle.stops)
         if self._group is None:
             return self.requested
         if self._answer():

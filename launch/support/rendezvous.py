@@ -75,7 +75,7 @@ def open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> An
             "firewall drops the port.",
             place.rank - place.local_rank,
         )
-    listener = _listener(place, address, port) if keeps else None
+    listener = listener_of(place, address, port) if keeps else None
     try:
         return dist.TCPStore(  # type: ignore[attr-defined] # torch
             "127.0.0.1" if keeps and listener is None else address,
@@ -95,7 +95,7 @@ def open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> An
         ) from exc
 
 
-def _listener(place: Place, address: str, port: int) -> socket.socket | None:
+def listener_of(place: Place, address: str, port: int) -> socket.socket | None:
     """A socket that listens at MASTER_ADDR alone; torch's own listens on all interfaces.
 
     None where others may know the host under another address: where this host takes the name for

@@ -37,6 +37,7 @@ class Run(AnyRun):
             self.handle = None if handle is None or handle.idle else handle
             self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
         peers.standing = self.standing
+        peers.adopt(self.handle)
         self._tell_start(settings.block)
 
     # ---- before the first step -----------------------------------------------------------------
@@ -126,7 +127,7 @@ class Run(AnyRun):
         from textgen import train
         from textgen.progress import Progress
 
-        switch = StopSwitch(self.peers)
+        switch = StopSwitch(self.peers, self.handle)
         switch.listen()
         self.steps_done = self.since.step
         progress = Progress(self.flags.steps, self.since.step, enabled=self.peers.rank == 0)
@@ -150,6 +151,7 @@ class Run(AnyRun):
 
         hooks = train.Hooks(
             sum_over_ranks=self.peers.sum,
+            share=self._share,
             stop=switch.agreed,
             save=self._save,
             on_step=self._log_step,
@@ -167,6 +169,13 @@ class Run(AnyRun):
         )
         switch.close()
         self._finish(result)
+
+    def _share(self) -> tuple[int, int]:
+        """Which part of the validation text is this rank's, and how many there are."""
+        crew = self.peers.crew
+        if crew is None:
+            return self.peers.rank, self.peers.world_size
+        return crew.place, crew.world_size
 
     def _save(self, result: Any) -> None:
         """A checkpoint that `--resume` continues from. Collective."""
@@ -202,6 +211,7 @@ class Run(AnyRun):
             "val_loss": result.val_losses[-1][1],
             "val_loss_start": result.val_losses[0][1],
             **totals_of(self.handle),
+            "islands_left": None if self.peers.crew is None else self.peers.crew.world_size,
             "stopped": result.stopped,
             "parameters": self.num_parameters,
             "val_losses": result.val_losses,

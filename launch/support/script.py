@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.deepspeed.build_locks import stale_locks, warning
 from ds_gradprune.errors import GradPruneError, TransportError
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import LATE_S, Pulse, deadline, within
 
+from .kept_store import release
 from .lost import situated
 from .peers import TELL_LIMIT_S, AgreedFault, Peers
 from .place import Place, export_place, find_place, share_cores
@@ -47,7 +47,9 @@ def run_script(
         work: collective.
     """
     with outlived():
-        return _run(arguments, read, work)
+        code = _run(arguments, read, work)
+        release(code)
+        return code
 
 
 def _run(
@@ -62,9 +64,10 @@ def _run(
         export_place(place, os.environ)
         share_cores(place, os.environ)
         choose_accelerator()
-        settings, timeout_s = _read(arguments, read)
+        settings, block = _read(arguments, read)
+        timeout_s, apart = block.timeout_s, block.min_islands is not None
         with translated("starting", place.rank, place.world_size, timeout_s):
-            peers = crew = connect(place, timeout_s)
+            peers = crew = connect(place, timeout_s, apart=apart)
         with situated(lambda: crew.standing()), crew.during("starting"):
             with deadline(timeout_s + LATE_S, "making the first process groups"):
                 pulse = Pulse(
@@ -73,6 +76,7 @@ def _run(
                     doing=lambda: crew.doing,
                     standing=lambda: crew.standing(),
                 )
+            crew.on_adopt = pulse.close  # those that are left know of each other otherwise
             with pulse:
                 work(crew.together(settings), crew)
     except GradPruneError as exc:
@@ -101,14 +105,15 @@ def _tell(exc: GradPruneError, place: Place, peers: Peers | None) -> None:
         tells = place.rank == 0 or isinstance(exc, TransportError)
     if tells:
         say(f"error: {exc}")
-    if peers is not None:  # a launcher ends all ranks when one ends: first let it be said
+    # A launcher ends all ranks when one ends: first let it be said.
+    if peers is not None and peers.crew is None:
         within(TELL_LIMIT_S, lambda: peers.gather(None))
 
 
 def _read(
     arguments: Sequence[str] | None, read: Callable[[Sequence[str] | None], S]
-) -> tuple[Callable[[], S], float]:
-    """The settings, or their fault when they are asked for; and how long ranks wait for others.
+) -> tuple[Callable[[], S], GradientPruningConfig]:
+    """The settings, or their fault when they are asked for; and our block, or its defaults.
 
     So a fault is told once, when all ranks are there.
     """
@@ -120,8 +125,8 @@ def _read(
         def fail() -> S:
             raise fault
 
-        return fail, GradientPruningConfig().timeout_s
-    return lambda: settings, settings.block.timeout_s
+        return fail, GradientPruningConfig()
+    return lambda: settings, settings.block
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:

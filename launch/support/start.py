@@ -22,6 +22,7 @@ from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
 from ds_gradprune.wire.silence import LATE_S, deadline, within
 
+from .kept_store import keep_apart
 from .peers import Peers
 from .place import Place
 from .rendezvous import meet
@@ -63,7 +64,7 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def connect(place: Place, timeout_s: float) -> Peers:
+def connect(place: Place, timeout_s: float, *, apart: bool = False) -> Peers:
     """Open the process group. Collective: all ranks.
 
     On a CPU it is made here, so that ranks can agree on a fault before DeepSpeed does anything;
@@ -73,6 +74,7 @@ def connect(place: Place, timeout_s: float) -> Peers:
     Args:
         place: of this process; its variables must be in the environment.
         timeout_s: a rank that has not come by then never will.
+        apart: the store of the ranks lies in a process of its own, so that rank 0 may be lost.
 
     Raises:
         AbsentRanks: some rank never came.
@@ -83,6 +85,8 @@ def connect(place: Place, timeout_s: float) -> Peers:
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if not on_cpu:
         import deepspeed
+    if apart:
+        keep_apart(place, os.environ)
     store = meet(place, os.environ, timeout_s)
     limit = timedelta(seconds=timeout_s)
     # torch gives a new group its own half hour, whatever the first group was given.

@@ -37,7 +37,7 @@ def report(step: int = 7, **changed: Any) -> StepReport:
         "step": step, "steps": 4, "loss": 3.25, "performance": 0.5, "density": 0.05,
         "cause": Cause.RAMP, "step_time_s": 1.6, "compute_time_s": 1.2, "codec_time_s": 0.1,
         "comm_time_s": 0.3, "hidden_time_s": 0.2, "wire_bytes": 2_500_000,
-        "dense_bytes": 50_000_000, "nonfinite": False, "signals": signals(step),
+        "dense_bytes": 50_000_000, "nonfinite": False, "signals": signals(step), "senders": 2,
     }  # fmt: skip
     for name, value in changed.items():
         chosen = decision if name.startswith("decision_") else fields
@@ -246,6 +246,7 @@ def test_the_monitor_gets_every_number() -> None:
     values = events(report(), target=0.25, residual_norm=1.5)
     assert values == {
         "loss": 3.25, "performance": 0.5, "target": 0.25, "density": 0.05, "interval": 4,
+        "senders": 2,
         "wire_mb": 2.5, "compression_rate": 20.0, "step_time_s": 1.6, "compute_time_s": 1.2,
         "codec_time_s": 0.1, "comm_time_s": 0.3, "hidden_time_s": 0.2, "link_mbit": 100.0,
         "residual_norm": 1.5, "cause": 7,
@@ -258,7 +259,8 @@ def test_what_is_unknown_or_no_number_is_left_out() -> None:
                step_time_s=None, compute_time_s=float("inf"))
     )  # fmt: skip
     assert values.keys() == {
-        "density", "interval", "wire_mb", "codec_time_s", "comm_time_s", "hidden_time_s", "cause",
+        "density", "interval", "senders", "wire_mb", "codec_time_s", "comm_time_s",
+        "hidden_time_s", "cause",
     }  # fmt: skip
 
 

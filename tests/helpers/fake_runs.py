@@ -56,6 +56,7 @@ def report_at(step: int, every: int = 1) -> StepReport:
         nonfinite=False,
         signals=StepSignals(step, 2.0, False, density, compute_s, 0.0, 0.0, 0.4, 1, 1),
         decision=following,
+        senders=2,
     )
 
 

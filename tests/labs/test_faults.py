@@ -69,7 +69,7 @@ def test_a_product_that_forgets_its_residual_is_found(
 def test_islands_that_apply_different_factors_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Islands, "factor_at", lambda self, _: 0.5 + 0.01 * self.channel.rank)
+    monkeypatch.setattr(Islands, "factor_at", lambda self, *_: 0.5 + 0.01 * self.channel.rank)
     plain = schedule(verify_every_steps=None)
     assert loopback.play(plain, tmp_path / "a").diverged
     found = dataclasses.replace(plain, resumes=False, config=schedule().config)

@@ -1,0 +1,62 @@
+"""Engines whose islands may be lost: at every stage the others train on, save, and agree."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed.survivors import refuse_unfit
+from ds_gradprune.errors import UnsupportedError
+from tests.helpers.ranks import run_processes
+
+pytestmark = pytest.mark.timeout(100)
+
+BF16 = {"bf16": True, "zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "at", "block", "options"),
+    [
+        (1, 2, {}, {}),  # in the dense warm-up
+        (0, 13, {"overlap": "auto", "sync_every": 4}, BF16),  # while an exchange travels
+        (2, 7, {"residual": "reset"}, {"zero_optimization": {"stage": 3}}),
+    ],
+    ids=["stage 0, warm-up", "stage 2, hidden", "stage 3"],
+)
+def test_the_others_train_on_and_save(
+    lost: int, at: int, block: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {"block": block, "lost": lost, "at": at, "steps": 18, "folder": str(tmp_path)}
+    told = run_processes(3, "tests.helpers.survivors_main", "train_on", given | options)
+    first, second = (told[island] for island in range(3) if island != lost)
+    assert first["crc"] == second["crc"]
+    assert len(first["crc"]) == 18
+    assert first["weight"] == second["weight"]
+    assert first["senders"] == second["senders"]
+    assert (first["senders"][at - 1], first["senders"][-1]) == (3, 2)
+    assert (first["latest"], second["saved"]) == ("end", first["saved"])
+    assert sum(name.startswith("gradient_pruning_island") for name in first["saved"]) == 2
+    assert f"island {lost} did not answer and is left out; 2 go on" in first["warnings"][0]
+    assert not any("did not answer" in text for text in second["warnings"])
+    # Silence of 5 s decides; then two exchanges at most.
+    assert max(first["longest_s"], second["longest_s"]) < 10.0
+
+
+def unfit(num_islands: int, num_shards: int = 1, **keys: Any) -> str:
+    config = GradientPruningConfig.model_validate({"min_islands": 2} | keys)
+    groups: Any = types.SimpleNamespace(num_islands=num_islands, num_shards=num_shards)
+    with pytest.raises(UnsupportedError, match=r"^gradient_pruning\.min_islands") as caught:
+        refuse_unfit(config, groups)
+    return str(caught.value)
+
+
+def test_islands_that_cannot_be_lost_one_by_one_are_refused() -> None:
+    assert "null where an island has 2 ranks, got 2" in unfit(2, num_shards=2)
+    assert "at most the number of islands, 3, got 4" in unfit(3, min_islands=4)
+    assert 'with 9 islands "auto" is owner_reduce' in unfit(9)

@@ -1,0 +1,83 @@
+"""With `min_islands` a lost rank does not end a run: the others train on, save, and finish."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import scripts
+from tests.helpers.forked import Case, Doom, Ending, Nursery
+from tests.helpers.scripts import arguments, block
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(200)]
+
+TIMEOUT_S = 4.0
+STEP = "textgen.train:_step"
+VALIDATION = "textgen.train:_validate"
+SAVE = "deepspeed.runtime.engine:DeepSpeedEngine._save_checkpoint"
+
+
+def run(nursery: Nursery, given: list[str], ranks: int, *dooms: Doom) -> list[Ending]:
+    environ = {"MASTER_PORT": scripts.free_port()}
+    return nursery.run(Case([given] * ranks, list(dooms), environ))
+
+
+def config(folder: Path, **changes: Any) -> str:
+    ours = {"timeout_s": TIMEOUT_S, "prune": "update", "throttle": None, "min_islands": 2}
+    return str(scripts.write_config(folder / "config.json", **block(**ours | changes)))
+
+
+@pytest.mark.parametrize(
+    "doom",
+    [
+        Doom(2, STEP, 3, "kill"),
+        Doom(1, STEP, 7, "stop"),
+        Doom(0, STEP, 7, "kill"),
+        Doom(2, VALIDATION, 2, "kill"),
+        Doom(1, SAVE, 1, "kill"),
+    ],
+    ids=lambda doom: f"{doom.deed} {doom.rank} in {doom.at}",
+)
+def test_a_run_goes_on_without_a_lost_island(
+    doom: Doom, nursery: Nursery, here: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = {"config": config(tmp_path), "eval_every": "5", "save_every": "6", "steps": "14"}
+    endings = run(nursery, arguments(here, out, **flags), 3, doom)
+    left = [rank for rank in range(3) if rank != doom.rank]
+    assert [endings[rank].code for rank in left] == [0, 0], [end.told for end in endings]
+    first = endings[left[0]].told
+    if doom.rank:
+        assert f"island {doom.rank} did not answer and is left out; 2 go on" in first
+    result = json.loads((out / "result.json").read_text())
+    assert (result["steps"], result["islands_left"]) == (14, 2)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert (lines[0]["senders"], lines[-1]["senders"]) == (3, 2)
+    # What the two have saved is a checkpoint of two.
+    assert (out / "checkpoints" / "latest").read_text() == "step00000014"
+    more = arguments(here, out, **flags | {"steps": "16"})
+    resumed = run(nursery, [*more, "--resume"], 2)
+    assert [ending.code for ending in resumed] == [0, 0], resumed[0].told
+    assert json.loads((out / "result.json").read_text())["steps"] == 16
+
+
+def test_a_signal_stops_all_at_one_exchange(nursery: Nursery, here: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = arguments(here, out, config=config(tmp_path), steps="400")
+    endings = run(nursery, given, 2, Doom(1, STEP, 9, "terminate"))
+    assert [ending.code for ending in endings] == [0, 0], endings[0].told
+    result = json.loads((out / "result.json").read_text())
+    assert result["stopped"] is True
+    assert result["steps"] < 40
+
+
+def test_too_few_end_typed(nursery: Nursery, here: Path, tmp_path: Path) -> None:
+    given = arguments(here, tmp_path / "out", config=config(tmp_path, min_islands=3))
+    endings = run(nursery, given, 3, Doom(1, STEP, 7, "kill"))
+    assert [endings[rank].code for rank in (0, 2)] == [2, 2]
+    [error] = [error for ending in endings for error in ending.errors]
+    assert "min_islands 3 must be alive to go on, but only islands 0, 2 answered" in error
