@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.deepspeed.build_locks import stale_locks, warning
 from ds_gradprune.errors import GradPruneError, TransportError
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import LATE_S, Pulse, deadline, within
