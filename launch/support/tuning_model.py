@@ -32,6 +32,7 @@ def check_model(name: str, is_lora: bool) -> None:
     """
     from textgen.model import check_model_name, model_of
 
+    _need("accelerate", "The Trainer")
     if is_gguf(name):
         if not Path(name).is_file():
             raise DataError(f"--model must be a GGUF file that exists, got {name!r}.")
@@ -141,4 +142,7 @@ def _need(package: str, what: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise MissingDependencyError(f"{what} needs {package}. Run: pip install {package}")
+        raise MissingDependencyError(
+            f"{what} needs {package}, which is not installed. Run: pip install "
+            '"ds_gradprune[finetune]"'
+        )

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ds_gradprune.config import load_block
-from ds_gradprune.errors import ConfigError
+from ds_gradprune.errors import ConfigError, MissingDependencyError
+from launch.support.tuning_model import check_model
 from launch.support.tuning_settings import (
     DEFAULT_CONFIG,
     LEARNING_RATE,
@@ -92,3 +93,11 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert words in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_package_that_is_absent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without accelerate it was a traceback of transformers."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"The Trainer needs accelerate.*\[finetune\]"):
+        check_model(str(tmp_path), is_lora=False)
