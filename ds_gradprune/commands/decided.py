@@ -16,8 +16,9 @@ BEFORE, NOW = 20, 3
 def decisions(run: Run) -> list[int]:
     """Indices of the exchanges after which something was decided, in order.
 
-    The first and the last exchange, the ends of warm-up and ramp, and every move of the density or
-    the interval in between. Steps of the ramp itself are none.
+    The first and the last exchange, the ends of warm-up and ramp, where the warm-up goes on
+    unpruned, and every move of the density or the interval in between. Steps of the ramp itself are
+    none.
     """
     found = {0, len(run.entries) - 1}
     for number, entry in enumerate(run.entries):
@@ -27,6 +28,8 @@ def decisions(run: Run) -> list[int]:
         if entry.next_cause != entry.cause and "warmup" in (entry.cause, entry.next_cause):
             found.add(number)
         if entry.cause == "ramp" and entry.next_cause != "ramp":
+            found.add(number)
+        if entry.next_unpruned and not run.entries[number - 1].next_unpruned:
             found.add(number)
         if after and after[0].interval != entry.interval and after[0].cause != "warmup":
             found.add(number + 1)
@@ -46,7 +49,7 @@ def why(run: Run, number: int) -> str:
     if cause == "budget_room":
         return "room in the budget" if run.budget_s is not None else "more can be sent"
     return {
-        "warmup": "dense warm-up",
+        "warmup": "unpruned warm-up" if entry.next_unpruned else "dense warm-up",
         "ramp": "ramp begins" if entry.cause != "ramp" else "ramp",
         "performance_missed": "P misses its target: sends more",
         "dense_cheaper": "dense is faster",

@@ -133,7 +133,7 @@ def examine(
         pairs=links,
         local=local[0],
         plan_text=_plan_text(flags, plan, local[0]),
-        warmup_steps=plan.block.warmup_steps if plan.block.warmup == "dense" else 0,
+        warmup_steps=plan.block.warmup_steps if plan.block.warmup_form == "dense" else 0,
         block_warmup_steps=plan.block.warmup_steps,
         notes=[*notes, *notes_of(hosts, plan)],
         doubts=doubts_of(hosts.facts, local),

@@ -42,6 +42,7 @@ class Entry:
         cause: which rule had set the density.
         next_density: decided for the next exchange.
         next_cause: which rule decided.
+        next_unpruned: the next exchange is one of an unpruned warm-up.
         budget_s: of a step, as applied to the decision; None: none.
         has_changed: the law noticed that exchanges cost something else than before.
     """
@@ -63,6 +64,7 @@ class Entry:
     cause: str
     next_density: float | None
     next_cause: str
+    next_unpruned: bool
     budget_s: float | None
     has_changed: bool
 
@@ -194,6 +196,7 @@ def _entry(line: dict[str, Any], seconds: float, whole_s: float) -> Entry:
         cause=line.get("cause") or "",
         next_density=decision.get("density"),
         next_cause=decision.get("cause") or "",
+        next_unpruned=bool(decision.get("unpruned")),
         budget_s=decision.get("budget_s"),
         has_changed=bool(decision.get("network_changed")),
     )

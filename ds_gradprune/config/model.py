@@ -2,6 +2,8 @@
 
 The models mirror DeepSpeed's habits (unknown keys are errors, "auto" means the default) on pydantic
 itself, because importing this package must not import deepspeed.
+
+Longer than 300 lines: one schema, whose keys are all described.
 """
 
 from __future__ import annotations
@@ -143,8 +145,8 @@ class GradientPruningConfig(_Block):
     )
     sync_every: SyncEvery = Field(
         default=1,
-        description="With update: optimizer steps from one exchange to the next, after warm-up. "
-        "With auto the control law chooses 1, 2, 4, 8, 16 or 32.",
+        description="With update: optimizer steps from one exchange to the next, after the "
+        "warm-up. With auto the control law chooses 1, 2, 4, 8, 16 or 32.",
     )
     residual: Literal["used", "reset"] | None = Field(
         default=None,
@@ -165,10 +167,11 @@ class GradientPruningConfig(_Block):
         description="With update: share of the last 100 steps' average move that every exchange "
         "adds to the shared weights. 0 turns it off.",
     )
-    warmup: Literal["dense", "unpruned"] = Field(
-        default="dense",
+    warmup: Literal["auto", "dense", "unpruned"] = Field(
+        default="auto",
         description="With update: in the warm-up all ranks average their gradients as DeepSpeed "
-        "does, or islands exchange their whole updates.",
+        "does, or islands exchange their whole updates. Auto begins dense, and goes on unpruned "
+        "where dense exchanges take longer than the computation.",
     )
     warmup_steps: Step = Field(
         default=200, description="Nothing is pruned in the first so many optimizer steps."
@@ -283,6 +286,12 @@ class GradientPruningConfig(_Block):
     def residual_form(self) -> Literal["used", "reset"]:
         """`residual`, null resolved."""
         return self.residual or ("used" if self.sync_every == 1 else "reset")
+
+    @property
+    def warmup_form(self) -> Literal["auto", "dense", "unpruned"]:
+        """`warmup`; "auto" is dense where nothing decides."""
+        decides = self.prune == "update" and self.controller == "predictive"
+        return "dense" if self.warmup == "auto" and not decides else self.warmup
 
     @property
     def delay_steps(self) -> int:

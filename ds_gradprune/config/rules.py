@@ -20,6 +20,9 @@ _ONLY_UPDATE = (
 )
 """Keys that mean nothing with pruned gradients: there they are refused, not ignored."""
 
+_HARMLESS = {("warmup", "dense")}
+"""Values that say what holds with pruned gradients anyway."""
+
 
 def cross_field_faults(
     config: GradientPruningConfig, total_steps: int | None, faulty: Set[str]
@@ -57,7 +60,7 @@ def _gradient_faults(config: GradientPruningConfig) -> list[str]:
     for name in _ONLY_UPDATE:
         field = type(config).model_fields[name]
         value, default = getattr(config, name), field.get_default(call_default_factory=True)
-        if value != default:
+        if value != default and (name, value) not in _HARMLESS:
             faults.append(
                 f'{BLOCK}.{name} must be {shown(default)} with prune = "gradient", got '
                 f'{shown(value)}. Leave it out, or set prune to "update".'

@@ -147,8 +147,8 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
         return _idle(engine, config, "there is only one island")
     check_ranks(ranks, facts_of(engine, config))
     shards = _together(ranks, lambda: make_shards(engine, groups, config.min_numel))
-    if config.warmup == "dense" and config.warmup_steps and shards.warmup_fault is not None:
-        raise UnsupportedError(shards.warmup_fault)
+    if config.warmup_steps and shards.warmup_fault is not None:
+        config = _without_dense(config, shards.warmup_fault)
     equalize(engine.module, groups, shards)
     if config.min_islands is not None:
         refuse_unfit(config, groups)
@@ -157,6 +157,13 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
         return IslandHandle(engine, config, AllGather(crew), clock, seat, groups, shards, crew)
     channel = _channel(config, groups.outer_cpu, clock)
     return IslandHandle(engine, config, channel, clock, _seat(ranks, groups), groups, shards)
+
+
+def _without_dense(config: GradientPruningConfig, fault: str) -> GradientPruningConfig:
+    """The block where a dense warm-up is impossible: "auto" is "unpruned" there."""
+    if config.warmup_form == "dense":
+        raise UnsupportedError(fault)
+    return config.model_copy(update={"warmup": "unpruned"})
 
 
 def _idle(engine: Any, config: GradientPruningConfig, why: str) -> IdleHandle:

@@ -181,13 +181,13 @@ class IslandHandle(Handle):
 
     @property
     def is_warmup(self) -> bool:
-        """The step under way belongs to the dense warm-up.
+        """The step under way belongs to a dense warm-up.
 
         Never again once the islands have parted, whatever the configuration says: their own weights
         differ, and averaged gradients would not bring them together.
         """
         return (
-            self.config.warmup == "dense"
+            not self.loop.decision.unpruned
             and not self.islands.have_parted
             and self.loop.step < self.config.warmup_steps
         )

@@ -252,6 +252,8 @@ def show(text: str) -> None:
 class DecisionLog:
     """Tells of changes of density or interval, once of the ramp, and once of a hopeless budget.
 
+    That the warm-up goes on unpruned is shown by every run.
+
     Args:
         config: the validated block.
     """
@@ -261,6 +263,7 @@ class DecisionLog:
         self._least = kept_per_chunk(config.density.min) / CHUNK_NUMEL
         self._is_told = False
         self._interval = config.first_interval
+        self._is_unpruned = config.warmup_form == "unpruned"
         self._advice = (
             " or lower" if config.sync_every == "auto" else ", raise sync_every, or lower"
         )
@@ -269,6 +272,10 @@ class DecisionLog:
         """Look at one exchange and the decision after it."""
         decision = report.decision
         was, self._interval = self._interval, decision.interval
+        if decision.unpruned and not self._is_unpruned:
+            self._is_unpruned = True
+            show(f"step {decision.step}: {decision.reason} ({decision.cause.value})")
+            return
         goes_on = report.cause is decision.cause is Cause.RAMP
         is_other = decision.density != report.density and not goes_on
         if is_other or decision.interval != was:

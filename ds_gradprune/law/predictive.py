@@ -99,7 +99,9 @@ def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
     """
     decision = first_decision(config)
     planned = PlanState(kept_per_chunk(config.density.initial), interval=decision.interval)
-    return PredictiveState(decision.density, planned, interval=decision.interval), decision
+    warm = WarmupState(unpruned=decision.unpruned)
+    state = PredictiveState(decision.density, planned, interval=decision.interval, warmup=warm)
+    return state, decision
 
 
 def update(
@@ -115,17 +117,16 @@ def update(
     Returns:
         The new state, and the decision for the next exchange.
     """
-    interval = intervals.inside(config, state.interval)
+    interval = warmup.used_interval(config, state.warmup, state.interval)
     planned = state.plan.at(intervals.inside(config, state.plan.interval))
     net = network.observe(state.network, signals)
     computes_s = _computes(state, signals, interval)
     heard = _listen(config, state, signals, interval)
     prices = network.prices_of(config, net, computes_s, planned.interval)
     budget_s = _budget_s(config, state, prices, signals.step)
-    warm, arm = warmup.observe(state.warmup, signals), state.arm
-    beginning = warmup.begin(
-        config, warm, signals.step, computes_s=computes_s, used=interval, planned=planned.interval
-    )
+    warm, arm = warmup.observe(config, state.warmup, signals, computes_s), state.arm
+    ways = (interval, planned.interval)
+    beginning = warmup.begin(config, state.warmup, warm, signals.step, computes_s, ways)
     if beginning is not None:
         choice = beginning.choice
     else:
@@ -137,8 +138,9 @@ def update(
         choice = _choose(
             config, state, arm, verdict, wanted, planned.interval, is_nonfinite=signals.nonfinite
         )
-    after = interval if choice.interval is None else choice.interval
+    after = choice.interval or intervals.inside(config, interval)
     unpruned = beginning is not None and beginning.unpruned
+    warm = warm._replace(unpruned=unpruned)
     reason = choice.text
     if net.change is not None and choice.cause is not Cause.NETWORK_CHANGED:
         rate = "" if prices is None else prices.rate_text

@@ -21,7 +21,7 @@ that is meant to be whole may come out a hair above."""
 
 def first_decision(config: GradientPruningConfig) -> Decision:
     """The decision for step 1: the schedule alone, since nothing has been measured."""
-    choice = scheduled(config, 1)
+    choice = scheduled(config, 1, unpruned=config.warmup_form == "unpruned")
     assert choice is not None  # step 1 is always before the law begins
     return Decision(
         step=1,
@@ -32,11 +32,11 @@ def first_decision(config: GradientPruningConfig) -> Decision:
         budget_s=config.step_time_budget_s,
         network_changed=False,
         interval=config.first_interval,
-        unpruned=choice.cause is Cause.WARMUP and config.warmup == "unpruned",
+        unpruned=choice.cause is Cause.WARMUP and config.warmup_form == "unpruned",
     )
 
 
-def scheduled(config: GradientPruningConfig, step: int) -> Choice | None:
+def scheduled(config: GradientPruningConfig, step: int, *, unpruned: bool = False) -> Choice | None:
     """Warm-up and ramp; None once the law decides.
 
     With ramp_steps 0 the first step after warm-up still belongs here: nothing has been measured
@@ -45,9 +45,10 @@ def scheduled(config: GradientPruningConfig, step: int) -> Choice | None:
     Args:
         config: the validated block.
         step: optimizer step, counted from 1.
+        unpruned: the warm-up is not dense.
     """
     if step <= config.warmup_steps:
-        form = "unpruned" if config.warmup == "unpruned" else "dense"
+        form = "unpruned" if unpruned else "dense"
         text = f"warm-up step {step} of {config.warmup_steps}: {form}"
         return Choice(CHUNK_NUMEL, Cause.WARMUP, text)
     position = step - config.warmup_steps

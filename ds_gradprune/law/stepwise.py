@@ -97,7 +97,7 @@ def update(
     density, reason = choice.k / CHUNK_NUMEL, choice.text
     reason += "" if change is None else f"; exchanges became {change}"
     steps_s = steps_s if density == state.density else ()
-    unpruned = config.warmup == "unpruned"
+    unpruned = config.warmup_form == "unpruned"
     decision = Decision(
         next_exchange(config, signals.step, interval, unpruned=unpruned),
         density,
@@ -120,8 +120,9 @@ def _decide(
     budget_s: float | None,
 ) -> tuple[Choice, Change | None]:
     """The rules in their order, and the change that is still to be adjusted to."""
-    unpruned, interval = config.warmup == "unpruned", config.first_interval
-    choice = scheduled(config, next_exchange(config, signals.step, interval, unpruned=unpruned))
+    unpruned, interval = config.warmup_form == "unpruned", config.first_interval
+    step = next_exchange(config, signals.step, interval, unpruned=unpruned)
+    choice = scheduled(config, step, unpruned=unpruned)
     if choice is not None:
         return choice, None
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)

@@ -1,53 +1,61 @@
-"""How islands exchange in an unpruned warm-up: everything, in few bits, every few steps.
+"""How a run begins: dense or unpruned, and in which rounds.
 
-An unpruned exchange has 4.25 bits a parameter, many times those of a pruned one. With a
-`sync_every` of "auto" it comes so seldom that a step is hardly longer for it: every 1, 2, 4, 8 or
-16 steps, the fewest at which what is not hidden takes a tenth of the computation. The interval
-moves by one octave at a time. A fixed `sync_every` holds in the warm-up, too.
+With `"warmup": "auto"` the first steps are DeepSpeed's own. Where their exchanges take longer than
+the computation, islands step alone from then on, and the rest of the warm-up is unpruned. Else it
+stays dense. One exchange that takes five times as long suffices, or two of 2.5 times, and after
+five that are shorter the form is settled. So on a slow link two steps are dense: times ride one
+exchange late.
+
+An unpruned exchange has 4.25 bits a parameter, many times those of a pruned one. So it comes so
+seldom that a step is hardly longer for it: every 1, 2, 4 or 8 steps, the fewest at which what is
+not hidden takes a tenth of the computation. The interval moves by one octave at a time. Only where
+both `"warmup": "unpruned"` and a number in `sync_every` are given, that number holds.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ds_gradprune.config import INTERVALS, GradientPruningConfig
 from ds_gradprune.law.decision import Cause, Choice, every
-from ds_gradprune.law.interval import nearest
+from ds_gradprune.law.interval import inside, nearest
 from ds_gradprune.law.schedule import next_exchange, scheduled
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Seconds, is_time, keep_last, median
 
-MOST = 16
-"""The longest interval. Two islands lose no more by it than by an exchange after every step
+MEASURED = 5
+"""Dense exchanges that settle the form. Fewer do, if they are longer by as much."""
+
+LEAST_S = 5.0
+"""Dense exchanges that take no longer in the rest of the warm-up are not worth another form."""
+
+MOST = 8
+"""The longest interval. Two islands lose as much by it as by a dense warm-up, and more by 16 steps
 (results/convergence_cpu_202611_warmup_rounds.md)."""
 
 SHARE = 0.1
 """What an exchange adds to a step may take this share of the computation."""
 
 _WINDOW = 3
-"""Exchanges behind a median."""
+"""Unpruned exchanges behind a median."""
 
 
 class WarmupState(NamedTuple):
-    """What is known of unpruned exchanges.
+    """What is known of the warm-up's exchanges.
 
     Attributes:
-        wire_times_s: what the last ones took on the wire, oldest first.
+        form: what "auto" has chosen; "open": nothing yet.
+        dense_times_s: what dense exchanges took while it was open, oldest first.
+        wire_times_s: what the last unpruned ones took on the wire, oldest first.
         codec_times_s: what selecting, encoding and decoding took in them.
+        unpruned: the exchange that is next or under way is one of them.
     """
 
+    form: Literal["open", "dense", "unpruned"] = "open"
+    dense_times_s: tuple[Seconds, ...] = ()
     wire_times_s: tuple[Seconds, ...] = ()
     codec_times_s: tuple[Seconds, ...] = ()
-
-
-def observe(state: WarmupState, signals: StepSignals) -> WarmupState:
-    """Take in the exchange that the signals tell of, if it was an unpruned one."""
-    if not signals.timed_unpruned or not is_time(signals.comm_time_s):
-        return state
-    return WarmupState(
-        keep_last(state.wire_times_s, signals.comm_time_s, _WINDOW),
-        keep_last(state.codec_times_s, signals.codec_time_s, _WINDOW),
-    )
+    unpruned: bool = False
 
 
 class Beginning(NamedTuple):
@@ -62,42 +70,92 @@ class Beginning(NamedTuple):
     unpruned: bool
 
 
-def begin(
+def observe(
     config: GradientPruningConfig,
     state: WarmupState,
-    step: int,
-    *,
+    signals: StepSignals,
     computes_s: tuple[float, ...],
-    used: int,
-    planned: int,
+) -> WarmupState:
+    """Take in the exchange that the signals tell of, if it was one of the warm-up.
+
+    Args:
+        config: the validated block.
+        state: what was known.
+        signals: of the exchange that is over.
+        computes_s: computation of the last steps.
+    """
+    if signals.timed_density != 1.0 or not is_time(signals.comm_time_s):
+        return state
+    if signals.timed_unpruned:
+        return state._replace(
+            wire_times_s=keep_last(state.wire_times_s, signals.comm_time_s, _WINDOW),
+            codec_times_s=keep_last(state.codec_times_s, signals.codec_time_s, _WINDOW),
+        )
+    is_open = config.warmup_form == "auto" and state.form == "open"
+    if not is_open or not computes_s or signals.step >= config.warmup_steps:
+        return state
+    dense_s = (*state.dense_times_s, signals.comm_time_s)
+    rest = config.warmup_steps - signals.step
+    is_dear = len(dense_s) * median(dense_s) > MEASURED * median(computes_s)
+    if is_dear and rest * median(dense_s) > LEAST_S:
+        # A first estimate: two islands send so much less. With more it is too short.
+        wire_s = median(dense_s) * config.value_bits / 32
+        return WarmupState("unpruned", dense_s, keep_last((), wire_s, 1))
+    return WarmupState("open" if len(dense_s) < MEASURED else "dense", dense_s)
+
+
+def begin(
+    config: GradientPruningConfig,
+    before: WarmupState,
+    state: WarmupState,
+    step: int,
+    computes_s: tuple[float, ...],
+    ways: tuple[int, int],
 ) -> Beginning | None:
     """What the next exchange is by the schedule; None once the law decides.
 
     Args:
         config: the validated block.
-        state: what is known of unpruned exchanges.
+        before: what was known of the warm-up's exchanges before the newest.
+        state: what is known now.
         step: the step that the last exchange followed.
         computes_s: computation of the last steps.
-        used: the interval in force.
-        planned: the interval after the warm-up.
+        ways: the interval in force, and the one after the warm-up.
     """
-    unpruned = config.warmup == "unpruned"
-    choice = scheduled(config, next_exchange(config, step, used, unpruned=unpruned))
+    used, planned = ways
+    form = config.warmup_form
+    unpruned = form == "unpruned" or (form == "auto" and state.form == "unpruned")
+    way = used if unpruned and step < config.warmup_steps else inside(config, used)
+    ahead = next_exchange(config, step, way, unpruned=unpruned)
+    choice = scheduled(config, ahead, unpruned=unpruned)
     if choice is None:
         return None
     unpruned = unpruned and choice.cause is Cause.WARMUP
-    interval = nearest(planned, used)
+    interval, text = planned, choice.text
+    if config.sync_every == "auto":
+        interval = nearest(planned, used)
     if unpruned:
         interval = _interval(config, state, computes_s, used)
-    moves = f", {every(used, interval)}" if unpruned and interval != used else ""
-    return Beginning(Choice(choice.k, choice.cause, choice.text + moves, interval), unpruned)
+        text += "" if interval == used else f", {every(used, interval)}"
+    if state.form != before.form:
+        dense_s, compute_s = median(state.dense_times_s), median(computes_s)
+        text += (
+            f", as a dense exchange takes {dense_s:.3g} s beside {compute_s:.3g} s of computation"
+        )
+    return Beginning(Choice(choice.k, choice.cause, text, interval), unpruned)
+
+
+def used_interval(config: GradientPruningConfig, state: WarmupState, interval: int) -> int:
+    """The interval in force: the law's in an unpruned warm-up, else see `interval.inside`."""
+    return max(1, interval) if state.unpruned else inside(config, interval)
 
 
 def _interval(
     config: GradientPruningConfig, state: WarmupState, computes_s: tuple[float, ...], used: int
 ) -> int:
     """Steps to the next unpruned exchange: as `used`, or an octave away."""
-    if config.sync_every != "auto" or not state.wire_times_s or not computes_s:
+    is_given = config.sync_every != "auto" and config.warmup == "unpruned"
+    if is_given or not state.wire_times_s or not computes_s:
         return used
     compute_s = median(computes_s)
 

@@ -75,8 +75,9 @@ class Loop:
     def interval(self) -> int:
         """Optimizer steps from the last exchange to the one that is next or under way."""
         every = self._config.sync_every
-        is_chosen = every == "auto" or self.decision.unpruned
-        return self.decision.interval if is_chosen else every
+        if every == "auto" or self.decision.unpruned:
+            return self.decision.interval
+        return every
 
     def begin_step(self) -> None:
         """The step's first forward begins; further calls in the same step change nothing."""

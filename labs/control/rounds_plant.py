@@ -60,6 +60,7 @@ def config_of(name: str) -> GradientPruningConfig:
     """The product's block of one law."""
     return GradientPruningConfig(
         prune="update",
+        warmup="dense",
         warmup_steps=20,
         ramp_steps=40,
         step_time_budget_s=BUDGET_S,

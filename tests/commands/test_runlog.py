@@ -122,6 +122,18 @@ def test_rows_are_where_something_was_decided(tmp_path: Path) -> None:
     assert (found[WARMUP], found[RAMP_END]) == ("ramp begins", "ramp ends")
 
 
+def test_the_end_of_dense_steps_in_a_warm_up_is_a_row(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "first")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["decision"]["unpruned"] = 2 <= line["step"] < WARMUP
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    found = {run.entries[number].step: why(run, number) for number in decisions(run)}
+    assert list(found)[:3] == [1, 2, WARMUP]
+    assert (found[1], found[2]) == ("dense warm-up", "unpruned warm-up")
+
+
 def test_a_slow_link_is_named_and_busy_hosts_are_not_one(tmp_path: Path) -> None:
     found = words(tmp_path / "first")
     assert found[SLOW - 1] == "exchanges became slower: 100 Mbit/s"

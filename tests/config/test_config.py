@@ -380,7 +380,7 @@ def test_keys_of_the_islands() -> None:
         ),
         (
             {"prune": "gradient", "warmup": "unpruned"},
-            'warmup must be "dense" with prune = "gradient", got "unpruned". Leave it out, or set '
+            'warmup must be "auto" with prune = "gradient", got "unpruned". Leave it out, or set '
             'prune to "update".',
         ),
         (

@@ -333,6 +333,14 @@ def test_a_change_of_the_interval_is_told_where_the_law_makes_it() -> None:
     )
 
 
+def test_a_warm_up_that_goes_on_unpruned_is_told_once() -> None:
+    warm = {"cause": Cause.WARMUP, "density": 1.0, "decision_density": 1.0}
+    warm |= {"decision_cause": Cause.WARMUP, "decision_reason": "unpruned"}
+    goes_on = [report(decision_unpruned=unpruned, **warm) for unpruned in (False, True, True)]
+    assert told({}, *goes_on) == [("INFO", "step 11: unpruned (warmup)")]
+    assert told({"warmup": "unpruned"}, *goes_on[1:]) == []
+
+
 LEAST = 5 / 4096
 """The kernel's step above density.min = 0.001."""
 

@@ -28,6 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
     "auto, slow momentum": {"sync_every": "auto", "slow_momentum": 1.0, "value_bits": 2},
     "auto, unpruned warm-up": {"sync_every": "auto", "warmup_steps": 40, "warmup": "unpruned"},
     "auto, waited for": {"sync_every": "auto", "overlap": False},
+    "every step, warm-up goes on unpruned": {"warmup_steps": 60, "warmup": "auto"},
 }
 
 

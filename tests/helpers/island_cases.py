@@ -28,6 +28,7 @@ from tests.helpers.ds_main import (
 
 BLOCK = {
     "prune": "update",
+    "warmup": "dense",
     "warmup_steps": 2,
     "ramp_steps": 0,
     "window_size": 4,

@@ -29,6 +29,7 @@ UNPRUNED_BYTES = DENSE_BYTES // 8
 def make_config(**fields: Any) -> GradientPruningConfig:
     base: dict[str, Any] = {
         "prune": "update",
+        "warmup": "dense",
         "warmup_steps": 20,
         "ramp_steps": 20,
         "window_size": 128,

@@ -20,6 +20,7 @@ SGD: dict[str, Any] = {
 }
 PRUNED: dict[str, Any] = {
     "prune": "update",
+    "warmup": "dense",
     "warmup_steps": 2,
     "ramp_steps": 0,
     "window_size": 4,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.law import warmup
 from ds_gradprune.law.decision import Cause
 from tests.helpers.simulated_law import COMPUTE_S, MBIT
@@ -33,7 +34,7 @@ def warmed(run: IslandRun, rate: float) -> IslandRun:
 
 @pytest.mark.parametrize(
     ("rate", "overlap", "interval"),
-    [(1000, "auto", 1), (16, "auto", 4), (10, "auto", 8), (300, False, 2), (0.1, "auto", 16)],
+    [(1000, "auto", 1), (16, "auto", 4), (10, "auto", 8), (300, False, 2), (0.1, "auto", 8)],
 )
 def test_interval_is_the_shortest_that_hardly_costs_time(
     rate: float, overlap: Any, interval: int
@@ -49,16 +50,16 @@ def test_interval_is_the_shortest_that_hardly_costs_time(
 def test_interval_moves_by_octaves_and_warm_up_ends_with_an_exchange_of_its_own() -> None:
     run = warmed(unpruned(), 0.1 * MBIT)
     moves = [d.interval for d in run.decisions]
-    assert moves[:4] == [4, 4, 8, 16]
+    assert moves[:4] == [4, 4, 8, 8]
     assert all(b in (a // 2, a, 2 * a) for a, b in itertools.pairwise(moves))
-    assert run.step >= 200 > run.step - 16
+    assert run.step >= 200 > run.step - 8
     assert "every 4 -> 8 steps" in run.decisions[2].reason
     assert "warm-up step 8 of 200: unpruned" in run.decisions[1].reason
     assert {d.cause for d in run.decisions[:-1]} == {Cause.WARMUP}
     # What is pruned comes every four steps: the way there is octave by octave, too.
     first = len(run.decisions) - 1
     run.exchanges(4, 20 * MBIT)
-    assert [d.interval for d in run.decisions[first : first + 3]] == [8, 4, 4]
+    assert [d.interval for d in run.decisions[first : first + 3]] == [4, 4, 4]
     assert not any(d.unpruned for d in run.decisions[first:])
 
 
@@ -74,8 +75,72 @@ def test_number_holds_in_the_warm_up_too() -> None:
     assert [d.step for d in run.decisions[1:4]] == [10, 15, 20]
 
 
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("ramp_steps", [0, 20])
+def test_number_holds_after_a_warm_up_that_was_decided(every: int, ramp_steps: int) -> None:
+    fields = {"sync_every": every, "warmup": "auto", "warmup_steps": 61, "overlap": False}
+    run = warmed(unpruned(ramp_steps=ramp_steps, **fields).exchanges(2, MBIT), MBIT)
+    found = [d.interval for d in run.decisions if d.unpruned]
+    assert found[-1] == warmup.MOST
+    assert all(1 <= way <= 10 for way in found)
+    assert (run.interval, run.decisions[-1].step) == (every, run.step + every)
+    run.exchanges(30, MBIT)
+    assert {d.interval for d in run.decisions[-30:]} == {every}
+
+
 def test_what_is_sent_unpruned_is_no_measure_of_pruned_bytes() -> None:
     network = warmed(unpruned(), 20 * MBIT).state.network
     assert not network.is_dense
     assert network.sizes == ()
     assert network.codec.dense_s == ()
+
+
+# ---- "auto" --------------------------------------------------------------------------------------
+
+
+def auto(**fields: Any) -> IslandRun:
+    return unpruned(**({"warmup": "auto"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("rate", "dense_steps"),
+    # A dense exchange of 4 MB takes 3.2, 0.64, 0.32, 0.21 and 0.16 s beside 0.2 s of computation.
+    [(10, 2), (50, 3), (100, 5), (150, 6), (200, None)],
+)
+def test_warm_up_goes_on_unpruned_where_dense_exchanges_take_longer_than_the_computation(
+    rate: float, dense_steps: int | None
+) -> None:
+    run = auto().exchanges(20, rate * MBIT)
+    dense = [d for d in run.decisions[:20] if not d.unpruned]
+    assert len(dense) == (dense_steps or 20)
+    assert {d.cause for d in run.decisions} == {Cause.WARMUP}
+    told = [d for d in run.decisions if " of computation" in d.reason]
+    assert [d is run.decisions[dense_steps or 6] for d in told] == [True]
+    assert run.state.warmup.form == ("unpruned" if dense_steps else "dense")
+    assert "dense" in told[0].reason
+
+
+def test_first_interval_is_estimated_from_dense_exchanges() -> None:
+    run = auto().exchanges(2, 5 * MBIT)
+    reason = "warm-up step 6 of 200: unpruned, every 4 -> 8 steps, as a dense exchange takes 6.5"
+    assert run.decisions[-1].reason.startswith(reason)
+    assert (run.interval, run.decisions[-1].step) == (8, 10)
+
+
+def test_form_is_settled_once() -> None:
+    slow = auto().exchanges(10, 10 * MBIT)
+    assert slow.exchanges(30, 1000 * MBIT).decisions[-1].unpruned
+    fast = auto().exchanges(10, 1000 * MBIT)
+    assert not fast.exchanges(30, MBIT).decisions[-1].unpruned
+
+
+def test_form_stays_dense_where_nothing_can_be_saved() -> None:
+    assert not any(d.unpruned for d in auto(warmup_steps=9).exchanges(9, 50 * MBIT).decisions)
+    assert any(d.unpruned for d in auto(warmup_steps=19).exchanges(9, 50 * MBIT).decisions)
+
+
+@pytest.mark.parametrize("fields", [{"prune": "gradient"}, {"controller": "stepwise"}])
+def test_where_nothing_decides_auto_is_dense(fields: Any) -> None:
+    config = GradientPruningConfig(**fields)
+    assert (config.warmup, config.warmup_form) == ("auto", "dense")
+    assert GradientPruningConfig().warmup_form == "auto"
