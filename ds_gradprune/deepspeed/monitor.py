@@ -2,6 +2,8 @@
 
 Nothing here ends a training: a log that cannot be written says so once and stops. All functions are
 local, and rank 0 alone calls them.
+
+Longer than 300 lines: a log that stays small, and all that a screen is told.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -26,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 decisions_logger = logging.getLogger("ds_gradprune.decisions")
 """An INFO line for every change of density or interval; a WARNING for a hopeless budget."""
-
-deepspeed_logger = logging.getLogger("DeepSpeed")
-"""DeepSpeed's own, which shows INFO unless somebody silences it."""
 
 PREFIX = "Train/Samples/gradient_pruning_"
 """Before every name in DeepSpeed's monitor."""
@@ -242,11 +242,11 @@ def say_verdict(verdict: Verdict) -> None:
 
 
 def show(text: str) -> None:
-    """Good news: where nobody asked for our decisions they go to DeepSpeed's own logger."""
+    """Good news: on stderr where nobody asked for our decisions. Python shows no INFO there."""
     if decisions_logger.isEnabledFor(logging.INFO):
         decisions_logger.info(text)
-    else:
-        deepspeed_logger.info("gradient pruning: %s", text)
+    elif decisions_logger.isEnabledFor(logging.WARNING):
+        print(f"gradient pruning: {text}", file=sys.stderr, flush=True)
 
 
 class DecisionLog:

@@ -94,7 +94,7 @@ def test_detach_takes_the_hooks_off_the_parameters(two: Any) -> None:
 
 
 def test_every_run_is_told_where_its_time_goes(two: Any) -> None:
-    """By rank 0, through DeepSpeed's own logger, in a script that asked for nothing."""
+    """By rank 0, on its screen, in a script that asked for nothing."""
     first, other = two("timed")
     assert other == []
     assert [text.split(":")[1] for text in first] == [" steps 1 to 10", " steps 11 to 20"]

@@ -385,29 +385,28 @@ def test_a_budget_that_is_met_or_unknown_is_not_warned_of(
 
 
 @pytest.mark.parametrize(
-    ("pruned_s", "level", "heard"),
+    ("pruned_s", "level", "heard", "is_printed"),
     [
-        (1.0, logging.INFO, [("ds_gradprune.decisions", "INFO")]),
-        (1.0, logging.NOTSET, [("DeepSpeeds", "INFO")]),
-        (3.0, logging.NOTSET, [("ds_gradprune.decisions", "WARNING")]),
+        (1.0, logging.INFO, ["INFO"], False),
+        (1.0, logging.WARNING, [], True),  # DeepSpeed's own logger would not show it either
+        (1.0, logging.ERROR, [], False),  # somebody wants silence
+        (3.0, logging.WARNING, ["WARNING"], False),
     ],
 )
 def test_a_verdict_is_always_heard(
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     pruned_s: float,
     level: int,
-    heard: list[tuple[str, str]],
+    heard: list[str],
+    is_printed: bool,
 ) -> None:
     verdict = Verdict(2.0, pruned_s, 0.05, 1, 80.0)
-    # DeepSpeed's own lets nothing through to the root, where the test listens.
-    monkeypatch.setattr(monitor, "deepspeed_logger", logging.getLogger("DeepSpeeds"))
-    monitor.deepspeed_logger.setLevel(logging.INFO)
-    caplog.handler.setLevel(logging.INFO)
     caplog.set_level(level, monitor.decisions_logger.name)
     monitor.say_verdict(verdict)
-    assert [(record.name, record.levelname) for record in caplog.records] == heard
-    assert verdict.text in caplog.text
+    found = [(record.name, record.levelname) for record in caplog.records]
+    assert found == [("ds_gradprune.decisions", name) for name in heard]
+    assert capsys.readouterr().err == (f"gradient pruning: {verdict.text}\n" * is_printed)
 
 
 def test_without_a_prediction_the_measured_time_of_a_step_counts() -> None:
