@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,10 @@ class _Waiting:
     vector: int
     number: int
     missing: set[str]
+
+
+class _Taken(Exception):
+    """What DeepSpeed would reduce is known; what it does afterwards is not wanted."""
 
 
 class Round:
@@ -179,6 +184,11 @@ class Round:
         if len(parts) == 1:
             parts = [parts[0].clone()]  # DeepSpeed scales a single tensor in place
         taken: list[torch.Tensor] = []
-        with self._handle.backend.gradient_bucket(lambda flat: taken.append(flat.clone())):
+
+        def take(flat: torch.Tensor) -> None:
+            taken.append(flat)
+            raise _Taken
+
+        with contextlib.suppress(_Taken), self._handle.backend.gradient_bucket(take):
             vector.reduction(parts)
         return taken[0]
