@@ -38,7 +38,7 @@ class Lasting:
 def outlived() -> Iterator[None]:
     """The loss of standard output or error ends nothing inside. Local."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ class Order(Dataset[Row]):
             self._permutation = np.random.default_rng([self._seed, epoch]).permutation(
                 len(self._rows)
             )
-        return self._rows[self._permutation[place]]
+        return self._rows[int(self._permutation[place])]
 
 
 def write_since(checkpoint: Path, since: Since) -> None:
