@@ -179,7 +179,10 @@ def page(document: dict[str, Any]) -> str:
         "# What a checkpoint costs beside DeepSpeed's own",
         "",
         f"Written by `{document['command']}` on {document['date']}, commit {document['commit']}, "
-        f"{document['machine']['cpu']}, {document['machine']['cores']} cores. A model of "
+        f"{document['machine']['cpu']}, {document['machine']['cores']} cores, load "
+        f"{document['machine']['load_average'][0]:.1f} at the end, torch "
+        f"{document['machine']['versions']['torch']}, deepspeed "
+        f"{document['machine']['versions']['deepspeed']}. A model of "
         f"{document['parameters'] / 1e6:.1f}M parameters, AdamW in fp32, {RANKS} ranks on one "
         f"disk, each an island. Medians of {document['rounds']}, and the range.",
         "",
