@@ -69,5 +69,6 @@ print(f"lines after logger.setLevel(INFO): {half}")
 print(f"lines after both were set: {loud}")
 sys.exit((level, silent, half, loud) != ("WARNING", 0, 0, 10))
 PYTHON
-DS_ACCELERATOR=cpu "$folder/venv/bin/python" "$folder/finding.py" "$folder/store" 2>"$folder/errors" ||
-    { status=$?; tail -n 5 "$folder/errors"; exit "$status"; }
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
+cd "$folder"
+"$folder/venv/bin/python" finding.py "$folder/store" 2>"$folder/errors" || { code=$?; tail -n 5 "$folder/errors" >&2; exit "$code"; }

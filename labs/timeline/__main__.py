@@ -111,7 +111,7 @@ def summed(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def page(document: dict[str, Any], command: str, picture: str) -> str:
+def page(document: dict[str, Any], command: str, name: str) -> str:
     """The results page."""
     made, facts = document["machine"], document["machine"]["versions"]
     lines = [
@@ -137,11 +137,12 @@ def page(document: dict[str, Any], command: str, picture: str) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"![a step's timeline, one pair of rows per case]({picture})",
+        f"![a step's timeline, three rows per case]({name}.png)",
         "",
         "One traced step per case. Tracing makes a step longer. In the thread's row are the ranges "
         "of all threads but the main one. What is encoded there counts as computation in the "
-        "table, because it takes the processor while the main thread computes.",
+        "table, because it takes the processor while the main thread computes. All ranges: "
+        f"[{name}.json]({name}.json).",
         "",
     ]
     return "\n".join(lines)
@@ -199,7 +200,7 @@ def main() -> None:
         picture = flags.out.with_suffix(".png")
         draw(document["traces"], picture)
         flags.out.with_suffix(".json").write_text(json.dumps(document) + "\n")
-        flags.out.write_text(page(document, command, picture.name))
+        flags.out.write_text(page(document, command, flags.out.stem))
     print(json.dumps(document))
 
 

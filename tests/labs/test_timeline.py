@@ -59,7 +59,7 @@ def test_the_page_holds_medians_over_rounds_and_the_share_that_was_hidden() -> N
         "cases": table,
     }
     assert "| a | 750 (500 to 2000) | 250 | 125 | 250 | 750 | 75 % | 2.00 |" in page(
-        document, "command", "picture.png"
+        document, "command", "timeline"
     )
 
 
