@@ -19,9 +19,10 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "launch"
 
+from .support.any_run import bring_up, train_in
 from .support.peers import Peers
-from .support.script import run_script, warn_of_locks
-from .support.start import check_ds_config, end_process, quiet_deepspeed, skip_shm_op
+from .support.script import run_script
+from .support.start import end_process
 from .support.tuning_settings import TuningSettings, parser, read_tuning_settings
 
 __all__ = ["main", "parser"]
@@ -39,28 +40,13 @@ def _tune(settings: TuningSettings, peers: Peers) -> None:
     peers.check_alike(settings.facts())
     prompts = peers.together(settings.check_inputs)
     peers.check_alike({"prompts": prompts})
-    warn_of_locks(peers.place)
-    import deepspeed
-
-    quiet_deepspeed()
-    skip_shm_op()
-    deepspeed.init_distributed()
-    peers.together(lambda: check_ds_config(settings.ds_config))
+    bring_up(settings, peers)
     from textgen.model import quiet_transformers
 
     from .support.tuning_run import TuningRun
 
     quiet_transformers()
-    try:
-        try:
-            run = TuningRun(settings, peers, prompts)
-        except BaseException:
-            settings.folder.discard()
-            raise
-        with peers.during("training"):
-            run.train()
-    finally:
-        settings.folder.release()
+    train_in(settings, peers, lambda: TuningRun(settings, peers, prompts))
 
 
 if __name__ == "__main__":

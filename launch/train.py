@@ -20,11 +20,12 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "launch"
 
+from .support.any_run import bring_up, train_in
 from .support.peers import Peers
 from .support.run import Run
-from .support.script import run_script, warn_of_locks
+from .support.script import run_script
 from .support.settings import Settings, parser, read_settings
-from .support.start import check_ds_config, end_process, quiet_deepspeed, skip_shm_op
+from .support.start import end_process
 
 __all__ = ["main", "parser"]
 
@@ -40,23 +41,8 @@ def _train(settings: Settings, peers: Peers) -> None:
     text = peers.patiently(settings.check_inputs)
     resumed = settings.folder.newest() if settings.flags.resume else None
     peers.check_alike({"text": text, "checkpoint": resumed})
-    warn_of_locks(peers.place)
-    import deepspeed
-
-    quiet_deepspeed()
-    skip_shm_op()
-    deepspeed.init_distributed()
-    world_config = peers.together(lambda: check_ds_config(settings.ds_config))
-    try:
-        try:
-            run = Run(settings, peers, world_config, text)
-        except BaseException:
-            settings.folder.discard()
-            raise
-        with peers.during("training"):
-            run.train()
-    finally:
-        settings.folder.release()
+    world_config = bring_up(settings, peers)
+    train_in(settings, peers, lambda: Run(settings, peers, world_config, text))
 
 
 if __name__ == "__main__":

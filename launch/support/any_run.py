@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_gradprune.config import BLOCK
+from ds_gradprune.deepspeed.build_locks import warn_of_locks
 
 from .lost import standing
 from .peers import Peers
 from .shown import Messages, say
+from .start import check_ds_config, quiet_deepspeed, skip_shm_op
 
 logger = logging.getLogger("ds_gradprune")
 
@@ -18,7 +21,7 @@ WORSE = 1.01
 """Last over least validation loss, from which on a run has gone on too long."""
 
 
-class AnyRun:
+class AnyRun(ABC):
     """One run from its data to its result.
 
     Args:
@@ -36,6 +39,10 @@ class AnyRun:
         logger.handlers = [self.messages] if peers.rank == 0 else [logging.NullHandler()]
         logger.propagate = False
         logging.getLogger("ds_gradprune.decisions").setLevel(logging.INFO)
+
+    @abstractmethod
+    def train(self) -> None:
+        """Train, save, and write model and result. Collective."""
 
     def claim(self, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
         """Claim the folder, or take it over. Collective.
@@ -113,3 +120,35 @@ def totals_of(handle: Any) -> dict[str, Any]:
         "density_min": totals.density_min if totals else None,
         "density_max": totals.density_max if totals else None,
     }
+
+
+def bring_up(settings: Any, peers: Peers) -> Any:
+    """Start DeepSpeed; returns its own reading of the configuration. Collective."""
+    if peers.place.local_rank == 0:
+        warn_of_locks(say)
+    import deepspeed
+
+    quiet_deepspeed()
+    skip_shm_op()
+    deepspeed.init_distributed()
+    return peers.together(lambda: check_ds_config(settings.ds_config))
+
+
+def train_in(settings: Any, peers: Peers, begin: Callable[[], AnyRun]) -> None:
+    """Begin a run and train; one that cannot begin leaves nothing. Collective.
+
+    Args:
+        settings: see `AnyRun`.
+        peers: all ranks.
+        begin: makes the run, which claims the folder.
+    """
+    try:
+        try:
+            run = begin()
+        except BaseException:
+            settings.folder.discard()
+            raise
+        with peers.during("training"):
+            run.train()
+    finally:
+        settings.folder.release()

@@ -13,9 +13,7 @@ from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
 from .peers import Peers, StopSwitch
 from .run_folder import RunFolder, write_json
 from .settings import Settings
-from .shown import Validations, live_fields, say
-
-__all__ = ["Run", "say"]
+from .shown import Validations, live_fields
 
 
 class Run(AnyRun):
@@ -29,6 +27,7 @@ class Run(AnyRun):
         self.on_first(lambda: write_json(self.folder.config, ds_config))
         with peers.during("starting the engine"):
             import ds_gradprune
+            from ds_gradprune.deepspeed.monitor import StepLog
 
             self.engine, *_ = ds_gradprune.initialize(
                 model=model, model_parameters=list(model.parameters()), config=ds_config
@@ -36,6 +35,10 @@ class Run(AnyRun):
             handle = getattr(self.engine, "gradprune", None)
             self.handle = None if handle is None or handle.idle else handle
             self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
+            # Where pruning runs it writes the log itself; elsewhere it gets the plain numbers.
+            is_plain = self.handle is None and peers.rank == 0
+            self._plain_log = StepLog(str(self.folder.log) if is_plain else None)
+            self._plain_log.rewind(self.since.step)
         peers.standing = self.standing
         peers.adopt(self.handle)
         self._tell_start(settings.block)
@@ -95,8 +98,6 @@ class Run(AnyRun):
         """Load the newest checkpoint. Collective."""
         state = load_checkpoint(self.engine, self.folder)
         since = Position(*state["position"])
-        if self.handle is None and self.peers.rank == 0:
-            self.folder.rewind_log(since.step)
         if state["world_size"] != self.peers.world_size:
             self.say(
                 f"note: {state['world_size']} ranks have trained so far, now "
@@ -189,10 +190,8 @@ class Run(AnyRun):
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
 
     def _log_step(self, record: Any) -> None:
-        """Where pruning runs it writes the log itself; elsewhere it gets the plain numbers."""
         self.steps_done = record.step
-        if self.handle is None and self.peers.rank == 0:
-            self.folder.append_log(dataclasses.asdict(record))
+        self._plain_log.write(record)
 
     def _finish(self, result: Any) -> None:
         """Write model and result; rank 0 is done writing when this returns. Collective."""
@@ -201,6 +200,7 @@ class Run(AnyRun):
         with self.peers.during("writing the model"), whole_weights(self.engine):
             self.on_first(lambda: save_model(self.engine.module, self.tokenizer, self.folder.model))
         self.on_first(lambda: write_json(self.folder.result, self._document(result)))
+        self._plain_log.close()
         self.say_end(result.val_losses, stopped=result.stopped)
         if self.handle is not None:
             self.handle.detach()

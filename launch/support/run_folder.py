@@ -200,31 +200,6 @@ class RunFolder:
         if self.newest() != tag:
             shutil.rmtree(self.checkpoints / tag, ignore_errors=True)
 
-    def append_log(self, entry: Mapping[str, Any]) -> None:
-        """Add one line to the log.
-
-        Raises:
-            DataError: the disk refuses.
-        """
-        try:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(dict(entry))) + "\n")
-        except OSError as exc:
-            raise DataError(f"{self.log} must be writable: {exc.strerror}.") from exc
-
-    def rewind_log(self, step: int) -> None:
-        """Drop what was logged after `step`, and a last line that was cut."""
-        if not self.log.is_file():
-            return
-        kept = []
-        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # cut by a crash: it belongs to no step
-                continue
-        _replace(self.log, "".join(kept))
-
     def _hold(self) -> None:
         """Lock the folder until this process ends."""
         if not _locked(self._lock):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.deepspeed.build_locks import stale_locks, warning
 from ds_gradprune.errors import GradPruneError, TransportError
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import LATE_S, Pulse, deadline, within
@@ -18,7 +17,7 @@ from .lost import situated
 from .peers import TELL_LIMIT_S, AgreedFault, Peers
 from .place import Place, export_place, find_place, share_cores
 from .rendezvous import AbsentRanks
-from .run import say
+from .shown import say
 from .start import choose_accelerator, connect
 from .terminal import outlived
 
@@ -88,12 +87,6 @@ def _run(
             say("Interrupted; nothing new was saved.")
         return 130
     return 0
-
-
-def warn_of_locks(place: Place) -> None:
-    """Say, once per host, which compilations were killed: a run that needs one waits for ever."""
-    if place.local_rank == 0 and (locks := stale_locks()):
-        say(warning(locks))
 
 
 def _tell(exc: GradPruneError, place: Place, peers: Peers | None) -> None:

@@ -225,18 +225,6 @@ def test_unfinished_checkpoint_is_removed_and_a_finished_one_is_not(run: RunFold
     assert steps_in(run) == [checkpoint_tag(5)]
 
 
-def test_log_is_rewound_to_the_resumed_step(run: RunFolder) -> None:
-    run.path.mkdir()
-    run.rewind_log(3)
-    assert not run.log.exists()
-    for step in range(1, 6):
-        run.append_log({"step": step, "loss": 0.5})
-    with run.log.open("ab") as file:
-        file.write(b'\xff\xfe\n{"step": 2, "lo')
-    run.rewind_log(3)
-    assert [json.loads(line)["step"] for line in run.log.read_text().splitlines()] == [1, 2, 3]
-
-
 def test_json_is_replaced_as_a_whole(run: RunFolder) -> None:
     write_json(run.result, {"steps": 1})
     write_json(run.result, {"steps": 2})

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from ds_gradprune.errors import ConfigError
-from launch.support import script
-from launch.support.place import Place
 from launch.support.start import read_ds_config, skip_shm_op
 from tests.helpers.ranks import run_processes
 
@@ -34,17 +32,6 @@ def test_text_that_trips_its_reader_is_a_fault_of_the_text(tmp_path: Path, text:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"--config must be JSON, got .*c\.json: \S"):
         read_ds_config(path)
-
-
-def test_locks_of_killed_compilations_are_told_once_per_host(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """launch/finetune.py waited for them without a word, where launch/train.py warned."""
-    monkeypatch.setattr(script, "stale_locks", lambda: [Path("/cache/op/lock")])
-    for local_rank in (0, 1):
-        script.warn_of_locks(Place(rank=local_rank, world_size=2, local_rank=local_rank))
-    told = capfd.readouterr()
-    assert (told.out + told.err).count("no process holds /cache/op/lock") == 1
 
 
 @pytest.mark.distributed
