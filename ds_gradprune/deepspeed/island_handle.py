@@ -14,7 +14,6 @@ them), its own weights, its optimizer's state, its schedule and its buffers.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +30,7 @@ from ds_gradprune.deepspeed.island_state import IslandState
 from ds_gradprune.deepspeed.island_weights import IslandWeights
 from ds_gradprune.deepspeed.monitor import StepLog
 from ds_gradprune.deepspeed.rounds import Rounds
-from ds_gradprune.deepspeed.survivors import tell_lost
+from ds_gradprune.deepspeed.survivors import Roll
 from ds_gradprune.deepspeed.warmup import Warmup
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.islands import Islands
@@ -82,8 +81,7 @@ class IslandHandle(Handle):
         crew: CrewTransport | None = None,
     ) -> None:
         super().__init__(engine, config, channel, clock, seat)
-        self.crew = crew
-        self._crew_before = () if crew is None else crew.took_part
+        self.crew, self._roll = crew, Roll(crew, config.min_islands or 1) if crew else None
         self.groups = groups
         self.shards = shards
         shared = SharedWeights(shards, on_cpu=_lies_on_cpu(config.shared_device, shards))
@@ -154,17 +152,9 @@ class IslandHandle(Handle):
         return self.islands.weights.own_crc()
 
     def finish(self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int) -> None:
-        """See `Handle`; where an island is lost, another one may have to write down."""
-        crew = self.crew
-        if crew is not None and crew.took_part != self._crew_before:
-            before, self._crew_before = self._crew_before, crew.took_part
-            if crew.place == 0:
-                assert self.config.min_islands is not None
-                step, least = self.loop.last_exchange, self.config.min_islands
-                tell_lost(before, crew.took_part, step, least)
-                if not self._is_first:
-                    self._is_first = True
-                    self._log = StepLog(self.config.log_path)
+        """See `Handle`; another one may have to write down from now on."""
+        if self._roll is not None and self._roll.takes_over(self.loop.last_exchange):
+            self._is_first, self._log = True, StepLog(self.config.log_path)
         super().finish(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
 
     def _before_detach(self) -> None:
@@ -230,16 +220,14 @@ class IslandHandle(Handle):
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.rounds.land()
         with self.weights.shared():
-            if self.crew is None:
+            if self._roll is None:
                 return super()._save_checkpoint(original, *args, **kwargs)
-            there = self.crew.roll()
-            while True:  # until nobody was lost in it
-                island, there_before = there.index(self.crew.rank), there
-                self.seat = dataclasses.replace(self.seat, island=island, num_islands=len(there))
-                result = super()._save_checkpoint(original, *args, **kwargs)
-                there = self.crew.roll()
-                if there == there_before:
-                    return result
+
+            def save(seat: checkpoint.Seat) -> Any:
+                self.seat = seat
+                return super(IslandHandle, self)._save_checkpoint(original, *args, **kwargs)
+
+            return self._roll.save(self.seat, save)
 
     @contextmanager
     def _writing(self, writes: bool) -> Iterator[None]:

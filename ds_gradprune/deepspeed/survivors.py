@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig
+from ds_gradprune.deepspeed.checkpoint import Seat
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.epochs import gloo_opener
 from ds_gradprune.wire.members import Epoch, Members
 from ds_gradprune.wire.transport import Transport
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +75,50 @@ def make_crew(
     return CrewTransport(members)
 
 
-def tell_lost(before: tuple[int, ...], after: tuple[int, ...], step: int, least: int) -> None:
-    """Warn of islands that are gone. Local."""
-    lost = [str(island) for island in before if island not in after]
-    logger.warning(
-        "step %d: island%s %s did not answer and %s left out; %d go on (gradient_pruning."
-        "min_islands %d). Start all again with --resume to have %s back.",
-        step,
-        "" if len(lost) == 1 else "s",
-        ", ".join(lost),
-        "is" if len(lost) == 1 else "are",
-        len(after),
-        least,
-        "it" if len(lost) == 1 else "them",
-    )
+class Roll:
+    """Who is left, as one engine has seen it.
+
+    Args:
+        crew: the islands' transport.
+        least: `min_islands`, for messages.
+    """
+
+    def __init__(self, crew: CrewTransport, least: int) -> None:
+        self._crew = crew
+        self._least = least
+        self._before = crew.took_part
+
+    def takes_over(self, step: int) -> bool:
+        """Tell of islands that are gone; whether this one now does what is done once. Local.
+
+        Args:
+            step: that the last exchange followed.
+        """
+        before, self._before = self._before, self._crew.took_part
+        if before == self._before or self._crew.place:
+            return False
+        lost = [str(island) for island in before if island not in self._before]
+        logger.warning(
+            "step %d: %d go on without island %s, which did not answer (gradient_pruning."
+            "min_islands %d). Start all again with --resume to have it back.",
+            step,
+            len(self._before),
+            ", ".join(lost),
+            self._least,
+        )
+        return before[0] != self._crew.rank
+
+    def save(self, seat: Seat, save: Callable[[Seat], T]) -> T:
+        """Save again and again, until nobody was lost in it. Collective: those that are left.
+
+        Args:
+            seat: of this rank.
+            save: as an island of those that are left.
+        """
+        there = self._crew.roll()
+        while True:
+            island = there.index(self._crew.rank)
+            result = save(dataclasses.replace(seat, island=island, num_islands=len(there)))
+            before, there = there, self._crew.roll()
+            if there == before:
+                return result

@@ -98,7 +98,7 @@ def watch(engine: Any) -> Iterator[None]:
     Collective: all ranks.
     """
     handle = engine.gradprune
-    if handle.idle:
+    if handle.idle or handle.crew is not None:  # islands that may be lost know of each other
         yield
         return
     timeout_s: float = handle.config.timeout_s

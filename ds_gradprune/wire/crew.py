@@ -24,6 +24,7 @@ from collections import deque
 import torch
 
 from ds_gradprune.errors import TransportError
+from ds_gradprune.wire.hand_on import bytes_of
 from ds_gradprune.wire.members import Epoch, Members
 from ds_gradprune.wire.transport import (
     Transport,
@@ -81,11 +82,7 @@ class CrewTransport(Transport):
         return self._start(_CrewCall(self, payload, out))
 
     def start_all_to_all(self, send: torch.Tensor, out: torch.Tensor) -> Work:
-        """Not here: what was meant for a lost island is nobody's.
-
-        Raises:
-            TransportError: always.
-        """
+        """Not here: what was meant for a lost island is nobody's. Raises TransportError."""
         raise TransportError("islands that may be lost exchange with all_gather alone")
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Work:
@@ -205,8 +202,8 @@ class CrewTransport(Transport):
             assert self._last is not None
             islands = torch.tensor(self._last[0], dtype=torch.int64).view(torch.uint8)
             data = self._last[1].contiguous().view(-1).view(torch.uint8)
-        islands = _given(transport, islands, is_source)
-        data = _given(transport, data, is_source)
+        islands = bytes_of(transport, islands, is_source)
+        data = bytes_of(transport, data, is_source)
         if self._done == most:
             return None
         return tuple(islands.view(torch.int64).tolist()), data
@@ -298,16 +295,3 @@ class _CrewCall(Work):
             self._out[: len(took_part)].copy_(result)
         self.took_part = took_part
         self._work, self._result, self.is_over = None, None, True
-
-
-def _given(transport: Transport, data: torch.Tensor, is_source: bool) -> torch.Tensor:
-    """The source's bytes, (n,) uint8; the others bring none. Collective."""
-    length = torch.tensor([data.numel() if is_source else 0], dtype=torch.int64)
-    transport.all_reduce(length)
-    total = int(length)
-    # Whole numbers, to which others add zeros: bits stay as they are.
-    padded = torch.zeros(-(-total // 4) * 4, dtype=torch.uint8)
-    if is_source:
-        padded[:total] = data.cpu()
-    transport.all_reduce(padded.view(torch.int32))
-    return padded[:total]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,7 +14,7 @@ from ds_gradprune.wire.members import Epoch
 from ds_gradprune.wire.torchdist import TorchDistTransport
 from ds_gradprune.wire.transport import Transport
 
-CONNECT_S = 30.0
+CONNECT_S = 10.0
 """So long islands that have agreed on an epoch may take to connect."""
 
 _given_up: list[Any] = []
@@ -49,21 +48,18 @@ def gloo_opener(store: Any, island: int, timeout_s: float) -> Callable[[Epoch], 
         backend._set_sequence_number_for_group()
         group._set_default_backend(kind)
         group._register_backend(torch.device("cpu"), kind, backend)
-        return _EpochTransport(group, backend, timeout_s)
+        return _EpochTransport(group, timeout_s)
 
     return opens
 
 
 class _EpochTransport(TorchDistTransport):
-    """Closes its connections, so that nobody waits for what this island will not send."""
+    """Its group is kept when it is closed: neither to drop nor to abort one is sure to return."""
 
-    def __init__(self, group: Any, backend: Any, timeout_s: float) -> None:
+    def __init__(self, group: Any, timeout_s: float) -> None:
         super().__init__(group, timeout_s, is_apart=True)
-        self._backend = backend
 
     def close(self) -> None:
         """See `Transport.close`; the group is given up. Local."""
         super().close()
-        _given_up.append((self._group, self._backend))
-        with contextlib.suppress(RuntimeError):  # some peer has ended
-            self._backend.abort()
+        _given_up.append(self._group)

@@ -115,7 +115,9 @@ def draw(seed: int, number: int) -> Schedule:
 def play(schedule: Schedule) -> Verdict:
     """Run a schedule to its end; the store lies in this process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    context = multiprocessing.get_context("fork")
+    # Not from this process: a store of it may hold a lock in the moment of the fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ends, processes = [], []
     for island in range(schedule.islands):
         mine, other = context.Pipe(duplex=False)

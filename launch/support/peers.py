@@ -1,7 +1,9 @@
 """What all processes of a run agree on, and how a failure is told once.
 
 Agreements are JSON in a gloo group of their own, beside the training's collectives, so their order
-never matters to each other. Every wait ends after `timeout_s`. Knows nothing of DeepSpeed.
+never matters to each other. Every wait ends after `timeout_s`.
+
+Longer than 300 lines: what ranks agree on, and the switch that ends a run by agreement.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed.survivors import refuse_unfit
+from ds_gradprune.deepspeed.waits import watch
 from ds_gradprune.errors import UnsupportedError
 from tests.helpers.ranks import run_processes
 
@@ -42,10 +44,18 @@ def test_the_others_train_on_and_save(
     assert (first["senders"][at - 1], first["senders"][-1]) == (3, 2)
     assert (first["latest"], second["saved"]) == ("end", first["saved"])
     assert sum(name.startswith("gradient_pruning_island") for name in first["saved"]) == 2
-    assert f"island {lost} did not answer and is left out; 2 go on" in first["warnings"][0]
+    assert f"2 go on without island {lost}, which did not answer" in first["warnings"][0]
     assert not any("did not answer" in text for text in second["warnings"])
     # Silence of 5 s decides; then two exchanges at most.
     assert max(first["longest_s"], second["longest_s"]) < 10.0
+
+
+def test_a_script_of_ones_own_is_not_ended_by_a_lost_island() -> None:
+    """The thread that shows life to all ranks would end those that are left."""
+    handle = types.SimpleNamespace(idle=False, crew=object())
+    before = threading.active_count()
+    with watch(types.SimpleNamespace(gradprune=handle)):
+        assert threading.active_count() == before
 
 
 def unfit(num_islands: int, num_shards: int = 1, **keys: Any) -> str:

@@ -51,7 +51,7 @@ def test_a_run_goes_on_without_a_lost_island(
     assert [endings[rank].code for rank in left] == [0, 0], [end.told for end in endings]
     first = endings[left[0]].told
     if doom.rank:
-        assert f"island {doom.rank} did not answer and is left out; 2 go on" in first
+        assert f"2 go on without island {doom.rank}, which did not answer" in first
     result = json.loads((out / "result.json").read_text())
     assert (result["steps"], result["islands_left"]) == (14, 2)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

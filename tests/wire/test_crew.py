@@ -177,6 +177,22 @@ def test_an_island_that_comes_too_late_is_left_out() -> None:
     assert "islands 0, 1 have gone on without island 2" in str(found[2])
 
 
+def test_of_two_that_live_but_do_not_reach_each_other_one_is_left_out() -> None:
+    """A link that loses packets in one direction: all reach the store."""
+
+    def wrap(transport: Transport, island: int, epoch: int) -> Transport:
+        if epoch == 0:
+            return LastWords(transport, 3) if island == 1 else transport
+        if epoch == 1 and island:
+            raise TransportError("no answer from the other one")
+        return transport
+
+    found = on_crew(3, counts(4), wrap)
+    assert found[0] == found[1]
+    assert [took_part for took_part, _ in found[0][::2]] == [(0, 1, 2)] * 2 + [(0, 1)] * 2
+    assert isinstance(found[2], LeftOut)
+
+
 def test_after_a_failure_every_call_says_so() -> None:
     def work(crew: CrewTransport) -> Any:
         if crew.rank == 1:
