@@ -22,25 +22,12 @@ from ds_gradprune.law import alarm, learning
 from ds_gradprune.law.alarm import AlarmState
 from ds_gradprune.law.decision import Cause, Choice, Decision, Density, move, name
 from ds_gradprune.law.learning import LossWindow
-from ds_gradprune.law.schedule import (
-    first_decision,
-    next_exchange,
-    patience,
-    scheduled,
-    target_at,
-)
+from ds_gradprune.law.schedule import first_decision, next_exchange, scheduled, target_at
 from ds_gradprune.law.signals import StepSignals
-from ds_gradprune.law.stats import Change, Seconds, is_time, keep_last, median
+from ds_gradprune.law.stats import Change, Seconds, is_time, median
+from ds_gradprune.law.step_times import budget, confirming, own_times, step_times
 
-STEP_FACTOR, CONFIRM_STEPS = 0.7, 3
-"""One move of the density, and the steps whose times are behind it unless the network has changed.
-"""
-
-CONFIRM_LEAST, LOCAL_LEAST = 2, 5
-"""Times of several steps each that suffice where exchanges are rare."""
-
-BUDGET_FACTOR, LOCAL_STEPS = 1.1, 16
-"""Without a budget of the user's: so many times the median of a rank's own work, of so many."""
+STEP_FACTOR = 0.7  # one move of the density
 
 
 class StepwiseState(NamedTuple):
@@ -75,39 +62,27 @@ def update(
     """Take in one step's signals and decide for the step after it; see `law.update`."""
     loss = None if signals.nonfinite else signals.loss
     form, interval = config.performance_form, config.first_interval
-    window_size = config.window_losses(interval)
-    window, p = learning.observe(state.window, loss, window_size=window_size, form=form)
-    alarms, change, locals_s = state.alarm, None, state.local_times_s
+    size = config.window_losses(interval)
+    window, p = learning.observe(state.window, loss, window_size=size, form=form)
+    alarms, change, own_s = state.alarm, None, state.local_times_s
     if signals.timed_density is not None:
         alarms, change = alarm.watch(alarms, signals.comm_time_s, signals.wire_bytes)
-        codec_s = signals.codec_time_s if is_time(signals.codec_time_s) else 0.0
-        local_s = signals.compute_time_s
-        local_s = (local_s + codec_s) / signals.interval if is_time(local_s) else None
-        locals_s = keep_last(locals_s, local_s, patience(LOCAL_STEPS, interval, LOCAL_LEAST))
+        own_s = own_times(own_s, signals, interval)
     steps_s = state.step_times_s if change is None else ()
-    if signals.timed_density == state.density:
-        step_s = signals.step_time_s
-        step_s = None if step_s is None else step_s / signals.interval
-        steps_s = keep_last(steps_s, step_s, _confirming(interval))
-    budget_s = config.step_time_budget_s
-    if budget_s is None and locals_s:
-        budget_s = BUDGET_FACTOR * median(locals_s)
-    after = StepwiseState(state.density, window, alarms, locals_s, steps_s, change or state.change)
-    choice, going_on = _decide(config, after, signals, p, budget_s)
+    steps_s = step_times(steps_s, signals, state.density, interval)
+    budget_s = budget(config.step_time_budget_s, own_s)
+    after = StepwiseState(state.density, window, alarms, own_s, steps_s, change or state.change)
+    unpruned = config.warmup_form == "unpruned"
+    step = next_exchange(config, signals.step, interval, unpruned=unpruned)
+    choice, going_on = scheduled(config, step, unpruned=unpruned), None
+    if choice is None:
+        choice, going_on = _decide(config, after, signals, p, budget_s)
     density, reason = choice.k / CHUNK_NUMEL, choice.text
     reason += "" if change is None else f"; exchanges became {change}"
     steps_s = steps_s if density == state.density else ()
-    unpruned = config.warmup_form == "unpruned"
+    unpruned, changed = unpruned and choice.cause is Cause.WARMUP, change is not None
     decision = Decision(
-        next_exchange(config, signals.step, interval, unpruned=unpruned),
-        density,
-        choice.cause,
-        reason,
-        p,
-        budget_s,
-        change is not None,
-        interval=interval,
-        unpruned=unpruned and choice.cause is Cause.WARMUP,
+        step, density, choice.cause, reason, p, budget_s, changed, None, None, interval, unpruned
     )
     return after._replace(density=density, step_times_s=steps_s, change=going_on), decision
 
@@ -120,11 +95,6 @@ def _decide(
     budget_s: float | None,
 ) -> tuple[Choice, Change | None]:
     """The rules in their order, and the change that is still to be adjusted to."""
-    unpruned, interval = config.warmup_form == "unpruned", config.first_interval
-    step = next_exchange(config, signals.step, interval, unpruned=unpruned)
-    choice = scheduled(config, step, unpruned=unpruned)
-    if choice is not None:
-        return choice, None
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
     k = max(k_min, min(k_max, kept_per_chunk(state.density)))
     less, more = min(k_max, math.ceil(k / STEP_FACTOR)), math.ceil(k * STEP_FACTOR)
@@ -139,13 +109,12 @@ def _decide(
     if budget_s is None or not state.step_times_s:
         return _hold(k, f"{learned}, no step time at this density yet"), state.change
     step_s, numel = median(state.step_times_s), len(state.step_times_s)
+    wanted = confirming(config.first_interval)
     if step_s <= budget_s:
         text = f"{learned}, step {step_s:.3f} s within {budget_s:.3f} s"
-        wanted = _confirming(config.first_interval)
-        return _adjust(state, signals, k, less, budget_s - step_s, text, wanted)
+        return _adjust(state, signals, (k, less), budget_s - step_s, text, numel >= wanted)
     kind = "an automatic" if config.step_time_budget_s is None else "the"
     text = f"step {step_s:.3f} s over {kind} budget of {budget_s:.3f} s"
-    wanted = _confirming(config.first_interval)
     if numel < wanted and state.change != "slower":
         return _hold(k, f"{text} in {numel} of {wanted} steps"), state.change
     going_on = state.change if state.change == "slower" else None
@@ -155,33 +124,26 @@ def _decide(
 def _adjust(
     state: StepwiseState,
     signals: StepSignals,
-    k: int,
-    less: int,
+    ks: tuple[int, int],
     room_s: float,
     text: str,
-    wanted: int,
+    sure: bool,
 ) -> tuple[Choice, Change | None]:
     """Both hold: prune less if a faster network allows it."""
+    k, less = ks
     if state.change != "faster" or less == k:
         return _hold(k, text), None
     is_timed = signals.timed_density == state.density and is_time(signals.comm_time_s)
     if not is_timed or signals.wire_bytes <= 0:
         return _hold(k, text), state.change
     # Headers and dense segments do not grow with k: this is the most that the next step can take.
-    dense_growth = signals.dense_bytes / signals.wire_bytes
-    growth = dense_growth if less == CHUNK_NUMEL else less / k
+    growth = signals.dense_bytes / signals.wire_bytes if less == CHUNK_NUMEL else less / k
     more_s = (growth - 1.0) * signals.comm_time_s / signals.interval
     if more_s > room_s:
-        is_sure = len(state.step_times_s) >= wanted
         text = f"{text}, and {more_s:.3f} s more at {name(less)}"
-        return _hold(k, text), None if is_sure else state.change
+        return _hold(k, text), None if sure else state.change
     text = f"{text}, and {more_s:.3f} s more on the faster link: {move(k, less)}"
     return Choice(less, Cause.NETWORK_CHANGED, text), state.change
-
-
-def _confirming(interval: int) -> int:
-    """Step times behind a move."""
-    return patience(CONFIRM_STEPS, interval, CONFIRM_LEAST)
 
 
 def _hold(k: int, text: str) -> Choice:

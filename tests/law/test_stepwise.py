@@ -18,7 +18,8 @@ from ds_gradprune.law.alarm import AlarmState, watch
 from ds_gradprune.law.decision import Cause
 from ds_gradprune.law.learning import LossWindow
 from ds_gradprune.law.signals import StepSignals
-from ds_gradprune.law.stepwise import LOCAL_STEPS, StepwiseState, start, update
+from ds_gradprune.law.step_times import LOCAL_STEPS
+from ds_gradprune.law.stepwise import StepwiseState, start, update
 from tests.helpers import simulated_law as sim
 
 K = 205  # density 0.05
