@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Messages(logging.Handler):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.show = say
+        self.show: Callable[[str], None] = say
         self._every = max(1, steps // DECISION_LINES)
         self._free_from = 0  # as if the lines so far had come evenly, up to this step
         self._left_out = 0
