@@ -120,7 +120,7 @@ class GradientRank(Rank):
                 if gradient.key in state:
                     residual[start : start + gradient.numel] = state[gradient.key].double()
                 start += gradient.numel
-            for bucket in self.pruning._buckets(gradients):
+            for bucket in self.pruning.buckets(gradients):
                 place = slice(here.start + bucket.start, here.start + bucket.stop)
                 self.channel.pay(number, bucket.layout, owed[place])
                 number += 1
