@@ -81,9 +81,8 @@ def asking(timeout_s: float | None) -> Iterator[None]:
 def watch(engine: Any) -> Iterator[None]:
     """Let no wait inside last for ever, whatever it waits for: a thread shows life to all ranks.
 
-    For a script of one's own, around everything from the first step to the last save::
-
-        with ds_gradprune.watch(engine): train()
+    For a script of one's own: `with ds_gradprune.watch(engine):` around everything from the first
+    step to the last save.
 
     Collectives of the script in the group of all ranks have the block's `timeout_s`. A rank that
     shows no life for so long ends the others, with a line that names it and exit code 2, where they
