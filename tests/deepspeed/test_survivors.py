@@ -13,7 +13,7 @@ from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed.survivors import refuse_unfit
 from ds_gradprune.deepspeed.waits import watch
 from ds_gradprune.errors import UnsupportedError
-from tests.helpers.ranks import run_processes
+from tests.helpers.fork_ranks import run_forked
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -35,7 +35,7 @@ def test_the_others_train_on_and_save(
     lost: int, at: int, block: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     given = {"block": block, "lost": lost, "at": at, "steps": 18, "folder": str(tmp_path)}
-    told = run_processes(3, "tests.helpers.survivors_main", "train_on", given | options)
+    told = run_forked(3, "tests.helpers.survivors_main", "train_on", given | options)
     first, second = (told[island] for island in range(3) if island != lost)
     assert first["crc"] == second["crc"]
     assert len(first["crc"]) == 18

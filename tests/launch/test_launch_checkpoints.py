@@ -63,6 +63,7 @@ def test_a_host_with_a_disk_of_its_own_names_its_checkpoint(folder: RunFolder) -
     """The second host's disk had no `latest`, and --resume said that ranks differ."""
     second: Any = SimpleNamespace(
         rank=1,
+        is_first=False,
         place=Place(rank=1, world_size=2),
         gather=lambda value: [value],
         together=lambda work: work(),
