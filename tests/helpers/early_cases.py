@@ -1,4 +1,7 @@
-"""Pruned gradients that leave while backward goes on, beside those that leave after it."""
+"""Pruned gradients that leave while backward goes on, beside those that leave after it.
+
+Longer than 300 lines: all cases that one start of ranks runs in a row.
+"""
 
 from __future__ import annotations
 
