@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_gradprune.errors import TransportError
+from ds_gradprune.wire.lost import reason_of
 from ds_gradprune.wire.members import Epoch
 from ds_gradprune.wire.torchdist import TorchDistTransport
 from ds_gradprune.wire.transport import Transport
@@ -40,9 +41,8 @@ def gloo_opener(store: Any, island: int, timeout_s: float) -> Callable[[Epoch], 
             connect = timedelta(seconds=min(timeout_s, CONNECT_S))
             backend = dist.ProcessGroupGloo(prefix, place, size, connect)
         except RuntimeError as exc:
-            reason = (str(exc).strip().splitlines() or ["no reason given"])[0][:200]
             raise TransportError(
-                f"island {island} could not connect to islands {epoch.islands}: {reason}"
+                f"island {island} could not connect to islands {epoch.islands}: {reason_of(exc)}"
             ) from exc
         backend._set_default_timeout(limit)
         backend._set_sequence_number_for_group()

@@ -29,6 +29,11 @@ def is_timeout(exc: BaseException) -> bool:
     return _TIMEOUT.search(str(exc)) is not None
 
 
+def reason_of(exc: BaseException) -> str:
+    """The first line of what torch tells, in 200 characters. Pure."""
+    return (str(exc).strip().splitlines() or ["no reason given"])[0][:200]
+
+
 @contextlib.contextmanager
 def translated(doing: str, rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
     """Turn what torch raises when a rank is gone into one typed line. Local.

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.wire.lost import reason_of
+from ds_gradprune.wire.silence import asked
 from ds_gradprune.wire.transport import Transport
 
 STORE_S = 5.0
@@ -263,30 +265,20 @@ class Bounded:
         return int(self._ask(lambda: self._store.add(key, amount)))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        answers: list[Any] = []
-        failures: list[Exception] = []
-
-        def run() -> None:
-            try:
-                answers.append(question())
-            except Exception as exc:  # torch's own, of many kinds
-                failures.append(exc)
-
-        thread = threading.Thread(target=run, name="store", daemon=True)
-        thread.start()
-        thread.join(STORE_S)
-        if answers:
-            return answers[0]
-        if failures:
-            reason = (str(failures[0]).strip().splitlines() or ["no reason given"])[0][:200]
+        answer = asked(STORE_S, question)
+        if answer is None:
+            raise TransportTimeout(
+                f"the store on rank 0's host must say within {STORE_S:g} s who is alive, but does "
+                "not answer: its host is frozen, or a link is down. Resume from the last "
+                "checkpoint."
+            )
+        exc = answer.exception()
+        if exc is not None:
             raise TransportError(
-                f"the store on rank 0's host cannot be asked who is alive: {reason}. Its host, its "
-                "process or its link is gone; resume from the last checkpoint."
-            ) from failures[0]
-        raise TransportTimeout(
-            f"the store on rank 0's host must say within {STORE_S:g} s who is alive, but does not "
-            "answer: its host is frozen, or a link is down. Resume from the last checkpoint."
-        )
+                f"the store on rank 0's host cannot be asked who is alive: {reason_of(exc)}. Its "
+                "host, its process or its link is gone; resume from the last checkpoint."
+            ) from exc
+        return answer.result()
 
 
 def _listed(islands: Any) -> str:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -171,18 +172,26 @@ def limit(timeout_s: float, group: Any) -> None:
         backend._set_default_timeout(min(backend.options._timeout, timedelta(seconds=timeout_s)))
 
 
-def within(limit_s: float, work: Callable[[], T]) -> T | None:
-    """What `work` returns; None if it fails or takes longer, and its thread is left behind."""
-    results: list[T] = []
+def asked(limit_s: float, work: Callable[[], T]) -> Future[T] | None:
+    """What became of `work`; None if it takes longer, and its thread is left behind."""
+    future: Future[T] = Future()
 
     def run() -> None:
-        with contextlib.suppress(Exception):
-            results.append(work())
+        try:
+            future.set_result(work())
+        except Exception as exc:  # torch's own, of many kinds
+            future.set_exception(exc)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
-    return results[0] if results else None
+    return future if future.done() else None
+
+
+def within(limit_s: float, work: Callable[[], T]) -> T | None:
+    """What `work` returns; None if it fails or takes longer, see `asked`."""
+    future = asked(limit_s, work)
+    return None if future is None or future.exception() is not None else future.result()
 
 
 def end_now(message: str) -> NoReturn:
