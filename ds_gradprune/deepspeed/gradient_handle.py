@@ -164,7 +164,7 @@ class GradientHandle(Handle):
                 self._note_names([place.gradient.key for place in places])
                 self.channel.advance(self.loop.exchange_step)
                 self.pruning.begin()
-                self._announcement = self._announce(loss, nonfinite=bad)
+                self._announcement = self._announce(self.loop.signals(loss, nonfinite=bad))
         return original(grads=grads, elements_per_buffer=elements_per_buffer)
 
     def _reduce_bucket(
@@ -214,9 +214,8 @@ class GradientHandle(Handle):
         scale = engine._get_optimizer_loss_scale() if engine.fp16_enabled() else None
         return 1.0 if scale is None else float(scale)
 
-    def _announce(self, loss: float | None, *, nonfinite: bool) -> Announcement:
+    def _announce(self, mine: RankSignals) -> Announcement:
         """Tell all islands what this one measured and is about to send. Collective: all ranks."""
-        mine = self.loop.signals(loss, nonfinite=nonfinite)
         self._signals, _ = self.inside.agree(mine, 0, island=self.groups.island)
         return self.announce(self._signals)
 

@@ -173,8 +173,7 @@ class ZeroGradientHandle(GradientHandle):
     def _tell(self, gradients: tuple[Gradient, ...], vector: torch.Tensor | None) -> None:
         """Announce a reduction; None: nothing is reduced, only the loss is told. Collective."""
         with self.loop.stopwatch.phase("codec"):
-            mine = self._note(gradients, vector)
-            self._announcement = self._announce(mine.loss, nonfinite=mine.nonfinite)
+            self._announcement = self._announce(self._note(gradients, vector))
             self._told.append(self._announcement)
 
     def _note(self, gradients: tuple[Gradient, ...], vector: torch.Tensor | None) -> RankSignals:
