@@ -28,7 +28,7 @@ DEEPSPEED = re.compile(
 )
 """What it has written."""
 
-WRITER = re.compile(r"inline_container|PytorchStreamWriter|file write failed|enforce fail", re.I)
+_WRITER = re.compile(r"inline_container|PytorchStreamWriter|file write failed|enforce fail", re.I)
 """torch.save hides a full disk behind a RuntimeError of its file writer."""
 
 
@@ -65,6 +65,11 @@ def first_island(folder: str, seat: Seat) -> int:
     return min(seen, default=seat.island)
 
 
+def is_refusal(exc: Exception) -> bool:
+    """Whether the disk has refused a save: all errors but RuntimeErrors of others. Pure."""
+    return not isinstance(exc, RuntimeError) or _WRITER.search(str(exc)) is not None
+
+
 @contextlib.contextmanager
 def told(save_dir: str, tag: str) -> Iterator[None]:
     """What a disk refuses to DeepSpeed, which saves inside, is told by name. Local.
@@ -75,7 +80,7 @@ def told(save_dir: str, tag: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not WRITER.search(str(exc)):
+        if not is_refusal(exc):
             raise
         reason = exc.strerror if isinstance(exc, OSError) else (str(exc).splitlines() or [""])[0]
         free = shutil.disk_usage(save_dir).free / 1e6 if os.path.isdir(save_dir) else 0.0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ds_gradprune.deepspeed.disks import WRITER
+from ds_gradprune.deepspeed.disks import is_refusal
 from ds_gradprune.deepspeed.tags import check_tag
 from ds_gradprune.errors import CheckpointError, GradPruneError, NonFiniteError
 
@@ -79,7 +79,7 @@ def whole_or_nothing(folder: RunFolder, tag: Callable[[], str]) -> Iterator[None
         folder.drop_unfinished(tag())
         raise
     except (OSError, RuntimeError, SafetensorError) as exc:
-        if isinstance(exc, RuntimeError) and not WRITER.search(str(exc)):
+        if not is_refusal(exc):
             raise
         folder.drop_unfinished(tag())
         raise CheckpointError(
