@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ds_gradprune.law.timed import Timed
+
 FIRST = 10
 """Exchanges before the first line; the first ones allocate and compile, so it waits for some."""
 
 
-class Measured(Protocol):
+class Measured(Timed, Protocol):
     """What is read of a `train.report.StepReport`."""
 
     @property
     def step(self) -> int:
         """The optimizer step that the exchange followed."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the interval."""
-
-    @property
-    def step_time_s(self) -> float | None:
-        """Of the interval; None: not seen from its start."""
-
-    @property
-    def codec_time_s(self) -> float:
-        """Select, encode, decode, apply."""
-
-    @property
-    def comm_time_s(self) -> float:
-        """Waiting for the exchange."""
 
     @property
     def hidden_time_s(self) -> float:

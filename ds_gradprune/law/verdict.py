@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ds_gradprune.law.stats import median
+from ds_gradprune.law.timed import Timed
 
 PAYS = 0.8
 """Pruning pays where a step takes at most this share of a dense one: a pruned step teaches less."""
@@ -44,12 +45,8 @@ class Decided(Protocol):
         """The link's rate; None: unknown."""
 
 
-class Measured(Protocol):
+class Measured(Timed, Protocol):
     """What is read of a `train.report.StepReport`."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the interval."""
 
     @property
     def density(self) -> float:
@@ -58,18 +55,6 @@ class Measured(Protocol):
     @property
     def cause(self) -> str:
         """Which rule had set the density."""
-
-    @property
-    def step_time_s(self) -> float | None:
-        """Of the interval; None: not seen from its start."""
-
-    @property
-    def codec_time_s(self) -> float:
-        """Select, encode, decode, apply."""
-
-    @property
-    def comm_time_s(self) -> float:
-        """Waiting for the exchange."""
 
     @property
     def wire_bytes(self) -> int:
