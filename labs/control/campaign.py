@@ -18,10 +18,10 @@ from labs.control.score import (
     changes,
     in_budget,
     log_densities,
-    percentile_95,
     run_law,
     settles,
 )
+from labs.control.tally import Sums
 from labs.control.traces import Trace
 
 HOSTS = (4, 8)
@@ -30,19 +30,11 @@ LOSS_LINK = "calm"
 
 
 @dataclass(slots=True)
-class Tally:
+class Tally(Sums):
     """What is summed over the runs of one law on links of one kind."""
 
-    down: list[int] = field(default_factory=list)
-    up: list[int] = field(default_factory=list)
-    late: list[int] = field(default_factory=list)
-    met: int = 0
-    meetable: int = 0
     log_oracle: float = 0.0
     log_fill: float = 0.0
-    steps: int = 0
-    stationary: list[int] = field(default_factory=list)
-    update_us: list[float] = field(default_factory=list)
 
     def add(self, course: Course, oracle: Course, trace: Trace) -> None:
         """One run."""
@@ -61,26 +53,12 @@ class Tally:
         if course.update_s is not None:
             self.update_us.append(1e6 * course.update_s / len(course.step_s))
 
-    def merge(self, others: Sequence[Tally]) -> Tally:
-        """This one and others together."""
-        for other in others:
-            for name in ("down", "up", "late", "stationary", "update_us"):
-                getattr(self, name).extend(getattr(other, name))
-            for name in ("met", "meetable", "log_oracle", "log_fill", "steps"):
-                setattr(self, name, getattr(self, name) + getattr(other, name))
-        return self
-
-    def figures(self) -> dict[str, Any]:
-        """See `score`; update_us is the median over the runs."""
+    def shares(self) -> dict[str, float | None]:
+        """See `Sums`."""
+        steps = self.steps
         return {
-            "settle_down_p95": percentile_95(self.down),
-            "settle_up_p95": percentile_95(self.up),
-            "late_down_p95": percentile_95(self.late),
-            "in_budget": self.met / self.meetable if self.meetable else None,
-            "density_vs_oracle": math.exp(self.log_oracle / self.steps) if self.steps else None,
-            "density_vs_fill": math.exp(self.log_fill / self.steps) if self.steps else None,
-            "stationary_changes": max(self.stationary) if self.stationary else None,
-            "update_us": statistics.median(self.update_us),
+            "density_vs_oracle": math.exp(self.log_oracle / steps) if steps else None,
+            "density_vs_fill": math.exp(self.log_fill / steps) if steps else None,
         }
 
 

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from labs.control import page, traces
 from labs.control.losses import make_losses
 from labs.control.plant import BUDGET_S
 from labs.control.rounds_plant import LAWS, STRETCH, Exchange, Plant, run, stretched
-from labs.control.score import percentile_95
+from labs.control.tally import Sums
 from labs.control.traces import Trace
 from labs.machine import machine
 from labs.race.page import setting
@@ -66,29 +66,17 @@ NOTE = (
 
 
 @dataclass(slots=True)
-class Tally:
+class Tally(Sums):
     """What is summed over the runs of one law.
 
+    Settled and late are counted in exchanges, all else in steps.
+
     Attributes:
-        down, up: exchanges until settled.
-        late: exchanges over budget among the first 20 after a fall.
-        met, meetable: steps within budget, and those of them that the oracle met.
         log_share, log_interval: sums over steps of logarithms over the oracle's.
-        steps: behind these sums.
-        stationary: moves in the last steps of stationary runs.
-        update_us: of single runs.
     """
 
-    down: list[int] = field(default_factory=list)
-    up: list[int] = field(default_factory=list)
-    late: list[int] = field(default_factory=list)
-    met: int = 0
-    meetable: int = 0
     log_share: float = 0.0
     log_interval: float = 0.0
-    steps: int = 0
-    stationary: list[int] = field(default_factory=list)
-    update_us: list[float] = field(default_factory=list)
 
     def add(self, passed: Sequence[Exchange], trace: Trace, update_s: float) -> None:
         """One run."""
@@ -133,26 +121,12 @@ class Tally:
                     sum(x.step_s > BUDGET_S >= x.oracle_s for x in after[:LATE_WITHIN])
                 )
 
-    def merge(self, others: Sequence[Tally]) -> Tally:
-        """This one and others together."""
-        for other in others:
-            for name in ("down", "up", "late", "stationary", "update_us"):
-                getattr(self, name).extend(getattr(other, name))
-            for name in ("met", "meetable", "log_share", "log_interval", "steps"):
-                setattr(self, name, getattr(self, name) + getattr(other, name))
-        return self
-
-    def figures(self) -> dict[str, Any]:
-        """For the table."""
+    def shares(self) -> dict[str, float | None]:
+        """See `Sums`."""
+        steps = self.steps
         return {
-            "settle_down_p95": percentile_95(self.down),
-            "settle_up_p95": percentile_95(self.up),
-            "late_down_p95": percentile_95(self.late),
-            "in_budget": self.met / self.meetable if self.meetable else None,
-            "share_vs_oracle": math.exp(self.log_share / self.steps) if self.steps else None,
-            "interval_vs_oracle": math.exp(self.log_interval / self.steps) if self.steps else None,
-            "stationary_changes": max(self.stationary) if self.stationary else None,
-            "update_us": statistics.median(self.update_us),
+            "share_vs_oracle": math.exp(self.log_share / steps) if steps else None,
+            "interval_vs_oracle": math.exp(self.log_interval / steps) if steps else None,
         }
 
 

@@ -66,7 +66,7 @@ class Case:
     """An engine of one kind, with the emulated link.
 
     Args:
-        kind: see `command.CASES`.
+        kind: see `labs.timeline.__main__.case`.
     """
 
     def __init__(self, kind: dict[str, Any]) -> None:
