@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_gradprune.errors import GradPruneError
 from tests.helpers import ds_main
 from tests.helpers.ds_main import VOCAB, TinyLM, batch, crc, ds_config
+from tests.helpers.ranks import run_cases
 from tests.helpers.shard_bench import start_deepspeed
 from tests.helpers.zero_gradient_bench import KINDS, PRUNED, make, train
 
@@ -319,12 +319,5 @@ def hooks_left() -> int:
 
 def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """Run cases one after the other; a failure ends the list, the ranks may be out of step."""
-    results: dict[str, Any] = {}
     start_deepspeed()
-    for name, (function, arguments) in cases.items():
-        try:
-            results[name] = globals()[function](**arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-            break
-    return results
+    return run_cases(cases, globals().__getitem__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from ds_gradprune.deepspeed.attach import attach
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.errors import UnsupportedError
 from tests.helpers import zero_gradient_cases
+from tests.helpers.ranks import run_cases
 from tests.helpers.shard_bench import make_engine, start_deepspeed
 from tests.helpers.zero_bench import SGD, everywhere, farthest, make, traffic, way
 from tests.helpers.zero_features import observed, series
@@ -128,15 +128,8 @@ def crowded() -> str:
 
 def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """Run cases one after the other; a failure ends the list, the ranks may be out of step."""
-    results: dict[str, Any] = {}
     start_deepspeed()
     PRUNED.update(ISLANDS)  # of the other module's cases, too
     KINDS.update(STAGE_0)
-    for name, (function, arguments) in cases.items():
-        work = globals().get(function) or getattr(zero_gradient_cases, function)
-        try:
-            results[name] = work(**arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-            break
-    return results
+    everywhere = vars(zero_gradient_cases) | globals()
+    return run_cases(cases, everywhere.__getitem__)

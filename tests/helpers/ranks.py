@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,27 @@ def results_of(ranks: list[dict[str, Any]], name: str) -> list[Any]:
     results = [done[name] for done in ranks]
     for rank, result in enumerate(results):
         assert not (isinstance(result, str) and "Traceback" in result), f"rank {rank}: {result}"
+    return results
+
+
+def run_cases(
+    cases: dict[str, tuple[str, dict[str, Any]]], find: Callable[[str], Callable[..., Any]]
+) -> dict[str, Any]:
+    """Name -> result of cases run one after the other, or the text of what went wrong.
+
+    A failure ends the list: the ranks may no longer be in step.
+
+    Args:
+        cases: name -> (name of a function, its arguments).
+        find: the function of a name.
+    """
+    results: dict[str, Any] = {}
+    for name, (function, arguments) in cases.items():
+        try:
+            results[name] = find(function)(**arguments)
+        except Exception:
+            results[name] = traceback.format_exc()
+            break
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ds_gradprune.errors import GradPruneError
 from tests.helpers.ds_main import TinyLM, batch, ds_config, run_steps, start_deepspeed
+from tests.helpers.ranks import run_cases
 
 BLOCK = {
     "warmup_steps": 2,
@@ -247,11 +247,4 @@ def strided() -> str:
 def run(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """name -> (function of this module, its arguments); results by name, or what went wrong."""
     start_deepspeed()
-    results: dict[str, Any] = {}
-    for name, (function, arguments) in cases.items():
-        try:
-            results[name] = globals()[function](**arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-            break
-    return results
+    return run_cases(cases, globals().__getitem__)

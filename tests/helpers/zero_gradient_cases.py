@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import traceback
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ds_gradprune.errors import GradPruneError
+from tests.helpers.ranks import run_cases
 from tests.helpers.shard_bench import batch, start_deepspeed
 from tests.helpers.zero_gradient_bench import (
     EXACT,
@@ -262,12 +262,5 @@ def differing(density: float) -> str:
 
 def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """Run cases one after the other; a failure ends the list, the ranks may be out of step."""
-    results: dict[str, Any] = {}
     start_deepspeed()
-    for name, (function, arguments) in cases.items():
-        try:
-            results[name] = globals()[function](**arguments)
-        except Exception:
-            results[name] = traceback.format_exc()
-            break
-    return results
+    return run_cases(cases, globals().__getitem__)
