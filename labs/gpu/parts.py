@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SMALL, BITS, LARGE = "labs.gpu.small", "labs.gpu.bits", "labs.gpu.large"
+PROFILE = "labs.gpu.profile"
 
 NCCL_ON_ONE_DEVICE = {
     # nccl refuses a second rank on a device unless it takes it for another host's.
@@ -74,6 +75,11 @@ def _resumes(stage: int, dtype: str = "bf16", tiny: bool = False, **more: Any) -
 def _run(model: str, stage: int, way: str, steps: int, tiny: bool = False, **more: Any) -> Case:
     arguments = {"model": model, "stage": stage, "way": way, "steps": steps, "tiny": "{tiny}"}
     return Case(f"{LARGE}:run", arguments | more, tiny)
+
+
+def _profile(stage: int, way: str, tiny: bool = False) -> Case:
+    arguments = {"model": "gpt2", "stage": stage, "way": way, "tiny": "{tiny}"}
+    return Case(f"{PROFILE}:run", arguments | {"folder": "{folder}"}, tiny)
 
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -189,6 +195,16 @@ PARTS: dict[str, Part] = {
         },
         limit_s=240,
         alone=True,
+    ),
+    "profile": Part(
+        {
+            "ZeRO-0 pruned": _profile(0, "pruned", True),
+            "ZeRO-2 pruned": _profile(2, "pruned"),
+            "ZeRO-2 hidden": _profile(2, "hidden"),
+        },
+        limit_s=60,
+        alone=True,
+        optional=True,
     ),
     "tests": Part(
         command=("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/bucket"),

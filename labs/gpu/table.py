@@ -43,7 +43,7 @@ def _figures(document: dict[str, Any]) -> Iterator[str]:
                         f"{_cell(v, 3):>{w}}" for v, w in zip(values, (8, 7, 7, 7), strict=True)
                     )
                     + f" {_cell(told[0], 2):>8} {_cell(told[1], 1):>7} {_cell(told[2], 1):>7} "
-                    f"{found['validation_loss']:6.3f}"
+                    f"{_cell(found.get('validation_loss'), 3):>6}"
                 )
 
 
