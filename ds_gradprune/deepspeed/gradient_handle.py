@@ -37,6 +37,7 @@ from ds_gradprune.deepspeed.places import Places, places_of, whole_gradients
 from ds_gradprune.deepspeed.poison import refuse_poison
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.buckets import bucket_numel_on
 from ds_gradprune.train.gradients import GradientPruning
 from ds_gradprune.train.inside import Gradient, Inside
 from ds_gradprune.wire.channel import Announcement, Channel
@@ -91,6 +92,7 @@ class GradientHandle(Handle):
             channel,
             self.loop.stopwatch,
             value_bits=config.value_bits,
+            bucket_numel=bucket_numel_on(engine.device),
             error_feedback=config.error_feedback,
             inside=self._inner(),
             clip=config.clip_to_median,

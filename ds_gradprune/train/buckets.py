@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, BucketLayout, lay_out
 
 BUCKET_NUMEL = 2**20
-"""Most elements of a bucket: 4 MB of fp32. A multiple of `CHUNK_NUMEL`."""
+"""Most elements of a bucket in a host's memory: 4 MB of fp32. A multiple of `CHUNK_NUMEL`."""
+
+DEVICE_BUCKET_NUMEL = 2**25
+"""The same on an accelerator. There a bucket costs milliseconds of launches and waits, whatever its
+size, and a bucket of `BUCKET_NUMEL` is work for microseconds. At 5 % the scratch memory of an
+exchange of two then takes 30 MB."""
+
+
+def bucket_numel_on(device: torch.device) -> int:
+    """Most elements of a bucket that is selected from on a device."""
+    return BUCKET_NUMEL if device.type == "cpu" else DEVICE_BUCKET_NUMEL
 
 
 @dataclass(frozen=True, slots=True)

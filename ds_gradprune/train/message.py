@@ -72,6 +72,8 @@ class Stamp:
 AT_ONCE_BYTES = 4 * 2**20
 """All deliveries of a bucket are decoded at once where they take no more: one pass over the weights
 instead of one per delivery. Beyond, one after the other, so that memory is flat in the ranks."""
+DEVICE_AT_ONCE_BYTES = 64 * 2**20
+"""The same on an accelerator, whose buckets are larger."""
 
 
 class Message:
@@ -240,7 +242,8 @@ class Arrived:
         """What every rank sent of a bucket, in rank order; None where that is too much memory."""
         payloads, layout = self._pending.payloads(number), self._layouts[number]
         block_bytes = 6 * layout.num_kept(self._stamp.k) + 4 * layout.dense_numel
-        if len(self._shares[number]) > 1 or len(payloads) * block_bytes > AT_ONCE_BYTES:
+        most_bytes = AT_ONCE_BYTES if device.type == "cpu" else DEVICE_AT_ONCE_BYTES
+        if len(self._shares[number]) > 1 or len(payloads) * block_bytes > most_bytes:
             return None
         headers = self._headers[number]
         return [

@@ -22,7 +22,7 @@ import google_crc32c
 import torch
 
 from ds_gradprune.bucket.layout import BucketLayout
-from ds_gradprune.train.buckets import BUCKET_NUMEL, Bucket, cut
+from ds_gradprune.train.buckets import Bucket, bucket_numel_on, cut
 from ds_gradprune.train.piece import Piece, Shards
 
 
@@ -84,7 +84,7 @@ class SharedWeights:
 
     Args:
         shards: gives the island's weights on this rank.
-        bucket_numel: most elements of a bucket.
+        bucket_numel: most elements of a bucket; None: what suits the weights' device.
         on_cpu: the copy lies in the host's memory, whatever the weights' device.
 
     Attributes:
@@ -93,12 +93,13 @@ class SharedWeights:
     """
 
     def __init__(
-        self, shards: Shards, bucket_numel: int = BUCKET_NUMEL, *, on_cpu: bool = False
+        self, shards: Shards, bucket_numel: int | None = None, *, on_cpu: bool = False
     ) -> None:
         self.stores: list[torch.Tensor] = []
         self.are_swapped = False
         self._shards = shards
-        self._bucket_numel = bucket_numel
+        devices = [piece.own.device for piece in shards.pieces()] or [torch.device("cpu")]
+        self._bucket_numel = bucket_numel or bucket_numel_on(devices[0])
         self._on_cpu = on_cpu
         self._places: dict[Hashable, _Place] = {}
         self._cuts: dict[tuple[Hashable, ...], tuple[tuple[int, Bucket], ...]] = {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
-from ds_gradprune.train.buckets import cut
+from ds_gradprune.train.buckets import bucket_numel_on, cut
 
 PIECES = st.lists(st.tuples(st.integers(0, 3 * CHUNK_NUMEL), st.booleans(), st.booleans()))
 
@@ -42,3 +43,12 @@ def test_every_element_is_in_one_bucket_and_chunks_stay_whole(
 def test_a_gap_in_the_store_ends_a_bucket() -> None:
     buckets = cut([10, 10, 10], [False] * 3, [0, 10, 25])
     assert [(b.start, b.stop) for b in buckets] == [(0, 20), (25, 35)]
+
+
+def test_an_accelerator_gets_few_large_buckets() -> None:
+    """Each costs it milliseconds, whatever its size: 119 of them took 0.32 s of a step."""
+    numels = [124 * 2**20]
+    on_host = cut(numels, [True], [0], bucket_numel_on(torch.device("cpu")))
+    on_device = cut(numels, [True], [0], bucket_numel_on(torch.device("cuda")))
+    assert len(on_host) == 124
+    assert len(on_device) <= 4
