@@ -114,11 +114,13 @@ def ds_config(method: Method, recipe: Recipe) -> dict[str, Any]:
         }
         if method.prune == "update":
             block["island"] = {"ranks": recipe.ranks_per_host}
-        if method.sync_every is not None:
+        if isinstance(method.sync_every, int):
             block |= {"value_bits": 2, "warmup": "unpruned", "overlap": "auto"}
         block |= json.loads(recipe.block or "{}")
         if method.sync_every is not None:  # it is in the method's name, so no block changes it
             block["sync_every"] = method.sync_every
+        if method.hides:
+            block["overlap"] = "auto"
         if method.adaptive:
             block["step_time_budget_s"] = recipe.budget_s
         else:

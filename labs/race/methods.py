@@ -37,7 +37,8 @@ KNOWN = (
     f"{DENSE}, dense_bf16, ddp_fp32, fp16_hook, bf16_hook, powersgd_RANK (1, 4, 16, ...), "
     "topk_DENSITY (0.05, ...), onebit_adam, zeroone_adam, "
     "zeroone_adam_INTERVAL (1, 2, 4, ...), islands_DENSITY (0.01, ...), rounds_INTERVAL (5, ...), "
-    "rounds_INTERVAL_DENSITY, ours, ours_update"
+    "rounds_INTERVAL_DENSITY, ours, ours_update, ours_update_hidden, ours_update_auto, "
+    "ours_update_auto_hidden"
 )
 
 
@@ -54,9 +55,10 @@ class Method:
         density: fixed share of elements that our reducer sends; None: it prunes nothing, or the
             density is adaptive.
         interval: of 0/1 Adam, most steps from one exchange to the next; 1 unless asked for.
-        sync_every: of islands that exchange in rounds; None: they exchange in every step. They
-            begin unpruned, hide their exchange, and send values of 2 bits.
+        sync_every: of islands that exchange in rounds; None: as the block says. With a number
+            they begin unpruned, hide their exchange, and send values of 2 bits.
         adaptive: our controller chooses the density, so the loss depends on the link.
+        hides: the exchange travels behind the next steps, whatever the block says.
         prune: what our reducer prunes; "update": every rank is an island.
     """
 
@@ -66,8 +68,9 @@ class Method:
     rank: int | None = None
     density: float | None = None
     interval: int | None = None
-    sync_every: int | None = None
+    sync_every: int | Literal["auto"] | None = None
     adaptive: bool = False
+    hides: bool = False
     prune: Literal["gradient", "update"] = "gradient"
 
     @property
@@ -100,7 +103,17 @@ _FIXED = {
     "onebit_adam": Method("onebit_adam", "simulated"),
     "zeroone_adam": Method("zeroone_adam", "simulated", interval=1),
     "ours": Method("ours", "deepspeed", adaptive=True),
-    "ours_update": Method("ours_update", "deepspeed", adaptive=True, prune="update"),
+    **{
+        name: Method(
+            name, "deepspeed", sync_every=every, adaptive=True, hides=hides, prune="update"
+        )
+        for name, every, hides in (
+            ("ours_update", None, False),
+            ("ours_update_hidden", None, True),
+            ("ours_update_auto", "auto", False),
+            ("ours_update_auto_hidden", "auto", True),
+        )
+    },
 }
 
 

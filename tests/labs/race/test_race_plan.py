@@ -103,6 +103,20 @@ def test_stage_ranks_and_block_reach_deepspeeds_configuration() -> None:
     assert dense["gradient_pruning"] == {"enabled": False}
 
 
+def test_interval_and_hiding_are_in_the_names_of_ours() -> None:
+    recipe = plan("--block", '{"sync_every": 5, "value_bits": 4}').recipe
+    blocks = {
+        name: ds_config(parse_method(name), recipe)["gradient_pruning"]
+        for name in ("ours_update_hidden", "ours_update_auto", "ours_update_auto_hidden")
+    }
+    assert [(b["sync_every"], b.get("overlap"), b["value_bits"]) for b in blocks.values()] == [
+        (5, "auto", 4),
+        ("auto", None, 4),
+        ("auto", "auto", 4),
+    ]
+    assert all(parse_method(name).runs_at_rates for name in blocks)
+
+
 def test_the_real_model_is_trained_on_short_sequences() -> None:
     assert plan("--model", "smollm2").recipe.seq_len == 128
     assert plan("--model", "micro").recipe.seq_len == 256
