@@ -47,7 +47,7 @@ class DeepSpeedEngine:
         self.module = self._engine.module
         self._waited_s = 0.0
         self._report: Any = None
-        if not method.prunes:
+        if not method.prunes and recipe.times_waits:
             self._time_collectives()
 
     def calibrate(self, tokens: torch.Tensor) -> None:
@@ -128,7 +128,7 @@ def ds_config(method: Method, recipe: Recipe) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch,
         "gradient_clipping": recipe.clip_norm,
-        "zero_optimization": {"stage": recipe.zero_stage},
+        "zero_optimization": {"stage": recipe.zero_stage} | json.loads(recipe.zero or "{}"),
         "steps_per_print": None,
         "gradient_pruning": block,
     }

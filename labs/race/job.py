@@ -63,6 +63,8 @@ class Recipe:
         eval_sequences: of a validation, over all ranks; None: textgen's own number.
         ranks_per_host: so many ranks form an island.
         block: more keys of gradient_pruning for ours and islands, as JSON; None: none.
+        zero: more keys of zero_optimization, as JSON; None: none.
+        times_waits: each of DeepSpeed's own collectives is waited for, so that its time is known.
     """
 
     model: str
@@ -79,6 +81,8 @@ class Recipe:
     eval_sequences: int | None
     ranks_per_host: int = 1
     block: str | None = None
+    zero: str | None = None
+    times_waits: bool = True
 
     @property
     def seq_len(self) -> int:
