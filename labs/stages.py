@@ -3,7 +3,8 @@
 Islands train over hosts behind slow links. Beside them plain DeepSpeed trains without such a link:
 on every host alone ("alone", nothing between hosts, both at the same moment as islands do), or over
 all hosts with the links unshaped ("together"). All engines live at the same time and train in
-turns, so that what else the machine does falls on all of them alike.
+turns, so that what else the machine does falls on all of them alike. Memory is that of a process,
+libraries included, so only differences count.
 
     python -m labs.stages --stages 0 2 3 --rates 100mbit --text FILE
     python -m labs.stages --stages 3 --zero '{"stage3_param_persistence_threshold": 1000000}'
@@ -73,18 +74,23 @@ class Case:
     Attributes:
         rates: see there.
         seconds: of every step that counts, by rate.
+        memory: of the rank that holds most, in bytes, between steps and at most; with the number of
+            the model's parameters.
     """
 
     def __init__(self, crews: Sequence[Crew], rates: Sequence[str | None]) -> None:
         self._crews = crews
         self.rates = rates
         self.seconds: dict[str | None, list[float]] = {rate: [] for rate in rates}
+        self.memory = {"parameters": crews[0].num_parameters}
 
     def train(self, steps: int) -> list[float]:
         """Train on; the seconds of each step."""
         for ranks in self._crews:
             ranks.tell({"do": "train", "steps": steps, "eval_every": None})
         hosts = [ranks.hear() for ranks in self._crews]
+        for name in ("rest_bytes", "peak_bytes"):
+            self.memory[name] = max(answer[name] for answers in hosts for answer in answers)
         return [
             max(merge([answer["steps"][n] for answer in answers], 1).wall_s for answers in hosts)
             for n in range(steps)
@@ -131,11 +137,11 @@ def opened(
         yield found
 
 
-def measure(flags: argparse.Namespace) -> dict[str, Any]:
+def measure(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train all cases in turns.
 
-    Returns:
-        Label and rate -> median, quartiles and number of steps.
+    Yields:
+        After every round: label and rate -> median, quartiles and number of steps.
 
     Raises:
         GradPruneError: the bed or a rank failed.
@@ -165,30 +171,31 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
                 say(f"round {number + 1} of {flags.rounds}")
                 for case in cases.values():
                     case.take_turns(bed, flags.steps)
-    return {
-        f"{label}, {rate or 'unshaped'}": row(case.seconds[rate])
-        for label, case in cases.items()
-        for rate in case.rates
-    }
+                yield {
+                    f"{label}, {rate or 'unshaped'}": row(case.seconds[rate]) | case.memory
+                    for label, case in cases.items()
+                    for rate in case.rates
+                }
 
 
-def row(seconds: Sequence[float]) -> dict[str, float]:
+def row(seconds: Sequence[float]) -> dict[str, Any]:
     """What is told of a case's steps. Pure."""
     low, middle, high = statistics.quantiles(seconds, n=4)
     return {"step_s": round(middle, 4), "iqr_s": round(high - low, 4), "steps": len(seconds)}
 
 
 def document(flags: argparse.Namespace) -> dict[str, Any]:
-    """What is printed last, and written."""
-    found = {
+    """What is printed last, and written after every round: a run may be interrupted."""
+    found: dict[str, Any] = {
         "machine": machine(),
         "commit": commit(ROOT),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "flags": {name: str(value) for name, value in vars(flags).items()},
-        "cases": measure(flags),
     }
-    if flags.out is not None:
-        flags.out.write_text(json.dumps(found, indent=1) + "\n")
+    for cases in measure(flags):
+        found["cases"] = cases
+        if flags.out is not None:
+            flags.out.write_text(json.dumps(found, indent=1) + "\n")
     for label, figures in found["cases"].items():
         print(f"{figures['step_s']:7.3f} s ({figures['iqr_s']:.3f}) {label}")
     return found

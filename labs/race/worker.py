@@ -2,7 +2,8 @@
 
 A command is one line of JSON on standard input, its answer one line of JSON on standard output:
 
-    {"do": "train", "steps": 20, "eval_every": 10}    -> {"steps": [...], "validations": [...]}
+    {"do": "train", "steps": 20, "eval_every": 10}    -> {"steps": [...], "validations": [...],
+                                                          "rest_bytes": ..., "peak_bytes": ...}
     {"do": "stop"}                                    -> the process ends
 
 `eval_every` null: no validation. All ranks must be given the same commands. Between commands
@@ -63,7 +64,7 @@ class Worker:
             records.append(dataclasses.asdict(record) | {"step": self.done})
             if eval_every is not None and self.done % eval_every == 0:
                 validations.append([self.done, *self._validate()])
-        return {"steps": records, "validations": validations}
+        return {"steps": records, "validations": validations, **resident()}
 
     def _tokens(self) -> torch.Tensor:
         return self._data.sample_batch(
@@ -93,6 +94,14 @@ class Worker:
                 count += batch.num_sequences
         self._engine.module.train()
         return total, count
+
+
+def resident() -> dict[str, int]:
+    """Memory of this process now, and at most so far, in bytes. Local."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    words = {line.partition(":")[0]: line.split()[1:] for line in lines}
+    names = {"rest_bytes": "VmRSS", "peak_bytes": "VmHWM"}
+    return {name: 1024 * int(words[field][0]) for name, field in names.items()}
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ class FakeCrew:
         first_s: of the first step of the first rank; each next step takes a second more.
     """
 
+    num_parameters = 7
+
     def __init__(self, first_s: float) -> None:
         self._next_s, self._steps = first_s, 0
 
@@ -28,9 +30,11 @@ class FakeCrew:
         self._next_s += self._steps
         return [
             {
+                "rest_bytes": int(self._next_s),
+                "peak_bytes": 9 + rank,
                 "steps": [
                     ZEROS | OTHERS | {"step": n, "wall_s": s - rank} for n, s in enumerate(times)
-                ]
+                ],
             }
             for rank in range(2)
         ]
@@ -52,6 +56,7 @@ def test_the_slowest_rank_of_all_hosts_counts_but_in_the_first_step_of_a_turn() 
     case.take_turns(bed, 2)
     case.take_turns(bed, 2)
     assert case.seconds == {"20mbit": [6.0, 7.0, 12.0, 13.0], None: [9.0, 10.0, 15.0, 16.0]}
+    assert case.memory == {"parameters": 7, "rest_bytes": 17, "peak_bytes": 10}
     assert bed.rates == ["20mbit", None, None, None] * 2
 
 
