@@ -117,7 +117,7 @@ def opened(
     with contextlib.ExitStack() as stack:
         found: dict[str, Case] = {}
         for zero in ["{}", *flags.zero]:
-            for stage in flags.stages:
+            for stage in flags.stages if zero == "{}" else flags.stages[-1:]:
                 here = dataclasses.replace(recipe, zero_stage=stage, zero=zero)
                 for name, method, where in (
                     (f"plain {flags.plain}", DENSE, places[flags.plain]),
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--hosts", type=int, default=2, help="default: 2")
     add("--ranks-per-host", type=int, default=2, help="they form an island (default: 2)")
     add("--stages", type=int, nargs="+", default=[0, 2, 3], help="of ZeRO (default: 0 2 3)")
-    add("--zero", nargs="*", default=[], help="JSON: once more with these keys of ZeRO")
+    add("--zero", nargs="*", default=[], help="JSON: the last stage with these keys, too")
     add("--rates", default="100mbit", help="of the islands' links, in turns (default: 100mbit)")
     add("--plain", choices=("alone", "together"), default="alone", help="default: alone")
     add("--islands-only", action="store_true", help="without plain DeepSpeed")
