@@ -199,10 +199,10 @@ PARTS: dict[str, Part] = {
     "profile": Part(
         {
             "ZeRO-0 pruned": _profile(0, "pruned", True),
-            "ZeRO-2 pruned": _profile(2, "pruned"),
+            "ZeRO-0 dense": _profile(0, "dense"),
             "ZeRO-2 hidden": _profile(2, "hidden"),
         },
-        limit_s=60,
+        limit_s=80,
         alone=True,
         optional=True,
     ),
