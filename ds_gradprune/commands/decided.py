@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from ds_gradprune.commands.runlog import Run, mbit
-
-BUSY = 1.25
-"""Computation that takes so many times as long tells of busy hosts, not of the network."""
-
-BEFORE, NOW = 20, 3
-"""Exchanges that are compared for that: so many before the newest so many."""
+from ds_gradprune.commands.runlog import Entry, Run, mbit
+from ds_gradprune.law import blame
 
 
 def decisions(run: Run) -> list[int]:
@@ -23,7 +18,9 @@ def decisions(run: Run) -> list[int]:
     found = {0, len(run.entries) - 1}
     for number, entry in enumerate(run.entries):
         after = run.entries[number + 1 : number + 2]
-        if entry.has_changed or (entry.is_move and entry.next_cause != "ramp"):
+        if (entry.has_changed and _exchange_changed(run, number)) or (
+            entry.is_move and entry.next_cause != "ramp"
+        ):
             found.add(number)
         if entry.next_cause != entry.cause and "warmup" in (entry.cause, entry.next_cause):
             found.add(number)
@@ -44,8 +41,11 @@ def why(run: Run, number: int) -> str:
         return "ramp ends"
     if cause == "over_budget":
         return _over_budget(run, number)
+    changed = ""
     if entry.has_changed or cause == "network_changed":
-        return _exchange_changed(run, number)
+        changed = _exchange_changed(run, number)
+    if changed:
+        return changed
     if cause == "budget_room":
         return "room in the budget" if run.budget_s is not None else "more can be sent"
     return {
@@ -53,32 +53,41 @@ def why(run: Run, number: int) -> str:
         "ramp": "ramp begins" if entry.cause != "ramp" else "ramp",
         "performance_missed": "P misses its target: sends more",
         "dense_cheaper": "dense is faster",
+        "network_changed": "what a step costs has changed",
         "hold": "hold",
     }.get(cause, cause.replace("_", " "))
 
 
 def _over_budget(run: Run, number: int) -> str:
     budget = None if run.budget_s is None else f"over the budget of {run.budget_s:g} s a step"
-    if not run.entries[number].has_changed:
+    if run.entries[number].has_changed:
+        changed = _exchange_changed(run, number)
+    else:
+        changed = blame.busy_words(_computes_s(run, number))
+    if not changed:
         return budget or "a step takes longer than it pays: sends less"
-    changed = _exchange_changed(run, number)
     return changed if budget is None else f"{budget}, {changed}"
 
 
 def _exchange_changed(run: Run, number: int) -> str:
+    """What to tell of exchanges that changed; empty: too little."""
     entry = run.entries[number]
-    slower = _is_slower(run, number)
-    text = f"exchanges became {'slower' if slower else 'faster'}"
-    factor = busier(run, number)
-    if slower and factor is not None and factor >= BUSY:
-        return f"{text}, and computation takes {factor:.1f} times as long: the hosts are busy"
-    return text if entry.link_mbit is None else f"{text}: {mbit(entry.link_mbit)} Mbit/s"
+    told = [e.told_exchange for e in _told(run, number)]
+    samples = tuple(sample for sample in told if sample is not None)
+    rate = "" if entry.link_mbit is None else f": {mbit(entry.link_mbit)} Mbit/s"
+    return blame.words(
+        "slower" if _is_slower(run, number) else "faster",
+        _computes_s(run, number),
+        samples[:-1],
+        samples[-blame.NOW :],
+        rate,
+    )
 
 
 def _is_slower(run: Run, number: int) -> bool:
     """Which way the exchanges changed: by their rate, or else by what was decided."""
     entry = run.entries[number]
-    before = run.entries[max(0, number - NOW) : number]
+    before = run.entries[max(0, number - blame.NOW) : number]
     rates = [e.link_mbit for e in before if e.link_mbit is not None]
     if rates and entry.link_mbit is not None and entry.link_mbit != statistics.median(rates):
         return entry.link_mbit < statistics.median(rates)
@@ -87,9 +96,13 @@ def _is_slower(run: Run, number: int) -> bool:
 
 def busier(run: Run, number: int) -> float | None:
     """How much longer computation takes around an exchange than before; None: unknown."""
-    first = max(0, number + 1 - NOW)
-    now = [e.compute_s for e in run.entries[first : number + 1] if e.compute_s]
-    before = [e.compute_s for e in run.entries[max(0, first - BEFORE) : first] if e.compute_s]
-    if not now or not before:
-        return None
-    return statistics.median(now) / statistics.median(before)
+    return blame.busier(_computes_s(run, number))
+
+
+def _computes_s(run: Run, number: int) -> list[float]:
+    return [e.told_compute_s for e in _told(run, number) if e.told_compute_s]
+
+
+def _told(run: Run, number: int) -> tuple[Entry, ...]:
+    """The exchanges that a decision looked back on."""
+    return run.entries[max(0, number + 1 - blame.NOW - blame.BEFORE) : number + 1]

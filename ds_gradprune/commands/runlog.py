@@ -45,6 +45,10 @@ class Entry:
         next_unpruned: the next exchange is one of an unpruned warm-up.
         budget_s: of a step, as applied to the decision; None: none.
         has_changed: the law noticed that exchanges cost something else than before.
+        told_compute_s: computation of the slowest rank before the exchange before this one, as all
+            ranks have told it here; None: unknown.
+        told_exchange: bytes and seconds of that exchange, without waiting for the last rank; None:
+            unknown.
     """
 
     step: int
@@ -67,6 +71,8 @@ class Entry:
     next_unpruned: bool
     budget_s: float | None
     has_changed: bool
+    told_compute_s: float | None = None
+    told_exchange: tuple[int, float] | None = None
 
     @property
     def step_s(self) -> float:
@@ -178,6 +184,9 @@ def _entry(line: dict[str, Any], seconds: float, whole_s: float) -> Entry:
         return None if value is None else value / steps
 
     rate = decision.get("rate_bytes_per_s")
+    told = line.get("signals") or {}
+    told_s = told.get("compute_time_s")
+    exchange = (told.get("wire_bytes") or 0, told.get("comm_time_s") or 0.0)
     return Entry(
         step=line["step"],
         interval=steps,
@@ -199,6 +208,8 @@ def _entry(line: dict[str, Any], seconds: float, whole_s: float) -> Entry:
         next_unpruned=bool(decision.get("unpruned")),
         budget_s=decision.get("budget_s"),
         has_changed=bool(decision.get("network_changed")),
+        told_compute_s=None if told_s is None else told_s / max(1, told.get("interval") or 1),
+        told_exchange=exchange if all(exchange) else None,
     )
 
 

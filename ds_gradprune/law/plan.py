@@ -279,12 +279,10 @@ def _up(view: _View) -> Choice | None:
     """Prune less where clearly more fits."""
     if view.best < view.share * view.k or not view.may_rise:
         return None
-    cause, why = Cause.BUDGET_ROOM, "there is room"
+    text = f"step {view.now_s:.3f} s of {view.budget_s:.3f} s"
     if view.change is not None:
-        cause = Cause.NETWORK_CHANGED
-        why = f"exchanges became {view.change}{view.prices.rate_text}"
-    text = f"{why}: step {view.now_s:.3f} s of {view.budget_s:.3f} s"
-    return Choice(view.best, cause, text)
+        return Choice(view.best, Cause.NETWORK_CHANGED, text)
+    return Choice(view.best, Cause.BUDGET_ROOM, f"there is room: {text}")
 
 
 def _stay(view: _View) -> Choice:

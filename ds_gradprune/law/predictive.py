@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
+from ds_gradprune.law import blame, learning, loss_arm, network, outliers, plan, warmup
 from ds_gradprune.law import interval as intervals
-from ds_gradprune.law import learning, loss_arm, network, outliers, plan, warmup
 from ds_gradprune.law.decision import (
     Cause,
     Choice,
@@ -141,10 +141,12 @@ def update(
     after = choice.interval or intervals.inside(config, interval)
     unpruned = beginning is not None and beginning.unpruned
     warm = warm._replace(unpruned=unpruned)
-    reason = choice.text
-    if net.change is not None and choice.cause is not Cause.NETWORK_CHANGED:
-        rate = "" if prices is None else prices.rate_text
-        reason += f"; exchanges became {net.change}{rate}"
+    samples = (state.network.cost.samples, net.state.cost.samples)
+    rate = "" if prices is None else prices.rate_text
+    said = blame.words(net.change, computes_s, *samples, rate)
+    if net.change is None and choice.cause is Cause.OVER_BUDGET:
+        said = blame.busy_words(computes_s)
+    reason = blame.told(choice.text, said, leads=choice.cause is Cause.NETWORK_CHANGED)
     density = choice.k / CHUNK_NUMEL
     decision = Decision(
         step=next_exchange(config, signals.step, after, unpruned=unpruned),

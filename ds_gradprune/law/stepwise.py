@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.law import alarm, learning
+from ds_gradprune.law import alarm, blame, learning
 from ds_gradprune.law.alarm import AlarmState
 from ds_gradprune.law.decision import Cause, Choice, Decision, Density, move, name
 from ds_gradprune.law.learning import LossWindow
@@ -78,7 +78,8 @@ def update(
     if choice is None:
         choice, going_on = _decide(config, after, signals, p, budget_s)
     density, reason = choice.k / CHUNK_NUMEL, choice.text
-    reason += "" if change is None else f"; exchanges became {change}"
+    said = blame.words(change, own_s, state.alarm.samples, alarms.samples, "")
+    reason = blame.told(reason, said)
     steps_s = steps_s if density == state.density else ()
     unpruned, changed = unpruned and choice.cause is Cause.WARMUP, change is not None
     decision = Decision(

@@ -136,8 +136,9 @@ def test_the_end_of_dense_steps_in_a_warm_up_is_a_row(tmp_path: Path) -> None:
 
 def test_a_slow_link_is_named_and_busy_hosts_are_not_one(tmp_path: Path) -> None:
     found = words(tmp_path / "first")
-    assert found[SLOW - 1] == "exchanges became slower: 100 Mbit/s"
-    assert found[BUSY - 1].endswith("computation takes 2.2 times as long: the hosts are busy")
+    assert found[SLOW - 1] == "exchanges became slower: 20 Mbit/s"
+    longer = "computation takes 2.1 times as long, and so do exchanges: the hosts are busy"
+    assert found[BUSY - 1] == longer
     assert "Mbit/s" not in found[BUSY - 1]
 
 
@@ -146,6 +147,8 @@ def test_a_change_goes_the_way_of_the_rate(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for step, mbit in ((45, 80.0), (50, 120.0)):
         lines[step - 1]["decision"] |= {"network_changed": True, "rate_bytes_per_s": mbit * 125e3}
+        for line in lines[step - 3 : step]:
+            line["signals"]["comm_time_s"] *= 100.0 / mbit
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
     found = {run.entries[n].step: why(run, n) for n in decisions(run)}
@@ -164,11 +167,34 @@ def test_a_budget_is_named_only_where_one_was_given(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         lines[49]["decision"] |= {"cause": "over_budget", "density": 0.01}
         lines[54]["decision"] |= {"cause": "over_budget", "network_changed": True, "density": 0.01}
+        for line in lines[52:55]:
+            line["signals"]["comm_time_s"] *= 2.0
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         run = read_run(folder)
         assert why(run, 49) == text
         changed = "exchanges became slower: 100 Mbit/s"
         assert why(run, 54) == (changed if budget_s is None else f"{text}, {changed}")
+
+
+def test_a_change_by_less_than_noise_is_no_row(tmp_path: Path) -> None:
+    """A quickstart's report had "exchanges became slower: 20.5 Mbit/s" after 20.9."""
+    folder = write_run(tmp_path / "first", steps=60)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines[49]["decision"] |= {"network_changed": True, "rate_bytes_per_s": 98.0 * 125e3}
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert 50 not in [run.entries[number].step for number in decisions(run)]
+
+
+def test_computation_that_misses_a_budget_is_called_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "first", budget_s=0.5, steps=60)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines[49]["decision"] |= {"cause": "over_budget", "density": 0.01}
+    for line in lines[47:50]:
+        line["signals"]["compute_time_s"] *= 3.0
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    busy = "computation takes 2.9 times as long: the hosts are busy"
+    assert why(read_run(folder), 49) == f"over the budget of 0.5 s a step, {busy}"
 
 
 def test_an_interval_that_changes_is_a_decision(tmp_path: Path) -> None:

@@ -21,11 +21,9 @@ def report_at(step: int, every: int = 1) -> StepReport:
     """One exchange of the story."""
     is_dense = step <= WARMUP
     density = _density(step)
-    rate = (100.0 if step < SLOW else 20.0) * 125e3
+    rate = (100.0 if step < SLOW - 1 else 20.0) * 125e3
     steps = 1 if is_dense else every
-    compute_s = (0.2 if step < BUSY - 3 else 0.45) * (1.0 + 0.05 * math.sin(step))
-    wire_bytes = 4 * NUMEL if is_dense else int(1.3 * density * NUMEL)
-    wire_s = wire_bytes / rate
+    compute_s, wire_bytes, wire_s = _times(step)
     cause = _cause(step)
     after = step + (1 if step < WARMUP else every)
     following = Decision(
@@ -54,9 +52,36 @@ def report_at(step: int, every: int = 1) -> StepReport:
         wire_bytes=wire_bytes,
         dense_bytes=4 * NUMEL,
         nonfinite=False,
-        signals=StepSignals(step, 2.0, False, density, compute_s, 0.0, 0.0, 0.4, 1, 1),
+        signals=_signals(step, density, steps),
         decision=following,
         senders=2,
+    )
+
+
+def _times(step: int) -> tuple[float, int, float]:
+    """Seconds of computation, bytes, and seconds of an exchange, from before the law notices."""
+    is_busy = step >= BUSY - 3
+    compute_s = (0.45 if is_busy else 0.2) * (1.0 + 0.05 * math.sin(step))
+    wire_bytes = 4 * NUMEL if step <= WARMUP else int(1.3 * _density(step) * NUMEL)
+    rate = (100.0 if step < SLOW - 4 else 20.0) * 125e3
+    return compute_s, wire_bytes, wire_bytes / rate * (1.5 if is_busy else 1.0)
+
+
+def _signals(step: int, density: float, steps: int) -> StepSignals:
+    """What all ranks told in an exchange: times of the one before."""
+    compute_s, wire_bytes, wire_s = _times(max(1, step - steps))
+    return StepSignals(
+        step,
+        2.0,
+        False,
+        density,
+        compute_s * steps,
+        0.03,
+        wire_s,
+        None,
+        wire_bytes,
+        4 * NUMEL,
+        interval=steps,
     )
 
 
