@@ -41,7 +41,7 @@ class Run(AnyRun):
             self._plain_log.rewind(self.since.step)
         peers.standing = self.standing
         peers.adopt(self.handle)
-        self._tell_start(settings.block)
+        self._tell_start(settings)
 
     # ---- before the first step -----------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Run(AnyRun):
         micro_batch: int = self.engine.train_micro_batch_size_per_gpu()
         return micro_steps * micro_batch * self.peers.world_size
 
-    def _tell_start(self, block: GradientPruningConfig) -> None:
+    def _tell_start(self, settings: Settings) -> None:
         self.say(
             f"model {self.flags.model}: {self.num_parameters:,} parameters; text: "
             f"{self.data.meta.num_tokens:,} tokens from {self.data.meta.source}; "
@@ -119,7 +119,9 @@ class Run(AnyRun):
         )
         if self.since.step:
             self.say(f"resumed after step {self.since.step}")
-        self.say_if_plain(block.enabled)
+        if settings.note:
+            self.say(settings.note)
+        self.say_if_plain(settings.block.enabled)
 
     # ---- the run -------------------------------------------------------------------------------
 

@@ -18,14 +18,19 @@ from .flags import ScriptParser, add_run_flags, given_flags, name_or_path, path,
 from .run_folder import RunFolder
 from .start import read_ds_config
 
+OWN_TEXT = SHIPPED / "own_text.json"
+"""DeepSpeed's configuration where none is given."""
+
+SHARES = {"warmup_steps": (0, 8), "ramp_steps": (0, 8), "window_size": (4, 4)}
+"""Keys of its block that a short run cannot have as they are: the least value, and a share of the
+steps."""
+
 
 def parser() -> ScriptParser:
     """The flags; all else is a key of the DeepSpeed configuration."""
     flags = ScriptParser("Train a text generator over pruned updates or gradients.")
     add = flags.add_argument
-    add_run_flags(
-        flags, SHIPPED / "own_text.json", steps=1000, out="train", seed="weights and order"
-    )
+    add_run_flags(flags, OWN_TEXT, steps=1000, out="train", seed="weights and order")
     add(
         "--model",
         type=name_or_path,
@@ -62,7 +67,13 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """What the user of launch/train.py asked for."""
+    """What the user of launch/train.py asked for.
+
+    Attributes:
+        note: what was fitted to a short run; empty: nothing.
+    """
+
+    note: str = ""
 
     @property
     def text(self) -> Path | None:
@@ -70,8 +81,11 @@ class Settings(RunSettings):
         given: Path | None = self.flags.text
         return given
 
-    def check_inputs(self) -> str:
+    def check_inputs(self, *, comes_back: bool = False) -> str:
         """Check text, model name and run folder; reads the text once. Local, writes nothing.
+
+        Args:
+            comes_back: the run goes on in that folder, and this rank takes part in it again.
 
         Returns:
             What tells one text from another.
@@ -79,7 +93,7 @@ class Settings(RunSettings):
         Raises:
             ConfigError, DataError: one of them cannot be used.
         """
-        if not self.flags.resume:
+        if not (self.flags.resume or comes_back):
             self.folder.check_new()
         from textgen.model import check_model_name, quiet_transformers
 
@@ -98,7 +112,26 @@ def read_settings(arguments: Sequence[str] | None) -> Settings:
     """
     flags = parser().parse_args(arguments)
     ds_config = read_ds_config(flags.config)
+    note = fit(ds_config, flags.steps) if flags.config == OWN_TEXT else ""
     block = load_block(ds_config, flags.steps)
     if "optimizer" not in ds_config:
         raise ConfigError("optimizer must be present in the DeepSpeed configuration.")
-    return Settings(flags, ds_config, block, RunFolder(flags.out))
+    return Settings(flags, ds_config, block, RunFolder(flags.out), note)
+
+
+def fit(ds_config: dict[str, Any], steps: int) -> str:
+    """Shorten what the configuration that nobody has chosen has for longer runs. Pure.
+
+    Args:
+        ds_config: changed.
+        steps: of the run.
+
+    Returns:
+        What was changed, for the user; empty: nothing.
+    """
+    block, changed = ds_config[BLOCK], []
+    for key, (least, share) in SHARES.items():
+        if block[key] > max(least, steps // share):
+            block[key] = max(least, steps // share)
+            changed.append(f"{key} {block[key]}")
+    return f"note: for {steps} steps it takes {', '.join(changed)}" if changed else ""

@@ -9,6 +9,7 @@ import pytest
 
 from ds_gradprune.errors import ConfigError
 from launch.support.flags import ScriptParser, name_or_path, natural, path, positive
+from launch.support.settings import OWN_TEXT, read_settings
 
 
 @pytest.fixture
@@ -58,3 +59,18 @@ def test_paths_that_no_system_can_hold_raise(kind: Callable[[str], object], text
     flags.add_argument("--out", type=kind)
     with pytest.raises(ConfigError, match=r"argument --out: must be a path, got .*: "):
         flags.parse_args(["--out", text])
+
+
+def test_a_short_run_fits_the_configuration_that_nobody_chose(tmp_path: Path) -> None:
+    """`--steps 60` without `--config` ended in an error about a window of 64."""
+    out = ["--out", str(tmp_path / "run")]
+    short = read_settings(["--steps", "60", *out])
+    keys = [short.block.warmup_steps, short.block.ramp_steps, short.block.window_size]
+    assert keys == [7, 7, 15]
+    assert short.note == "note: for 60 steps it takes warmup_steps 7, ramp_steps 7, window_size 15"
+    whole = read_settings(out)
+    assert (whole.note, whole.block.window_size) == ("", 64)
+    chosen = tmp_path / "own.json"
+    chosen.write_text(OWN_TEXT.read_text())
+    with pytest.raises(ConfigError, match="window_size must be less than the run's 60 steps"):
+        read_settings(["--steps", "60", "--config", str(chosen), *out])
