@@ -11,8 +11,8 @@ offset bytes type meaning
 4      1     u8   format version, 2
 5      1     u8   codec id, see `codec.CODECS`; 0: an announcement, a header without a body
 6      2     u16  flags; bit 0: not finite, bit 1: loss known, bit 2: compute time known, bit 3: the
-                  weights were written outside, bit 4: the sender was asked to stop (both with
-                  codec 0 only); all others 0
+                  weights were written outside, bit 4: the sender was asked to stop, bit 5: it has
+                  seen a rank that asks to take part (these with codec 0 only); all others 0
 8      4     u32  step
 12     2     u16  bucket
 14     2     u16  rank of the sender
@@ -64,8 +64,9 @@ SIGNALS_ID = 0
 
 _FIELDS = struct.Struct("<4sBBHIHHHHIQIIfffff")
 _CRC = struct.Struct("<I")
-_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN, _WRITTEN, _STOPS = 1, 2, 4, 8, 16
+_NONFINITE, _LOSS_KNOWN, _TIME_KNOWN, _WRITTEN, _STOPS, _ASKS = 1, 2, 4, 8, 16, 32
 _FLAGS = _NONFINITE | _LOSS_KNOWN | _TIME_KNOWN
+_ANNOUNCED = _FLAGS | _WRITTEN | _STOPS | _ASKS
 _F32_MAX = float(np.finfo(np.float32).max)
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -86,7 +87,8 @@ class Header:
         k: kept elements per full row.
         numel: elements of the bucket; 0 without a body.
         layout_crc: of the bucket's layout; 0 without a body.
-        signals: what the sender measured; `written` and `stops` are False unless there is no body.
+        signals: what the sender measured; `written`, `stops` and `asks` are False unless there is
+            no body.
     """
 
     step: int
@@ -122,6 +124,7 @@ def seal(header: Header, payload: Bytes) -> None:
         | _TIME_KNOWN * (signals.compute_time_s is not None)
         | _WRITTEN * (signals.written and header.codec_id == SIGNALS_ID)
         | _STOPS * (signals.stops and header.codec_id == SIGNALS_ID)
+        | _ASKS * (signals.asks and header.codec_id == SIGNALS_ID)
     )
     fields = _FIELDS.pack(
         MAGIC,
@@ -212,7 +215,7 @@ def parse(payload: torch.Tensor) -> Header:
 def _check_fields(
     codec_id: int, flags: int, k: int, reserved: int, crc: int, numel: int, body_bytes: int
 ) -> None:
-    allowed = _FLAGS | _WRITTEN | _STOPS if codec_id == SIGNALS_ID else _FLAGS
+    allowed = _ANNOUNCED if codec_id == SIGNALS_ID else _FLAGS
     if flags & ~allowed:
         raise WireFormatError(f"payload's flags must be within {allowed:#x}, got {flags:#x}.")
     if reserved:
@@ -246,6 +249,7 @@ def _signals(flags: int, agreement: int, loss: float, amounts: list[float]) -> R
         agreement=agreement,
         written=bool(flags & _WRITTEN),
         stops=bool(flags & _STOPS),
+        asks=bool(flags & _ASKS),
     )
 
 

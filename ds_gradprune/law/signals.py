@@ -22,6 +22,7 @@ class RankSignals:
         agreement: running crc of this rank's decisions and parameter hashes; equal on all ranks.
         written: somebody other than the optimizer has written this rank's weights.
         stops: this rank was asked to end the run.
+        asks: this rank has seen another one that asks to take part.
     """
 
     loss: float | None
@@ -33,6 +34,7 @@ class RankSignals:
     agreement: int
     written: bool = False
     stops: bool = False
+    asks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ the islands regroup (`members`), and then::
 So a result, and who has taken part in it, is the same on all islands that go on. This is virtual
 synchrony (Birman, Joseph 1987). Whatever is decided from results alone is equal everywhere.
 
+A lost island that comes back is let in between two calls that all make (`let_in`, `join`). It
+counts as one that is a call behind, so it learns from the others where they are.
+
 `world_size` is how many have taken part in the last finished call, not who is there now: that
 may differ between islands for a moment.
 """
@@ -17,32 +20,29 @@ may differ between islands for a moment.
 from __future__ import annotations
 
 import contextlib
+import struct
 import threading
-import time
 from collections import deque
 
 import torch
 
 from ds_gradprune.errors import TransportError
+from ds_gradprune.wire.crew_call import CrewCall
+from ds_gradprune.wire.door import TICKET_CHARS, Candidate
 from ds_gradprune.wire.hand_on import bytes_of
 from ds_gradprune.wire.members import Epoch, Members
-from ds_gradprune.wire.transport import (
-    Transport,
-    Work,
-    check_all_gather,
-    check_all_reduce,
-    no_answer,
-)
+from ds_gradprune.wire.transport import Transport, Work, check_all_gather, check_all_reduce
 
-_FIRST_NAP_S, _LONGEST_NAP_S = 100e-6, 1e-3
-"""Between two looks at a call under way."""
+_NEVER_IN = -1
+_ASK = struct.Struct(f"<BI{TICKET_CHARS}s")
+"""Whether somebody asks to be let in, its number, its ticket."""
 
 
 class CrewTransport(Transport):
     """One island's end of a run whose islands may be lost. Has one rank per island.
 
     Args:
-        members: who takes part; it has begun.
+        members: who takes part; it has begun. Else `join` must be the first call.
 
     Attributes:
         rank: number of this island; others that are lost do not change it.
@@ -50,14 +50,14 @@ class CrewTransport(Transport):
     """
 
     def __init__(self, members: Members) -> None:
-        assert members.transport is not None
         self.rank = members.island
         self.took_part = members.epoch.islands
         self.members = members
         self._step: int | None = None
         self._done = 0
         self._last: tuple[tuple[int, ...], torch.Tensor] | None = None
-        self._calls: deque[_CrewCall] = deque()
+        self._handed: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._calls: deque[CrewCall] = deque()
         self._failure: TransportError | None = None
         self._lock = threading.RLock()
 
@@ -68,8 +68,8 @@ class CrewTransport(Transport):
 
     @property
     def place(self) -> int:
-        """See `Transport.place`."""
-        return self.took_part.index(self.rank)
+        """See `Transport.place`; -1 before this island has been let in."""
+        return self.took_part.index(self.rank) if self.rank in self.took_part else _NEVER_IN
 
     def start_all_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
         """See `Transport.start_all_gather`; `Work.took_part` says whose rows there are. Collective.
@@ -79,7 +79,7 @@ class CrewTransport(Transport):
             out: the first rows are filled, in the order of `took_part`.
         """
         check_all_gather(payload, out, len(out))
-        return self._start(_CrewCall(self, payload, out))
+        return self._start(CrewCall(self, payload, out))
 
     def start_all_to_all(self, send: torch.Tensor, out: torch.Tensor) -> Work:
         """Not here: what was meant for a lost island is nobody's. Raises TransportError."""
@@ -91,7 +91,7 @@ class CrewTransport(Transport):
         Twice the tensor's memory is held: its sum may have to be handed on.
         """
         check_all_reduce(tensor)
-        return self._start(_CrewCall(self, tensor, None))
+        return self._start(CrewCall(self, tensor, None))
 
     def advance(self, step: int) -> None:
         """See `Transport.advance`. Local."""
@@ -112,6 +112,69 @@ class CrewTransport(Transport):
         """
         with contextlib.suppress(TransportError):  # there is nothing left that could be lost
             self.roll()
+            if self.place == 0:
+                self.members.end()
+
+    def let_in(self) -> int | None:
+        """Let in the island that asks, if all that are there find it alive.
+
+        Returns:
+            Its number: all make the next calls with it. None: nobody has come.
+
+        Collective: all islands; no other call may be under way.
+        """
+        candidate = self._who_asks(self.members.door.candidate, self.world_size)
+        self.members.door.candidate = None
+        if candidate is None:
+            return None
+        with self._lock:
+            self._check()
+            self.members.waits = True
+            try:
+                # Another one may have called for an epoch because a call has failed there.
+                while self.members.answered[0] != candidate.ticket:
+                    self._recover(candidate)
+            except TransportError as exc:
+                self._failure = exc
+                raise
+            finally:
+                self.members.waits = False
+        return candidate.island if self.members.answered[1] else None
+
+    def join(self) -> None:
+        """Take part in a run that goes on, from its next call on.
+
+        Raises:
+            TransportError, TransportTimeout: see `Members.join`.
+
+        Collective: all islands of the run, which call `let_in`.
+        """
+        candidate = Candidate(self.rank)
+        epoch = self.members.join(candidate)
+        self._done = epoch.done[self.rank]
+        assert self.members.transport is not None
+        try:
+            self._handed = self._hand_on(epoch, self.members.transport)
+        except TransportError:
+            self._handed = self._recover()
+        self._who_asks(candidate, len(epoch.islands))
+
+    def _who_asks(self, mine: Candidate | None, rows: int) -> Candidate | None:
+        """The first of those that islands have seen. Collective: all islands."""
+        told = (0, 0, b"") if mine is None else (1, mine.island, mine.ticket.encode())
+        payload = torch.frombuffer(bytearray(_ASK.pack(*told)), dtype=torch.uint8)
+        out = torch.empty(rows, _ASK.size, dtype=torch.uint8)
+        call = CrewCall(self, payload, out)
+        self._calls.append(call)
+        if self._handed is None:
+            call.begin()
+        call.wait()
+        assert call.took_part is not None
+        for row in out[: len(call.took_part)]:
+            asks, island, ticket = _ASK.unpack(row.numpy().tobytes())
+            if asks:
+                return Candidate(island, ticket.decode())
+        return None
 
     def close(self) -> None:
         """See `Transport.close`. Local."""
@@ -121,7 +184,7 @@ class CrewTransport(Transport):
 
     # ---- calls, one after the other ------------------------------------------------------------
 
-    def _start(self, call: _CrewCall) -> Work:
+    def _start(self, call: CrewCall) -> Work:
         with self._lock:
             self._check()
             self._calls.append(call)
@@ -135,7 +198,7 @@ class CrewTransport(Transport):
                 f"the islands' transport cannot be used after a failure: {self._failure}"
             ) from self._failure
 
-    def finish(self, call: _CrewCall) -> None:
+    def finish(self, call: CrewCall) -> None:
         """Finish all calls up to this one. Collective."""
         with self._lock:
             while not call.is_over:
@@ -151,17 +214,17 @@ class CrewTransport(Transport):
 
     def _finish_first(self) -> None:
         call = self._calls[0]
-        while True:
+        handed, self._handed = self._handed, None
+        while handed is None:
             try:
                 result = call.result(self.members)
                 took_part = self.members.epoch.islands
                 break
             except TransportError:
                 handed = self._recover()
-            if handed is not None:
-                took_part, data = handed
-                result = call.shaped(data, len(took_part))
-                break
+        else:
+            took_part, data = handed
+            result = call.shaped(data, len(took_part))
         self._done += 1
         self._last, self.took_part = (took_part, result), took_part
         self._calls.popleft()
@@ -169,14 +232,16 @@ class CrewTransport(Transport):
         if self._calls:
             self._calls[0].begin()
 
-    def _recover(self) -> tuple[tuple[int, ...], torch.Tensor] | None:
-        """Go on with those that are alive.
+    def _recover(
+        self, candidate: Candidate | None = None
+    ) -> tuple[tuple[int, ...], torch.Tensor] | None:
+        """Go on with those that are alive, and with who asks to be let in.
 
         Returns:
             Result of the call that is next, if others have finished it; None: make it again.
         """
         while True:
-            epoch = self.members.regroup(self._done)
+            epoch, candidate = self.members.regroup(self._done, candidate), None
             transport = self.members.transport
             assert transport is not None
             if self._step is not None:
@@ -207,91 +272,3 @@ class CrewTransport(Transport):
         if self._done == most:
             return None
         return tuple(islands.view(torch.int64).tolist()), data
-
-
-class _CrewCall(Work):
-    """One call.
-
-    Args:
-        crew: whose.
-        given: what this island brings; for a sum the tensor that becomes it.
-        out: where rows go; None: a sum.
-    """
-
-    def __init__(self, crew: CrewTransport, given: torch.Tensor, out: torch.Tensor | None) -> None:
-        self.is_over = False
-        self._crew = crew
-        self._given = given
-        self._out = out
-        self._result: torch.Tensor | None = None
-        self._work: Work | None = None
-        self._failure: TransportError | None = None
-
-    def wait(self) -> None:
-        """See `Work.wait`."""
-        self._crew.finish(self)
-
-    def done(self) -> bool:
-        """See `Work.done`."""
-        return self.is_over
-
-    def begin(self) -> None:
-        """Let it travel, if all is well. Local."""
-        transport = self._crew.members.transport
-        if transport is None:
-            return
-        # Memory of its own: after a failure a late peer may still write into it.
-        try:
-            if self._out is None:
-                self._result = torch.empty_like(self._given, device="cpu").copy_(self._given)
-                self._work = transport.start_all_reduce(self._result)
-            else:
-                self._result = torch.empty(
-                    transport.world_size, self._given.numel(), dtype=torch.uint8
-                )
-                self._work = transport.start_all_gather(self._given, self._result)
-        except TransportError as exc:  # told, or mended, by whoever waits
-            self._failure = exc
-
-    def result(self, members: Members) -> torch.Tensor:
-        """What it comes to in this epoch. Collective.
-
-        Raises:
-            TransportError: it has failed in this epoch, and may be made again.
-        """
-        if self._work is None and self._failure is None:
-            self.begin()
-        work, failure, self._work, self._failure = self._work, self._failure, None, None
-        if failure is not None:
-            raise failure
-        if work is None:
-            raise TransportError("there is no transport in this epoch")
-        self._await(work, members)
-        work.wait()
-        assert self._result is not None
-        return self._result
-
-    def _await(self, work: Work, members: Members) -> None:
-        nap_s, deadline_s = _FIRST_NAP_S, time.monotonic() + members.timeout_s
-        while not work.done():
-            if time.monotonic() >= deadline_s:
-                raise no_answer("a call", self._crew.rank, self._crew.world_size, members.timeout_s)
-            if members.is_called:
-                raise TransportError("another island has called for the next epoch")
-            time.sleep(nap_s)
-            nap_s = min(2 * nap_s, _LONGEST_NAP_S)
-
-    def shaped(self, data: torch.Tensor, count: int) -> torch.Tensor:
-        """Another island's result as this one's."""
-        if self._out is not None:
-            return data.view(count, -1)
-        return data.view(self._given.dtype).view(self._given.shape)
-
-    def end(self, result: torch.Tensor, took_part: tuple[int, ...]) -> None:
-        """The result is this call's. Local."""
-        if self._out is None:
-            self._given.copy_(result)
-        else:
-            self._out[: len(took_part)].copy_(result)
-        self.took_part = took_part
-        self._work, self._result, self.is_over = None, None, True

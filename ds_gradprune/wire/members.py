@@ -11,12 +11,18 @@ agree on the next epoch and open a new transport among them::
 Each island shows life by counting in the store, from a thread, and looks there whether another one
 has called for the next epoch. So no island waits in a call that can never end.
 
+A lost island that comes back asks at the `door`. The others agree on it, all at the same call, and
+form an epoch with it in the same way::
+
+    regroup(done, candidate)    members: it is a newcomer, if it still shows life
+
 The store is the judge: islands that do not reach it end. So two halves of a network that was cut
 never train on side by side. Where an island keeps the store, that one cannot be lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -25,12 +31,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_gradprune.errors import TransportError, TransportTimeout
-from ds_gradprune.wire.lost import reason_of
-from ds_gradprune.wire.silence import asked
+from ds_gradprune.wire.bounded import Bounded
+from ds_gradprune.wire.door import Candidate, Door, ask
 from ds_gradprune.wire.transport import Transport
-
-STORE_S = 5.0
-"""So long the store may take for an answer; torch's own client would wait for ever."""
 
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.005, 0.25
 
@@ -47,11 +50,13 @@ class Epoch:
         number: from 0.
         islands: who takes part, rising.
         done: island -> the calls that it has finished.
+        newcomer: the island that was let in; None: there is none.
     """
 
     number: int
     islands: tuple[int, ...]
     done: Mapping[int, int]
+    newcomer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,9 @@ class Members:
         timeout_s: see there.
         least: see there.
         waits: this island waits for others: it looks who shows life.
+        door: who asks to be let in.
+        answered: the last ticket that was decided on, and whether it was let in; equal on all
+            islands that have come as far.
     """
 
     def __init__(
@@ -109,26 +117,45 @@ class Members:
         self.waits = False
         self._called = threading.Event()
         self._closed = threading.Event()
+        self.door = Door(self._store)
+        self.answered = ("", False)
         self.epoch = Epoch(-1, (), {})
         self.transport: Transport | None = None
 
     def begin(self, islands: Sequence[int]) -> Epoch:
         """The first epoch, which all were started with. Collective: these islands."""
         self._enter(Epoch(0, tuple(sorted(islands)), dict.fromkeys(islands, 0)))
-        # Its own words with the store: it must see a call while this thread waits for something.
-        threading.Thread(target=self._beat, name="members", daemon=True).start()
+        self._begin_to_beat()
         return self.epoch
+
+    def join(self, candidate: Candidate) -> Epoch:
+        """Ask the islands of a run that goes on, and take part when they let this one in.
+
+        Args:
+            candidate: this island.
+
+        Raises:
+            TransportTimeout, TransportError: nobody lives there, or not all can be reached.
+
+        Collective: the epoch's islands, which call `regroup`.
+        """
+        number = ask(self._store, candidate, self.timeout_s + self._pace.silent_s)
+        epoch = _epoch(number, json.loads(self._store.get(f"{number}/members")))
+        self._begin_to_beat()
+        self._enter(epoch)
+        return epoch
 
     @property
     def is_called(self) -> bool:
         """Some island has called for the next epoch: no call of this one can end any more."""
         return self._called.is_set()
 
-    def regroup(self, done: int) -> Epoch:
-        """Go on with those that are alive, after a call has failed.
+    def regroup(self, done: int, candidate: Candidate | None = None) -> Epoch:
+        """Go on with those that are alive: after a call has failed, or to let one in.
 
         Args:
             done: calls that this island has finished.
+            candidate: is let in, if it shows life and nobody has called for this epoch otherwise.
 
         Raises:
             LeftOut: the others have gone on without this island.
@@ -139,13 +166,20 @@ class Members:
         """
         expected, number = self.epoch.islands, self.epoch.number + 1
         while True:
-            epoch = self._agree(number, done, expected)
+            epoch = self._agree(number, done, expected, candidate)
             try:
                 self._enter(epoch)
                 return epoch
             except TransportError:  # one more was lost, or two do not reach each other
-                self._store.set(f"{number}/failed/{self.island}", "")
-                expected, number = epoch.islands, number + 1
+                if epoch.newcomer is None:  # else it is that one that is not reached
+                    self._store.set(f"{number}/failed/{self.island}", "")
+                expected = tuple(i for i in epoch.islands if i != epoch.newcomer)
+                number, candidate = number + 1, None
+
+    def end(self) -> None:
+        """All work is done: whoever asks to be let in need not wait. Local."""
+        with contextlib.suppress(TransportError):  # then there is nobody to be told
+            self._store.set("over", "")
 
     def close(self) -> None:
         """Take part no more. Local."""
@@ -154,7 +188,13 @@ class Members:
 
     # ---- details -------------------------------------------------------------------------------
 
-    def _agree(self, number: int, done: int, expected: Sequence[int]) -> Epoch:
+    def _begin_to_beat(self) -> None:
+        # Its own words with the store: it must see a call while this thread waits for something.
+        threading.Thread(target=self._beat, name="members", daemon=True).start()
+
+    def _agree(
+        self, number: int, done: int, expected: Sequence[int], candidate: Candidate | None
+    ) -> Epoch:
         """Say that this island is there, and find out with whom it goes on."""
         self._close_transport()
         members = f"{number}/members"
@@ -165,13 +205,19 @@ class Members:
             apart = [i for i in present if self._store.check([f"{number - 1}/failed/{i}"])]
             present = [i for i in present if i not in apart[-1:]]
         counts = {i: int(self._store.get(f"{number}/{i}")) for i in present}
-        found = self._store.compare_set(members, "", json.dumps(counts))
-        agreed = {int(island): int(calls) for island, calls in json.loads(found).items()}
+        mine = json.dumps(self._proposal(counts, candidate))
+        found = json.loads(self._store.compare_set(members, "", mine))
+        epoch = _epoch(number, found)
+        if found["ticket"]:
+            self.answered = (found["ticket"], epoch.newcomer is not None)
+            if epoch.newcomer is not None:
+                self.door.let_in(found["ticket"], number)
+        agreed = epoch.done
         if self.island not in agreed:
             raise LeftOut(
                 f"islands {_listed(agreed)} have gone on without island {self.island}, which did "
                 f"not answer within gradient_pruning.timeout_s. Its progress since its last "
-                "exchange is lost. End it, and let it resume with the others."
+                "exchange is lost. Start it again with the same command."
             )
         if len(agreed) < self.least:
             raise TransportTimeout(
@@ -179,7 +225,17 @@ class Members:
                 f"island{'' if len(agreed) == 1 else 's'} {_listed(agreed)} answered. Start the "
                 "others again, and resume from the last checkpoint."
             )
-        return Epoch(number, tuple(sorted(agreed)), agreed)
+        return epoch
+
+    def _proposal(self, done: Mapping[int, int], candidate: Candidate | None) -> dict[str, Any]:
+        """Who takes part in an epoch, as it lies in the store."""
+        if candidate is None:
+            return {"done": done, "ticket": "", "newcomer": None}
+        if not self.door.shows_life(candidate, self._pace.silent_s):
+            return {"done": done, "ticket": candidate.ticket, "newcomer": None}
+        # As if a call behind: it is given the last one's result, so it knows where they are.
+        done = {**done, candidate.island: max(done.values()) - 1}
+        return {"done": done, "ticket": candidate.ticket, "newcomer": candidate.island}
 
     def _await(self, number: int, expected: Sequence[int], members: str) -> list[int]:
         """Those that are there, when all are that live, when somebody has decided, or in the end.
@@ -208,6 +264,8 @@ class Members:
         self.epoch = epoch
         self._called.clear()
         self.transport = self._opens(epoch)
+        if self.island == epoch.islands[0]:
+            self._store.set("now", json.dumps(epoch.islands))
 
     def _close_transport(self) -> None:
         if self.transport is not None:
@@ -223,6 +281,8 @@ class Members:
                     self._is_alive(island)
                 if not self.waits:
                     self._seen.clear()  # nobody has looked: what was seen tells nothing
+                if self.island in self.epoch.islands[:1]:
+                    self.door.look(self.epoch.islands)
                 if self._store.check([f"{number + 1}/called"]) and number == self.epoch.number:
                     self._called.set()
             except TransportError:  # told where the store is needed; it may come back before
@@ -230,55 +290,10 @@ class Members:
             self._closed.wait(self._pace.beat_s)
 
 
-class Bounded:
-    """A store of torch.distributed whose every answer comes within `STORE_S`, or an error of ours.
-
-    Args:
-        store: see there; its client may wait for ever for a host that is frozen or cut off.
-    """
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def set(self, key: str, value: str) -> None:
-        """Set a key."""
-        self._ask(lambda: self._store.set(key, value))
-
-    def get(self, key: str) -> str:
-        """The value of a key that is there."""
-        return str(self._ask(lambda: self._store.get(key)).decode())
-
-    def text(self, key: str) -> str:
-        """The value of a key, or nothing."""
-        return self.get(key) if self.check([key]) else ""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
-        return bool(self._ask(lambda: self._store.check(keys)))
-
-    def compare_set(self, key: str, expected: str, desired: str) -> str:
-        """Set a key that has the expected value, or is not there; what it has now."""
-        return str(self._ask(lambda: self._store.compare_set(key, expected, desired)).decode())
-
-    def add(self, key: str, amount: int) -> int:
-        """Count."""
-        return int(self._ask(lambda: self._store.add(key, amount)))
-
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        answer = asked(STORE_S, question)
-        if answer is None:
-            raise TransportTimeout(
-                f"the store on rank 0's host must say within {STORE_S:g} s who is alive, but does "
-                "not answer: its host is frozen, or a link is down. Resume from the last "
-                "checkpoint."
-            )
-        exc = answer.exception()
-        if exc is not None:
-            raise TransportError(
-                f"the store on rank 0's host cannot be asked who is alive: {reason_of(exc)}. Its "
-                "host, its process or its link is gone; resume from the last checkpoint."
-            ) from exc
-        return answer.result()
+def _epoch(number: int, found: Mapping[str, Any]) -> Epoch:
+    """What lies in the store of an epoch."""
+    done = {int(island): int(calls) for island, calls in found["done"].items()}
+    return Epoch(number, tuple(sorted(done)), done, found["newcomer"])
 
 
 def _listed(islands: Any) -> str:

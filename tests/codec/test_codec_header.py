@@ -52,9 +52,9 @@ def test_signals_are_rounded_to_float32() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 41, 4096])
-@pytest.mark.parametrize("written", [False, True])
-def test_announcements_carry_k_and_whether_weights_were_written(k: int, written: bool) -> None:
-    signals = dataclasses.replace(SIGNALS, written=written)
+@pytest.mark.parametrize("flags", [{}, {"written": True}, {"stops": True}, {"asks": True}])
+def test_announcements_carry_k_and_flags(k: int, flags: dict[str, bool]) -> None:
+    signals = dataclasses.replace(SIGNALS, **flags)
     header = codec.read_header(codec.encode_signals(step=9, rank=2, signals=signals, k=k))
     assert (header.codec_id, header.k, header.signals) == (codec.SIGNALS_ID, k, signals)
     block = select(torch.zeros(120), layout((1, 120)), 5)

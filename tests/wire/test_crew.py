@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from ds_gradprune.deepspeed.agree import gather_texts
 from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.crew import CrewTransport
-from ds_gradprune.wire.members import Bounded, LeftOut
+from ds_gradprune.wire.members import LeftOut
 from ds_gradprune.wire.transport import Transport, Work
 from tests.helpers.crew_ranks import on_crew
 from tests.helpers.ranks import run_processes
