@@ -39,6 +39,7 @@ _FIXES = (
     (("parameter",), "Build the same model on every rank, with the same layers frozen."),
     (("TrainingArguments", "steps of"), "Pass the same TrainingArguments on every rank."),
     (("training examples",), "Give every rank the same training data."),
+    (("weights that",), "Begin with the same weights and buffers, and freeze the same layers."),
     (("given",), "Give every rank the same."),
     (("optimizer", "lr_scheduler"), "Build the same optimizer and schedule on every rank."),
 )
@@ -83,15 +84,39 @@ def check_ranks(transport: Transport, facts: Facts) -> None:
     transport.all_gather(mine, digests)
     if bool((digests == digests[0]).all()):
         return
-    short = {name: hashlib.sha256(_dump(list(e))).hexdigest() for name, e in facts.lists.items()}
-    told = {"host": socket.gethostname(), "values": dict(facts.values), "lists": short}
-    ranks = [_object(text) for text in gather_texts(transport, _dump(told).decode())]
+    ranks = [_object(text) for text in gather_texts(transport, facts_text(facts))]
     hosts = [str(rank.get("host", "?")) for rank in ranks]
     differing = _differing(ranks, "values")
     for name in _differing(ranks, "lists"):
         texts = gather_texts(transport, _dump(list(facts.lists.get(name, ()))).decode())
         differing |= _first_difference(name, [json.loads(text) for text in texts])
     raise RankMismatchError(_message(differing, hosts))
+
+
+def check_beside(mine: Facts, text: str) -> None:
+    """Compare facts with those of a run that goes on.
+
+    Args:
+        mine: this rank's.
+        text: the run's, as `facts_text` gave them.
+
+    Raises:
+        RankMismatchError: names what differs.
+
+    Local.
+    """
+    others = [_object(told) for told in (text, facts_text(mine))]
+    differing = _differing(others, "values") | _differing(others, "lists")
+    if differing:
+        hosts = [str(told.get("host", "?")) for told in others]
+        raise RankMismatchError(_message(differing, hosts))
+
+
+def facts_text(facts: Facts) -> str:
+    """Facts for `check_beside`; of lists their hashes. Pure."""
+    short = {name: hashlib.sha256(_dump(list(e))).hexdigest() for name, e in facts.lists.items()}
+    told = {"host": socket.gethostname(), "values": dict(facts.values), "lists": short}
+    return _dump(told).decode()
 
 
 def check_weights(transport: Transport, shard: int, crc: int, step: int) -> None:

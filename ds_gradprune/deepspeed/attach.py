@@ -23,7 +23,7 @@ from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.shards import make_shards
-from ds_gradprune.deepspeed.survivors import make_crew, refuse_unfit
+from ds_gradprune.deepspeed.survivors import make_crew, refuse_unfit, with_rest
 from ds_gradprune.deepspeed.waits import bounded, new_group
 from ds_gradprune.deepspeed.zero_gradients import (
     ZeroGradientHandle,
@@ -36,6 +36,7 @@ from ds_gradprune.wire.all_gather import AllGather
 from ds_gradprune.wire.channel import Channel
 from ds_gradprune.wire.mpi import MpiTransport
 from ds_gradprune.wire.owner_reduce import OwnerReduce
+from ds_gradprune.wire.stand_in import FAKE
 from ds_gradprune.wire.throttle import RatePoint, ThrottledTransport
 from ds_gradprune.wire.torchdist import TorchDistTransport
 from ds_gradprune.wire.transport import Transport
@@ -152,7 +153,8 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
     equalize(engine.module, groups, shards)
     if config.min_islands is not None:
         refuse_unfit(config, groups)
-        crew = make_crew(config, groups, lambda inner: _throttled(inner, config, clock))
+        facts = with_rest(facts_of(engine, config), engine.module, shards, groups)
+        crew = make_crew(config, groups, lambda inner: _throttled(inner, config, clock), facts)
         seat = _seat(crew, groups)
         return IslandHandle(engine, config, AllGather(crew), clock, seat, groups, shards, crew)
     channel = _channel(config, groups.outer_cpu, clock)
@@ -189,7 +191,7 @@ def on_cpu(group: Any, timeout_s: float) -> Any:
 
     Collective: all ranks.
     """
-    if dist.get_backend(group) == "gloo":
+    if dist.get_backend(group) in ("gloo", FAKE):
         return group
     return new_group(dist.get_process_group_ranks(group), timeout_s, backend="gloo")
 

@@ -26,6 +26,7 @@ from deepspeed.utils import groups
 from ds_gradprune.deepspeed.crowd import warn_of_crowd
 from ds_gradprune.deepspeed.seats import Seat, gather_seats, ranks_per_island
 from ds_gradprune.deepspeed.waits import everyone, new_group
+from ds_gradprune.wire.stand_in import FAKE, joined_store
 
 _given_up: list[Any] = []
 """Groups of engines that were detached."""
@@ -61,13 +62,15 @@ class Groups:
         self._timeout_s = timeout_s
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
-        seats = gather_seats(Seat.here())
-        while _given_up:  # nobody is in a collective of theirs any more
-            with suppress(ValueError):  # somebody has destroyed all groups meanwhile
-                dist.destroy_process_group(_given_up.pop())
-        self.num_shards = ranks_per_island(seats, ranks)
-        if self._rank == 0:
-            warn_of_crowd(seats, self.num_shards)
+        self.num_shards = 1  # of an island that may be lost, in whose place this process comes
+        if joined_store() is None:
+            seats = gather_seats(Seat.here())
+            while _given_up:  # nobody is in a collective of theirs any more
+                with suppress(ValueError):  # somebody has destroyed all groups meanwhile
+                    dist.destroy_process_group(_given_up.pop())
+            self.num_shards = ranks_per_island(seats, ranks)
+            if self._rank == 0:
+                warn_of_crowd(seats, self.num_shards)
         self.num_islands = self._world_size // self.num_shards
         self.island, self.shard = divmod(self._rank, self.num_shards)
         self.everyone: Any = everyone(timeout_s)
@@ -82,7 +85,7 @@ class Groups:
             self.inner_cpu = self._mine(inners, backend="gloo")
         outers = [[*range(i, self._world_size, self.num_shards)] for i in range(self.num_shards)]
         self.outer: Any = self._mine(outers)
-        is_gloo = dist.get_backend(self.outer) == "gloo"
+        is_gloo = dist.get_backend(self.outer) in ("gloo", FAKE)
         self.outer_cpu: Any = self.outer if is_gloo else self._mine(outers, backend="gloo")
 
     def close(self, *, is_mpu: bool) -> None:

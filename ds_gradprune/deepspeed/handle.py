@@ -67,12 +67,14 @@ class Handle:
         idle: false.
         asks_stop: set it to tell all ranks, in the next exchange, that the run should end.
         stops: some rank has said so in the last exchange; equal on all ranks.
+        lets_in: some rank has seen one that asks to take part; equal on all ranks.
         crew: which ranks are left, where some may be lost; None: none may.
     """
 
     idle = False
     asks_stop = False
     stops = False
+    lets_in = False
     crew: CrewTransport | None = None
 
     def __init__(
@@ -207,6 +209,10 @@ class Handle:
         """
         raise NotImplementedError
 
+    def _sees_one_ask(self) -> bool:
+        """This rank sees another one that asks to take part."""
+        return self.crew is not None and self.crew.members.door.candidate is not None
+
     # ---- hooks ---------------------------------------------------------------------------------
 
     def _replace(self, name: str, doing: str, hook: Callable[..., Any]) -> None:
@@ -266,7 +272,7 @@ class Handle:
             step=self.loop.exchange_step,
             rank=self.channel.rank,
             k=self.k,
-            signals=dataclasses.replace(signals, stops=True) if self.asks_stop else signals,
+            signals=dataclasses.replace(signals, stops=self.asks_stop, asks=self._sees_one_ask()),
         )
         return self.channel.announce(header, sizes)
 
@@ -286,6 +292,7 @@ class Handle:
             senders=self.channel.world_size,
         )
         self.stops = any(rank.stops for rank in ranks)
+        self.lets_in = self.lets_in or any(rank.asks for rank in ranks)
         every = self.config.verify_every_steps
         if every is not None and report.step // every > before // every:
             self.loop.note_weights(self.parameters_crc())

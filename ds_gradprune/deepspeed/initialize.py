@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,7 @@ from ds_gradprune.deepspeed.waits import asking, bounded, everyone
 from ds_gradprune.deepspeed.zero3_setup import confine, repartition
 from ds_gradprune.errors import ConfigError, UnsupportedError
 from ds_gradprune.wire.lost import translated
+from ds_gradprune.wire.stand_in import run_that_goes_on, stand_in
 from ds_gradprune.wire.torchdist import TorchDistTransport
 
 _original = deepspeed.initialize
@@ -77,7 +79,7 @@ def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any
         return _call(given), True
     _refuse_strided(given.arguments["model"])
     _refuse_other_groups(given.arguments, ds_config, config.prune)
-    _open_comm(given.arguments, config.timeout_s)
+    _open_comm(given.arguments, config.timeout_s, comes_back=config.min_islands is not None)
     with bounded("starting the engine", config.timeout_s):
         if comm.get_world_size() > 1:
             _compare(given.arguments, config)
@@ -123,10 +125,15 @@ def _has_islands(ds_config: dict[str, Any]) -> bool:
     return config.enabled and config.prune == "update"
 
 
-def _open_comm(given: dict[str, Any], timeout_s: float) -> None:
+def _open_comm(given: dict[str, Any], timeout_s: float, *, comes_back: bool = False) -> None:
     """Open DeepSpeed's communication as `deepspeed.initialize` would, if nobody has yet.
 
     The others are waited for `timeout_s`, or as long as DEEPSPEED_TIMEOUT says, in minutes.
+
+    Args:
+        given: to `initialize`.
+        timeout_s: see there.
+        comes_back: where a run goes on without this rank, it takes that rank's place.
 
     Collective: all ranks.
     """
@@ -145,8 +152,18 @@ def _open_comm(given: dict[str, Any], timeout_s: float) -> None:
     place = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     rank, world_size = (int(text) if text.isdecimal() else 0 for text in place)
     limit_s = own.total_seconds()
+    if comes_back and (run := _run_of(os.environ)) is not None:
+        stand_in(run, rank, world_size, timeout_s)
+        comm.init_distributed(**options)
+        return
     with translated("finding all ranks", rank, world_size, limit_s), asking(limit_s):
         comm.init_distributed(timeout=own, **options)
+
+
+def _run_of(environ: Mapping[str, str]) -> Any:
+    """The store of a run that goes on at the meeting point of this rank; None: there is none."""
+    address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+    return run_that_goes_on(address, int(port)) if address and port.isdecimal() else None
 
 
 def _compare(given: dict[str, Any], config: GradientPruningConfig) -> None:

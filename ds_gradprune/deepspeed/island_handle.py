@@ -10,6 +10,8 @@ Beyond what `Handle` hooks:
 
 An island's checkpoint holds, beside DeepSpeed's files with the shared weights (island 0 writes
 them), its own weights, its optimizer's state, its schedule and its buffers.
+
+Longer than 300 lines: all that is hooked in this mode, with a checkpoint's two ways.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.deepspeed import checkpoint
+from ds_gradprune.deepspeed import checkpoint, newcomers
 from ds_gradprune.deepspeed.clock import Clock
 from ds_gradprune.deepspeed.consensus import InsideIsland
 from ds_gradprune.deepspeed.groups import Groups
@@ -31,7 +33,9 @@ from ds_gradprune.deepspeed.island_weights import IslandWeights
 from ds_gradprune.deepspeed.monitor import StepLog
 from ds_gradprune.deepspeed.rounds import Rounds
 from ds_gradprune.deepspeed.survivors import Roll
+from ds_gradprune.deepspeed.waits import bounded
 from ds_gradprune.deepspeed.warmup import Warmup
+from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
@@ -67,7 +71,11 @@ class IslandHandle(Handle):
         inside: how the ranks of the island agree.
         rounds: begins and lands exchanges.
         weights: which weights the model holds.
+        state_of: what a checkpoint holds of the island.
+        tells: what a script tells an island that comes back: plain values, and tensors.
     """
+
+    tells: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -106,7 +114,7 @@ class IslandHandle(Handle):
         self._warmup = Warmup(self)
         if int(engine.zero_optimization_stage()) == _DIVIDED:
             self.hooks.replace("_zero3_consolidated_16bit_state_dict", self._consolidate)
-        self._state_of = IslandState(engine, self.islands, shards)
+        self.state_of = IslandState(engine, self.islands, shards)
 
     @property
     def held_bytes(self) -> int:
@@ -153,19 +161,54 @@ class IslandHandle(Handle):
 
     def finish(self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int) -> None:
         """See `Handle`; another one may have to write down from now on."""
-        if self._roll is not None and self._roll.takes_over(self.loop.last_exchange):
-            self._is_first, self._log = True, StepLog(self.config.log_path)
+        if self._roll is not None:
+            was, self._is_first = self._is_first, self._roll.is_first(self.loop.last_exchange)
+            if was != self._is_first:
+                self._log.close()
+                self._log = StepLog(self.config.log_path if self._is_first else None)
         super().finish(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
 
     def _before_detach(self) -> None:
+        self.weights.leave_shared()  # lands what is under way, before any other call
         if self.crew is not None:
             self.crew.leave()
-        self.weights.leave_shared()
         self._warmup.close()
         self.shards.close()
 
     def _after_detach(self) -> None:
         self.groups.close(is_mpu=True)
+
+    # ---- islands that come back ----------------------------------------------------------------
+
+    @property
+    def is_newcomer(self) -> bool:
+        """This process comes in the place of a lost island; `join` is the next thing to do."""
+        return self.crew is not None and self.crew.place < 0
+
+    def join(self) -> Any:
+        """Take part in a run that goes on, from its next step on: `engine.global_steps` says which.
+
+        Returns:
+            What the script of the others tells, see `tells`.
+
+        Raises:
+            CheckpointError, TransportError, TransportTimeout: it cannot.
+            UnsupportedError: this rank began with the others.
+
+        Collective: all islands; the others do so in the forward of that step.
+        """
+        if not self.is_newcomer:
+            raise UnsupportedError(
+                "engine.gradprune.join() is for a rank that comes back, which "
+                "engine.gradprune.is_newcomer tells. Leave it out where that is false."
+            )
+        with bounded("joining the other islands", self.config.timeout_s):
+            return newcomers.join(self)
+
+    def _before_forward(self, module: Any, inputs: Any) -> None:
+        if self.lets_in and self._trains():
+            newcomers.let_in(self)
+        super()._before_forward(module, inputs)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -253,7 +296,7 @@ class IslandHandle(Handle):
             "losses": self.losses.state_dict(),
             "rounds": self.rounds.state_dict(),
             "channel": self.channel.state_dict(),
-            "island": self._state_of.save(),
+            "island": self.state_of.save(),
         }
 
     def _read(self, state: checkpoint.Loaded) -> Callable[[], None]:
@@ -261,7 +304,7 @@ class IslandHandle(Handle):
         channel = {} if state.is_resized else state.state["channel"]
         self.channel.check_state(channel)
         before = state.num_islands
-        restore = self._state_of.read(
+        restore = self.state_of.read(
             state.state["island"],
             handed=state.handed,
             factor=update_scale(before, self.config.update_scale) / before,
@@ -285,7 +328,7 @@ class IslandHandle(Handle):
             self.engine.optimizer.refresh_fp32_params()
         self.loop.restart()
         self.channel.load_state_dict({})
-        self._state_of.restart(has_states=has_states)
+        self.state_of.restart(has_states=has_states)
 
 
 def _lies_on_cpu(setting: str, shards: Shards) -> bool:

@@ -12,6 +12,7 @@ from deepspeed.utils import groups
 
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import LATE_S, Pulse, deadline, limit, limited
+from ds_gradprune.wire.stand_in import backend
 
 
 @contextlib.contextmanager
@@ -61,7 +62,8 @@ def new_group(ranks: list[int], timeout_s: float | None, **options: Any) -> Any:
     """A process group with a deadline; None: torch's own time-out. Collective: all ranks."""
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     with asking(timeout_s):
-        return dist.new_group(ranks, timeout=timeout, **options)
+        over = backend(options.pop("backend", None), ranks)
+        return dist.new_group(ranks, timeout=timeout, backend=over, **options)
 
 
 @contextlib.contextmanager

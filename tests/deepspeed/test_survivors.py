@@ -13,6 +13,7 @@ from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed.survivors import refuse_unfit
 from ds_gradprune.deepspeed.waits import watch
 from ds_gradprune.errors import UnsupportedError
+from tests.helpers import scripts
 from tests.helpers.fork_ranks import run_forked
 
 pytestmark = pytest.mark.timeout(100)
@@ -48,6 +49,34 @@ def test_the_others_train_on_and_save(
     assert not any("did not answer" in text for text in second["warnings"])
     # Silence of 5 s decides; then two exchanges at most.
     assert max(first["longest_s"], second["longest_s"]) < 10.0
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        ({"overlap": "auto", "sync_every": 4}, BF16),
+        ({"residual": "reset"}, {"zero_optimization": {"stage": 3}}),
+    ],
+    ids=["stage 2, hidden", "stage 3"],
+)
+def test_a_lost_island_comes_back(block: dict[str, Any], options: dict[str, Any]) -> None:
+    environ = {"MASTER_PORT": scripts.free_port()}
+    told = run_forked(
+        3, "tests.helpers.return_main", "train", {"block": block} | options, env=environ
+    )
+    first, second, back = told
+    assert (back["joined"], back["first"] > 5) == ({"seed": 3}, True)
+    assert first["senders"] == second["senders"]
+    assert {2, 3} == {*first["senders"].values()}
+    assert back["senders"].items() <= first["senders"].items()
+    assert first["crcs"] == second["crcs"]
+    assert back["crcs"].items() <= first["crcs"].items()
+    assert len(back["crcs"]) == 7
+    # Moments and schedule are those of the first island.
+    assert back["steps_of_adam"] == first["steps_of_adam"]
+    assert back["rate"] == first["rate"]
 
 
 def test_a_script_of_ones_own_is_not_ended_by_a_lost_island() -> None:

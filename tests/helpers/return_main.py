@@ -1,0 +1,88 @@
+"""A script of one's own whose last rank is lost, and comes back into the run that goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from tests.helpers.ds_main import TinyLM, batch, ds_config
+
+BLOCK = {
+    "min_islands": 2,
+    "warmup_steps": 3,
+    "ramp_steps": 0,
+    "window_size": 4,
+    "timeout_s": 10.0,
+    "verify_every_steps": 1,
+    "density": {"initial": 0.05, "min": 0.05, "max": 0.05},
+}
+LOST, AT, STEPS = 2, 5, 6
+"""Rank 2 is lost after step 5; so many steps it makes when it is back."""
+
+
+def train(block: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Train; the lost rank forks the one that comes back, and waits for what it tells."""
+    rank = int(os.environ["RANK"])
+    if rank == LOST:
+        reader, writer = os.pipe()
+        if not os.fork():
+            os.close(reader)
+            return _first_life(block, writer, options)
+        os.close(writer)
+        os.read(reader, 1)  # until the first life has ended
+    return _live(block, options, comes_back=rank == LOST)
+
+
+def _first_life(block: dict[str, Any], writer: int, options: dict[str, Any]) -> Any:
+    engine = _engine(block, options)
+    for step in range(AT):
+        _step(engine, step)
+    os._exit(0)
+
+
+def _live(block: dict[str, Any], options: dict[str, Any], *, comes_back: bool) -> dict[str, Any]:
+    engine = _engine(block, options)
+    handle = engine.gradprune
+    handle.tells = lambda: {"seed": 3}
+    told = {"joined": handle.join() if comes_back else None, "is_newcomer": comes_back}
+    told["first"] = engine.global_steps
+    senders, crcs, end = {}, {}, None
+    step = engine.global_steps
+    while end is None or step < end:
+        _step(engine, step)
+        step += 1
+        senders[step] = handle.crew.world_size
+        crcs[step] = handle.parameters_crc()
+        if end is None and senders[step] == 3 and (comes_back or 2 in senders.values()):
+            end = step + STEPS
+        if senders[step] == 2:
+            time.sleep(0.05)
+    told |= {"senders": senders, "crcs": crcs, "rate": engine.get_lr()}
+    states = engine.basic_optimizer.state.values()
+    told["steps_of_adam"] = sorted({int(state["step"]) for state in states if "step" in state})
+    handle.detach()
+    return told
+
+
+def _engine(block: dict[str, Any], options: dict[str, Any]) -> Any:
+    import deepspeed
+
+    import ds_gradprune
+
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.manual_seed(0)
+    model = TinyLM()
+    config = ds_config(BLOCK | block, **options)
+    return ds_gradprune.initialize(
+        model=model, model_parameters=list(model.parameters()), config=config
+    )[0]
+
+
+def _step(engine: Any, step: int) -> None:
+    for micro_step in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(batch(step, micro_step, int(os.environ["RANK"]))))
+        engine.step()
