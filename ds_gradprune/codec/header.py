@@ -17,7 +17,8 @@ offset bytes type meaning
 12     2     u16  bucket
 14     2     u16  rank of the sender
 16     2     u16  k, kept elements per full row, 1 .. 4096; with codec 0 what the sender decided
-18     2     u16  reserved, 0
+18     2     u16  with codec 0 the share of the communication time that hid behind the computation,
+                  in parts of 65535; all others 0
 20     4     u32  crc32c of the bucket's layout; 0 with codec 0
 24     8     u64  elements of the bucket; 0 with codec 0
 32     4     u32  bytes of the body
@@ -67,6 +68,8 @@ _CRC = struct.Struct("<I")
 _NONFINITE, _LOSS_KNOWN, _TIME_KNOWN, _WRITTEN, _STOPS, _ASKS = 1, 2, 4, 8, 16, 32
 _FLAGS = _NONFINITE | _LOSS_KNOWN | _TIME_KNOWN
 _ANNOUNCED = _FLAGS | _WRITTEN | _STOPS | _ASKS
+_WHOLE = 65535
+"""A share of 1."""
 _F32_MAX = float(np.finfo(np.float32).max)
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -87,8 +90,8 @@ class Header:
         k: kept elements per full row.
         numel: elements of the bucket; 0 without a body.
         layout_crc: of the bucket's layout; 0 without a body.
-        signals: what the sender measured; `written`, `stops` and `asks` are False unless there is
-            no body.
+        signals: what the sender measured; `written`, `stops`, `asks` are False, `hidden_time_s` is
+            0.0, unless there is no body.
     """
 
     step: int
@@ -135,7 +138,7 @@ def seal(header: Header, payload: Bytes) -> None:
         header.bucket,
         header.rank,
         header.k,
-        0,
+        _share(signals) if header.codec_id == SIGNALS_ID else 0,
         header.layout_crc,
         header.numel,
         body_bytes,
@@ -175,7 +178,7 @@ def parse(payload: torch.Tensor) -> Header:
         bucket,
         rank,
         k,
-        reserved,
+        share,
         crc_of_layout,
         numel,
         body_bytes,
@@ -199,7 +202,7 @@ def parse(payload: torch.Tensor) -> Header:
     actual = google_crc32c.extend(google_crc32c.value(head[: _FIELDS.size]), data[HEADER_BYTES:])
     if crc != actual:
         raise WireFormatError(f"payload's crc32c must be {actual:08x}, got {crc:08x}: damaged.")
-    _check_fields(codec_id, flags, k, reserved, crc_of_layout, numel, body_bytes)
+    _check_fields(codec_id, flags, k, share, crc_of_layout, numel, body_bytes)
     return Header(
         step,
         bucket,
@@ -208,25 +211,27 @@ def parse(payload: torch.Tensor) -> Header:
         k,
         numel,
         crc_of_layout,
-        _signals(flags, agreement, loss, amounts),
+        _signals(flags, agreement, loss, amounts, share),
     )
 
 
 def _check_fields(
-    codec_id: int, flags: int, k: int, reserved: int, crc: int, numel: int, body_bytes: int
+    codec_id: int, flags: int, k: int, share: int, crc: int, numel: int, body_bytes: int
 ) -> None:
     allowed = _ANNOUNCED if codec_id == SIGNALS_ID else _FLAGS
     if flags & ~allowed:
         raise WireFormatError(f"payload's flags must be within {allowed:#x}, got {flags:#x}.")
-    if reserved:
-        raise WireFormatError(f"payload's reserved field must be 0, got {reserved}.")
+    if share and codec_id != SIGNALS_ID:
+        raise WireFormatError(f"payload's reserved field must be 0, got {share}.")
     if not 1 <= k <= CHUNK_NUMEL:
         raise WireFormatError(f"payload's k must be in 1 .. {CHUNK_NUMEL}, got {k}.")
     if codec_id == SIGNALS_ID and (crc or numel or body_bytes):
         raise WireFormatError("payload without a body must have no layout and no elements.")
 
 
-def _signals(flags: int, agreement: int, loss: float, amounts: list[float]) -> RankSignals:
+def _signals(
+    flags: int, agreement: int, loss: float, amounts: list[float], share: int
+) -> RankSignals:
     for name, amount in zip(
         ("compute time", "codec time", "comm time", "wire bytes"), amounts, strict=True
     ):
@@ -250,7 +255,15 @@ def _signals(flags: int, agreement: int, loss: float, amounts: list[float]) -> R
         written=bool(flags & _WRITTEN),
         stops=bool(flags & _STOPS),
         asks=bool(flags & _ASKS),
+        hidden_time_s=comm_time_s * share / _WHOLE,
     )
+
+
+def _share(signals: RankSignals) -> int:
+    """What hid of the communication time, rounded down: it is no more than was measured."""
+    if not 0.0 < signals.hidden_time_s < signals.comm_time_s:
+        return _WHOLE if signals.hidden_time_s > 0.0 else 0
+    return int(_WHOLE * (signals.hidden_time_s / signals.comm_time_s))
 
 
 def _f32(value: float) -> float:

@@ -63,6 +63,7 @@ def aggregate(
         skew_time_s=None if times is None else times.skew_s,
         interval=interval,
         timed_unpruned=unpruned and times is not None,
+        hidden_time_s=0.0 if times is None else times.hidden_s,
     )
 
 
@@ -84,6 +85,7 @@ class _Times(NamedTuple):
     exposed_s: float
     step_s: float
     skew_s: float
+    hidden_s: float
 
 
 def _times(ranks: Sequence[RankSignals], hidden_share: float) -> _Times | None:
@@ -95,5 +97,6 @@ def _times(ranks: Sequence[RankSignals], hidden_share: float) -> _Times | None:
     step_s = max(r + rank.comm_time_s for r, rank in zip(ready_s, ranks, strict=True))
     shortest_s = min(rank.comm_time_s for rank in ranks)
     exposed_s = max(shortest_s, step_s - max(ready_s))
-    step_s -= min(exposed_s, hidden_share * max(computes_s))
-    return _Times(max(computes_s), exposed_s, step_s, max(ready_s) - min(ready_s))
+    hidden_s = min(exposed_s, min(rank.hidden_time_s for rank in ranks))
+    step_s -= max(hidden_s, min(exposed_s, hidden_share * max(computes_s)))
+    return _Times(max(computes_s), exposed_s, step_s, max(ready_s) - min(ready_s), hidden_s)

@@ -17,9 +17,20 @@ from ds_gradprune.law.alarm import AlarmState
 from ds_gradprune.law.codec_cost import CodecTimes
 from ds_gradprune.law.decision import KeptElements
 from ds_gradprune.law.link_cost import LinkCost, LinkCostState
-from ds_gradprune.law.prices import Prices, line_through
+from ds_gradprune.law.prices import HIDDEN_COST, Prices, line_through
 from ds_gradprune.law.signals import StepSignals
-from ds_gradprune.law.stats import Bytes, Change, Count, Samples, Within, is_time, median
+from ds_gradprune.law.stats import (
+    LEAST_S,
+    Bytes,
+    Change,
+    Count,
+    Samples,
+    Seconds,
+    Within,
+    is_time,
+    keep_last,
+    median,
+)
 
 UP_STEPS = 12
 """Steps at a density before it rises without a change of the network."""
@@ -38,6 +49,9 @@ _SIZE_SPREAD = 1.25
 
 _COST_STEPS = 3
 """Exchanges behind a cost before it is compared with another collective's."""
+
+_HIDDEN = 8
+"""Pruned exchanges behind the median of what hides where it is measured."""
 
 _QUARTILE = 0.6745
 """Distance of a quartile from the median, in standard deviations."""
@@ -63,6 +77,7 @@ class NetworkState(NamedTuple):
         dense_cost: seconds per byte of a dense exchange, on the network as it is now, or None.
         pruned_cost: the same of a pruned one.
         dense_factor: dense_cost / pruned_cost, when both were last known.
+        hidden_times_s: what hid of the last pruned exchanges, where that is measured; oldest first.
     """
 
     alarm: AlarmState = AlarmState()
@@ -77,6 +92,7 @@ class NetworkState(NamedTuple):
     dense_cost: CostPerByte | None = None
     pruned_cost: CostPerByte | None = None
     dense_factor: Annotated[float, Within(_FACTOR_LEAST, _FACTOR_MOST)] = 1.0
+    hidden_times_s: tuple[Seconds, ...] = ()
 
 
 class Network(NamedTuple):
@@ -118,8 +134,18 @@ def observe(state: NetworkState, signals: StepSignals) -> Network:
         dense_cost=dense_cost,
         pruned_cost=pruned_cost,
         dense_factor=factor,
+        hidden_times_s=state.hidden_times_s
+        if is_dense
+        else _hidden(state.hidden_times_s, signals.hidden_time_s),
     )
     return Network(after, seen.cost, seen.change)
+
+
+def _hidden(times_s: tuple[float, ...], hidden_s: float) -> tuple[float, ...]:
+    """What hid lately. Nothing, once something has, counts as next to nothing."""
+    if not times_s and hidden_s <= 0.0:
+        return ()
+    return keep_last(times_s, max(LEAST_S, hidden_s), _HIDDEN)
 
 
 class _Seen(NamedTuple):
@@ -217,6 +243,10 @@ def prices_of(
     if config.step_time_budget_s is not None:
         # The lower half alone: stragglers, which no density helps, sit in the upper one.
         spread_s = (ordered[len(ordered) // 2] - ordered[quarter]) / _QUARTILE
+    compute_s = ordered[len(ordered) // 2]
+    hide_s = config.delay_of(interval) * compute_s
+    if state.hidden_times_s:  # no more than has hidden so far: what else would is not known
+        hide_s = median(state.hidden_times_s)
     fixed_bytes, bytes_per_k = line_through(state.sizes)
     codec_s, codec_per_k_s = codec_cost.line_of(state.codec)
     seconds_per_byte, factor = cost.seconds_per_byte, state.dense_factor
@@ -225,7 +255,7 @@ def prices_of(
     elif state.dense_cost is not None:  # measured on the network as it is: better than a factor
         factor = state.dense_cost / seconds_per_byte
     return Prices(
-        compute_s=ordered[len(ordered) // 2],
+        compute_s=compute_s,
         spread_s=spread_s,
         codec_s=codec_s,
         codec_per_k_s=codec_per_k_s,
@@ -237,6 +267,7 @@ def prices_of(
         bytes_per_k=bytes_per_k,
         dense_bytes=float(state.dense_bytes),
         dense_factor=factor,
-        hide_s=config.delay_of(interval) * ordered[len(ordered) // 2],
+        hide_s=hide_s,
         interval=interval,
+        hidden_cost=HIDDEN_COST if config.step_time_budget_s is None else 0.0,
     )

@@ -2,8 +2,11 @@
 
 The model of one step: computation + (codec(k) + exposed exchange) / interval. An exchange takes
 overhead + seconds_per_byte * bytes(k), and hides behind the computation of the steps that it
-travels through. Codec and bytes are straight lines: a payload is a header, the dense segments, and
-so many bits per kept element; a codec selects, and then takes so long per kept element. A dense
+travels through. What hides takes cores and memory from the computation, so a little of it is paid
+where the law sets the budget.
+
+Codec and bytes are straight lines: a payload is a header, the dense segments, and so many bits per
+kept element. A codec selects, and then takes so long per kept element. A dense
 step has its own bytes and its own, small, work beside the exchange. Its collective moves a byte in
 another time than the gather does: that is a factor, which is measured.
 
@@ -24,6 +27,11 @@ from ds_gradprune.law.arithmetic import hypot
 
 MARGIN = 2.0
 """Standard deviations of a step's time between the plan and the budget."""
+
+HIDDEN_COST = 0.1
+"""A hidden second lengthens a step by so much. With a core per host it was 0.0 to 0.3: 7 ms of the
+22 that 278 kB took at 100 Mbit/s, next to nothing for 82 kB at 20 Mbit/s
+(results/ethernet_cpu_202611_2hosts_hidden.md)."""
 
 _SPREAD_MOST = 0.15
 """Scatter of the computation counts up to this share of the allowance."""
@@ -49,6 +57,7 @@ class Prices(NamedTuple):
         dense_factor: seconds per byte of a dense exchange over those of a pruned one.
         hide_s: of a pruned exchange, so long it may travel while the computation goes on.
         interval: optimizer steps that share an exchange.
+        hidden_cost: a second of an exchange that hides lengthens its steps by so much.
     """
 
     compute_s: float
@@ -65,6 +74,7 @@ class Prices(NamedTuple):
     dense_factor: float
     hide_s: float = 0.0
     interval: int = 1
+    hidden_cost: float = 0.0
 
     def comm_s(self, k: int) -> float:
         """Of an exchange with k kept elements per chunk; CHUNK_NUMEL: dense."""
@@ -92,7 +102,12 @@ class Prices(NamedTuple):
             return self.compute_s + self.dense_codec_s / interval + max(0.0, comm_s) / interval
         comm_s = self.overhead_s + self.seconds_per_byte * (self.fixed_bytes + self.bytes_per_k * k)
         local_s = self.compute_s + self.codec_s / interval + self.codec_per_k_s * k / interval
-        return local_s + max(0.0, comm_s - self.hide_s) / interval
+        return local_s + self._paid_s(comm_s) / interval
+
+    def _paid_s(self, comm_s: float) -> float:
+        """What a pruned exchange adds to its steps."""
+        cost = self.hidden_cost
+        return max(cost * comm_s, comm_s - (1.0 - cost) * self.hide_s)
 
     def at(self, interval: int, delay_steps: int) -> Prices:
         """The same at another interval, of which an exchange travels through some steps."""
@@ -109,12 +124,12 @@ class Prices(NamedTuple):
 
     def lines(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """A step's seconds as (fixed, per kept element): where exchanges hide, and where not."""
-        local_s, fixed_s = self.local_s(0), self.step_s(0)
-        if self.hide_s > 0.0:
-            fixed_s = local_s + (self.comm_s(0) - self.hide_s) / self.interval
+        local_s, comm_s, cost = self.local_s(0), self.comm_s(0), self.hidden_cost
         wire_s = self.seconds_per_byte * self.bytes_per_k
-        hidden = (local_s, self.codec_per_k_s / self.interval)
-        return hidden, (fixed_s, (self.codec_per_k_s + wire_s) / self.interval)
+        hidden_s = local_s + cost * comm_s / self.interval
+        exposed_s = local_s + (comm_s - (1.0 - cost) * self.hide_s) / self.interval
+        hidden = (hidden_s, (self.codec_per_k_s + cost * wire_s) / self.interval)
+        return hidden, (exposed_s, (self.codec_per_k_s + wire_s) / self.interval)
 
     def margin_s(self, k: int) -> float:
         """What `fits` wants above `step_s` where only the exchange scatters, and a hair."""
@@ -140,8 +155,8 @@ class Prices(NamedTuple):
         least_s = self.overhead_s + self.seconds_per_byte * self.fixed_bytes
         codec_share = self.codec_per_k_s / (self.seconds_per_byte * self.bytes_per_k)
         interval = self.interval
-        allowance_s = interval * budget_s + self.hide_s - interval * self.compute_s - self.codec_s
-        allowance_s += codec_share * least_s
+        room_s = interval * budget_s - interval * self.compute_s - self.codec_s
+        allowance_s = room_s + (1.0 - self.hidden_cost) * self.hide_s + codec_share * least_s
         spread_s *= interval
         b = 1.0 + codec_share
         a = b * b - _squared(MARGIN * self.noise)
@@ -149,7 +164,18 @@ class Prices(NamedTuple):
         root_s = math.sqrt(max(0.0, _squared(b * allowance_s) - a * square))
         comm_s = (b * allowance_s - root_s) / a
         k = (comm_s - least_s) / (self.seconds_per_byte * self.bytes_per_k)
+        if self.hide_s > 0.0:
+            k = min(k, self._hidden_k(room_s - MARGIN * spread_s, least_s))
         return max(k_min, min(k_max, ladder(int(max(1.0, min(k, CHUNK_NUMEL - 1.0))))))
+
+    def _hidden_k(self, room_s: float, least_s: float) -> float:
+        """The highest k that local work and hidden wire of an interval leave room for."""
+        wire_s = self.seconds_per_byte * self.bytes_per_k
+        per_k_s = self.codec_per_k_s + self.hidden_cost * wire_s
+        left_s = room_s - self.hidden_cost * least_s
+        if per_k_s == 0.0:
+            return CHUNK_NUMEL * (left_s >= 0.0)
+        return left_s / per_k_s
 
 
 def _squared(x: float) -> float:

@@ -23,6 +23,8 @@ class RankSignals:
         written: somebody other than the optimizer has written this rank's weights.
         stops: this rank was asked to end the run.
         asks: this rank has seen another one that asks to take part.
+        hidden_time_s: of `comm_time_s`, while the computation went on, as measured. 0.0 where the
+            steps that an exchange travels through are known, or nothing hides.
     """
 
     loss: float | None
@@ -35,6 +37,7 @@ class RankSignals:
     written: bool = False
     stops: bool = False
     asks: bool = False
+    hidden_time_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class StepSignals:
         skew_time_s: how long the first to arrive waited for the last; None when unknown.
         interval: optimizer steps whose times these are; they are sums over them.
         timed_unpruned: the exchange the times belong to was an unpruned one, not a dense one.
+        hidden_time_s: of `comm_time_s`, while the computation went on: minimum over ranks.
     """
 
     step: int
@@ -72,3 +76,4 @@ class StepSignals:
     skew_time_s: float | None = None
     interval: int = 1
     timed_unpruned: bool = False
+    hidden_time_s: float = 0.0

@@ -25,7 +25,7 @@ from ds_gradprune.train.loop_state import LoopState, Timed
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.train.stopwatch import Stopwatch
 
-FORMAT = 4
+FORMAT = 5
 """Of the state in a checkpoint."""
 
 
@@ -118,6 +118,7 @@ class Loop:
             wire_bytes=0 if timed is None else timed.wire_bytes,
             agreement=self._agreement,
             written=written,
+            hidden_time_s=0.0 if timed is None else timed.hidden_time_s,
         )
 
     def finish_exchange(
@@ -150,6 +151,7 @@ class Loop:
             times.compute_s if is_seen else None,
             times.codec_s,
             times.wire_s + times.hidden_s,
+            times.hidden_s if self._config.prune == "gradient" else 0.0,
             wire_bytes,
             dense_bytes,
             used.unpruned,

@@ -21,7 +21,8 @@ class Timed:
         hide_steps: it may have travelled while so many of them were computed.
         compute_time_s: None: not seen from its start.
         codec_time_s: select, encode, decode, apply.
-        comm_time_s: waiting for the exchange.
+        comm_time_s: of the exchange, hidden or not.
+        hidden_time_s: of that, what hid, where it cannot be known from `hide_steps`.
         wire_bytes: sent by this rank.
         dense_bytes: what it would have sent without pruning.
         unpruned: it sent everything, in few bits.
@@ -33,6 +34,7 @@ class Timed:
     compute_time_s: float | None
     codec_time_s: float
     comm_time_s: float
+    hidden_time_s: float
     wire_bytes: int
     dense_bytes: int
     unpruned: bool = False

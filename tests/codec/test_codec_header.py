@@ -62,6 +62,18 @@ def test_announcements_carry_k_and_flags(k: int, flags: dict[str, bool]) -> None
     assert codec.read_header(payload).signals == SIGNALS  # announcements alone carry it
 
 
+@pytest.mark.parametrize(
+    ("hidden_s", "arrives"), [(0.0, 0.0), (0.25, 0.25), (0.75, 0.75), (2.0, 1.0)]
+)
+def test_announcements_carry_what_hid_of_the_exchange(hidden_s: float, arrives: float) -> None:
+    signals = dataclasses.replace(SIGNALS, comm_time_s=1.0, hidden_time_s=hidden_s)
+    arrived = codec.read_header(codec.encode_signals(step=9, rank=2, signals=signals)).signals
+    assert arrives - 1.0 / 65535 <= arrived.hidden_time_s <= arrives  # no more than was measured
+    block = select(torch.zeros(120), layout((1, 120)), 5)
+    payload = encode(codec_for(5, 16), block, signals)
+    assert codec.read_header(payload).signals.hidden_time_s == 0.0
+
+
 @pytest.mark.parametrize("k", [0, 4097])
 def test_announced_k_must_be_one(k: int) -> None:
     with pytest.raises(ValueError, match=rf"k must be in 1 \.\. 4096, got {k}"):

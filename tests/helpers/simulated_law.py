@@ -65,12 +65,14 @@ class Run:
         dense_factor=1.0,
         codec_s=CODEC_S,
         codec_per_k_s=0.0,
+        hides_s=0.0,
     ) -> None:
         self.config = config or make_config()
         self.state, decision = law.start(self.config)
         self.decisions = [decision]
         self.noise, self.dense_factor = noise, dense_factor
         self.codec_s, self.codec_per_k_s = codec_s, codec_per_k_s
+        self.hides_s = hides_s
         self.rng = random.Random(seed)
         self.timed: dict[str, Any] | None = None
 
@@ -98,12 +100,14 @@ class Run:
         wire_s *= math.exp(self.noise * self.rng.gauss(0.0, 1.0))
         compute_s = COMPUTE_S * compute * math.exp(0.1 * self.noise * self.rng.gauss(0.0, 1.0))
         codec_s = 0.0 if used == 1.0 else self.codec_s + self.codec_per_k_s * k
+        hidden_s = 0.0 if used == 1.0 else min(self.hides_s, wire_s)
         self.timed = {
             "timed_density": used,
             "compute_time_s": compute_s,
             "codec_time_s": codec_s,
             "comm_time_s": wire_s,
-            "step_time_s": compute_s + codec_s + wire_s,
+            "step_time_s": compute_s + codec_s + wire_s - hidden_s,
+            "hidden_time_s": hidden_s,
             "wire_bytes": wire_bytes(k),
             "dense_bytes": DENSE_BYTES,
         }

@@ -32,6 +32,13 @@ def test_waiting_for_a_straggler_is_not_the_wire() -> None:
     assert both.compute_time_s == 0.9
 
 
+def test_what_hid_everywhere_is_no_part_of_the_step() -> None:
+    both = aggregate(3, [rank(hidden_time_s=0.08), rank(hidden_time_s=0.06)], 0.05, 9000)
+    assert both.comm_time_s == pytest.approx(0.1, rel=1e-9)
+    assert both.hidden_time_s == 0.06
+    assert both.step_time_s == pytest.approx(0.56, rel=1e-9)
+
+
 def test_slowest_host_governs() -> None:
     # All are ready together; the second one's link is slow, and it alone is done late.
     both = aggregate(3, [rank(comm_time_s=0.1), rank(comm_time_s=0.4)], 0.05, 9000)
