@@ -22,6 +22,8 @@ from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
+from ds_gradprune.deepspeed.monitor import show
+from ds_gradprune.deepspeed.opening import opening
 from ds_gradprune.deepspeed.shards import make_shards
 from ds_gradprune.deepspeed.survivors import make_crew, refuse_unfit, with_rest
 from ds_gradprune.deepspeed.waits import bounded, new_group
@@ -151,6 +153,8 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
     if config.warmup_steps and shards.warmup_fault is not None:
         config = _without_dense(config, shards.warmup_fault)
     equalize(engine.module, groups, shards)
+    if ranks.rank == 0:
+        show(opening(config, groups.num_islands))
     if config.min_islands is not None:
         refuse_unfit(config, groups)
         facts = with_rest(facts_of(engine, config), engine.module, shards, groups)

@@ -9,7 +9,8 @@ A round, from the exchange that ends it::
               weights keep their residual, own - shared - sent             cannot fail
 
 So a failure, wherever it happens, leaves own and shared weights as they were. Between start and
-commit the island may go on training: `own` is read again at the commit.
+commit the island may go on training: `own` is read again at the commit. Its weights are ahead of
+the exchange meanwhile (`pruned`), which is taken back, to a rounding, whatever happens.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Prepared(Protocol):
     sizes: Sequence[int]
 
     def write(self) -> None:
-        """Select and encode; nothing but scratch memory changes. Local."""
+        """Select and encode; nothing but scratch memory changes. Local.
+
+        The own weights go ahead of an exchange that hides, see `pruned`, until `commit` or `abort`.
+        """
 
     def start(self) -> None:
         """Let the payloads travel. Collective: all islands."""

@@ -3,6 +3,8 @@
 Used by both modes. A message is complete before it leaves, and everything that arrives is verified
 before anything is applied. Scratch memory is one block, whatever the number of buckets and ranks.
 All functions are local.
+
+Longer than 300 lines: what is written and what is read of a message belong together.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ class Message:
         sizes: bytes of every payload; equal on all ranks.
         layouts: of the buckets.
         stamp: see there.
+        is_finite: what was written holds no inf and no nan; True before `write`.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Message:
         self._number = number
         self.layouts = [source.layout for source in sources]
         self.stamp = stamp
+        self.is_finite = True
         self._sources = sources
         self._channel = channel
         self._memory = memory
@@ -128,7 +132,21 @@ class Message:
         for number, (source, shares) in enumerate(zip(self._sources, self._shares, strict=True)):
             self._write_bucket(number, source, shares, payloads)
         self._sources = ()  # their memory is not needed any more
+        self._written = message
         return message
+
+    def sent(self, number: int, device: torch.device) -> SparseBlock:
+        """What this rank sends of a bucket, exactly as every receiver reads it; after `write`.
+
+        Args:
+            number: of the bucket.
+            device: where the block comes to lie, in scratch memory that the next one uses again.
+        """
+        before = sum(len(shares) for shares in self._shares[:number])
+        shares = self._shares[number]
+        payloads = torch.split(self._written, self.sizes)[before : before + len(shares)]
+        block = self._memory.block(self.layouts[number], self.stamp.k, device)
+        return _read(block, shares, payloads, [codec.read_header(p) for p in payloads])
 
     def _write_bucket(
         self,
@@ -151,6 +169,7 @@ class Message:
         signals = stamp.signals
         if not block.is_finite():  # inf and nan are the largest magnitudes: they were selected
             signals = dataclasses.replace(signals, nonfinite=True)
+            self.is_finite = False
         for share, payload in zip(shares, payloads, strict=False):
             self._writer.encode(
                 share.of(block),

@@ -53,3 +53,17 @@ def scale_at(density: float, scale: float, sparse: float | None, islands: int) -
     share = (SPARSE_TO - density) / (SPARSE_TO - SPARSE_FROM)
     more = max(0.0, min(sparse, float(islands)) - scale)
     return scale + more * min(1.0, max(0.0, share))
+
+
+def words_of_scale(setting: float | None, residual: Literal["used", "reset"], scale: float) -> str:
+    """The factor that holds, for a user.
+
+    Args:
+        setting: see `sparse_scale`.
+        residual: see there.
+        scale: see `scale_at`.
+    """
+    sparse = sparse_scale(setting, residual)
+    if sparse is None:
+        return f"{scale:.3g}"
+    return f"{max(scale, sparse):.3g} up to {SPARSE_FROM:.3g} of the elements, 1 where all go"

@@ -63,6 +63,8 @@ def keys_of(
     if device != "cpu":
         where["device"] = device
     own = method.settings()
+    if _goes_ahead(method):
+        own["ahead"] = True
     if not isinstance(method, (Pruned, DiLoCo)):
         return run_key(method=own, **where), None
     key = run_key(method=own, codec=VERSION, product=PRODUCT_VERSION, **where)
@@ -71,6 +73,13 @@ def keys_of(
     if first is None:
         return key, None
     return key, run_key(method=first, codec=_FIRST_LAB_CODEC, **where)
+
+
+def _goes_ahead(method: Method) -> bool:
+    """Own weights go ahead of an exchange that hides. In runs of before they did not."""
+    if not isinstance(method, Update) or not method.overlap:
+        return False
+    return method.residual == "used" or (method.residual is None and method.sync_every == 1)
 
 
 def _in_first_lab(method: Pruned) -> dict[str, Any] | None:

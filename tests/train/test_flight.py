@@ -11,10 +11,11 @@ import torch
 
 from ds_gradprune.errors import TransportError
 from ds_gradprune.train.flight import Flight
+from ds_gradprune.train.islands import Islands
 from ds_gradprune.wire.loopback import LoopbackTransport
 from tests.helpers.ranks import VirtualClock, run_ranks
-from tests.helpers.shards import random_shards
-from tests.train.test_islands import SIGNALS, make, train
+from tests.helpers.shards import PlainShards, random_shards
+from tests.train.test_islands import SIGNALS, exchange, make, train
 
 STEPS = 60
 
@@ -113,3 +114,94 @@ def test_what_was_learned_in_flight_stays() -> None:
         return torch.allclose(flat, wanted, rtol=0.0, atol=2.0**-20)
 
     assert run_ranks(2, main) == [True, True]
+
+
+def hidden(islands: Islands, shards: PlainShards, step: int, *, lands: bool = True) -> torch.Tensor:
+    """An exchange that hides behind nothing; how far the own weights went ahead of it."""
+    before = own_of(shards)
+    prepared = islands.prepare(200, step=step, signals=SIGNALS, hides=True)
+    prepared.write()
+    ahead = own_of(shards) - before
+    prepared.start()
+    assert not prepared.deliver()
+    if lands:
+        prepared.commit()
+    else:
+        prepared.abort()
+    return ahead
+
+
+def own_of(shards: PlainShards) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in shards.tensors.values()])
+
+
+def test_own_weights_are_where_the_landing_brings_what_all_agree_on() -> None:
+    def main(transport: LoopbackTransport) -> None:
+        shards = random_shards()
+        islands = make(transport, shards)
+        train(shards, 0, 1)  # the same on all islands
+        learned = own_of(shards) - islands.weights.stores[0]
+        ahead = hidden(islands, shards, 1)
+        moved = islands.weights.stores[0]
+        is_sent = ahead != 0.0
+        assert 0.04 < is_sent.float().mean() < 0.9
+        # Sums of weights below 4, so that a rounding is at most 2 ** -22.
+        atol = 4 * 2.0**-22
+        torch.testing.assert_close(
+            ahead[is_sent], (3**0.5 - 1) * learned[is_sent], rtol=0.0, atol=atol
+        )
+        torch.testing.assert_close(own_of(shards)[is_sent], moved[is_sent], rtol=0.0, atol=atol)
+
+    run_ranks(3, main)
+
+
+@pytest.mark.parametrize("decay", [None, 0.95])
+def test_an_exchange_lands_as_one_that_was_waited_for(decay: float | None) -> None:
+    def run(hides: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        def main(transport: LoopbackTransport) -> tuple[torch.Tensor, torch.Tensor]:
+            shards = random_shards()
+            islands = make(transport, shards, decay=decay)
+            for step in range(1, 6):
+                train(shards, transport.rank, step)
+                if hides:
+                    hidden(islands, shards, step)
+                else:
+                    exchange(islands, step)
+            return own_of(shards), islands.weights.stores[0].clone()
+
+        return run_ranks(2, main)
+
+    for (own, shared), (own_waited, shared_waited) in zip(run(True), run(False), strict=True):
+        # Ahead and back: two roundings of weights below 4 at each of five exchanges.
+        torch.testing.assert_close(own, own_waited, rtol=0.0, atol=10 * 2.0**-22)
+        torch.testing.assert_close(shared, shared_waited, rtol=0.0, atol=10 * 2.0**-22)
+
+
+def test_an_exchange_that_fails_takes_back_what_went_ahead() -> None:
+    def main(transport: LoopbackTransport) -> None:
+        shards = random_shards()
+        islands = make(transport, shards)
+        train(shards, transport.rank, 1)
+        before, shared = own_of(shards), islands.weights.stores[0].clone()
+        ahead = hidden(islands, shards, 1, lands=False)
+        assert ahead.abs().max() > 1e-3
+        torch.testing.assert_close(own_of(shards), before, rtol=0.0, atol=2.0**-21)
+        assert torch.equal(islands.weights.stores[0], shared)
+
+    run_ranks(2, main)
+
+
+def test_nothing_goes_ahead_of_a_mean() -> None:
+    def main(transport: LoopbackTransport) -> None:
+        shards = random_shards()
+        islands = make(transport, shards)
+        train(shards, transport.rank, 1)
+        before = own_of(shards)
+        prepared = islands.prepare(4096, step=1, signals=SIGNALS, hides=True, unscaled=True)
+        prepared.write()
+        assert torch.equal(own_of(shards), before)
+        prepared.start()
+        assert not prepared.deliver()
+        prepared.commit()
+
+    run_ranks(2, main)

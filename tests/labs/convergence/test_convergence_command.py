@@ -319,3 +319,21 @@ def test_words_of_the_first_laboratory() -> None:
     assert keys(residual="used", sync_every=4, slow_momentum=1.0)[1] is None  # another memory
     assert keys(residual="used")[1] == keys()[1] != keys(local_lr=0.5)[1]
     assert len({keys(**f)[0] for f in ({}, {"residual": "reset"}, {"update_scale": 2.0})}) == 3
+
+
+def test_hidden_runs_of_before_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(**fields: Any) -> str:
+        method = {"kind": "update", "name": "a", **fields}
+        grid = Grid.model_validate({**SMALL, "methods": [method]})
+        return keys_of(grid, grid.methods[0], steps=9, workers=2, seed=0, text="t")[0]
+
+    blocks: list[dict[str, Any]] = [
+        {"overlap": "auto"},
+        {"overlap": "auto", "sync_every": 8, "residual": "used"},
+        {"overlap": "auto", "sync_every": 8},
+        {},
+    ]
+    now = [key(**block) for block in blocks]
+    monkeypatch.setattr("labs.convergence.store._goes_ahead", lambda _: False)
+    same = [before == after for before, after in zip(now, (key(**b) for b in blocks), strict=True)]
+    assert same == [False, False, True, True]
