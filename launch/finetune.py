@@ -19,6 +19,8 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "launch"
 
+from ds_gradprune.errors import UnsupportedError
+
 from .support.any_run import bring_up, train_in
 from .support.peers import Peers
 from .support.script import run_script
@@ -37,6 +39,11 @@ def _tune(settings: TuningSettings, peers: Peers) -> None:
     """Everything between a command line and result.json. Collective."""
     # DeepSpeed's launcher does not set it, and accelerate 1.15.0 then writes 1 into it.
     os.environ["LOCAL_WORLD_SIZE"] = str(peers.place.local_world_size)
+    if peers.joins:
+        raise UnsupportedError(
+            "launch/finetune.py must be started on all ranks at once: its Trainer waits for all of "
+            "them, so none can come back. Start all again with --resume."
+        )
     peers.check_alike(settings.facts())
     prompts = peers.together(settings.check_inputs)
     peers.check_alike({"prompts": prompts})

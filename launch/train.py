@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(settings: Settings, peers: Peers) -> None:
     """Everything between a command line and result.json. Collective."""
     peers.check_alike(settings.facts())
-    text = peers.patiently(settings.check_inputs)
+    text = peers.patiently(lambda: settings.check_inputs(comes_back=peers.joins))
     resumed = settings.folder.newest() if settings.flags.resume else None
     peers.check_alike({"text": text, "checkpoint": resumed})
     world_config = bring_up(settings, peers)

@@ -47,7 +47,7 @@ class AnyRun(ABC):
     def claim(self, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
         """Claim the folder, or take it over. Collective.
 
-        Only rank 0's is asked: others may not share the disk.
+        Only rank 0's is asked: others may not share the disk. A rank that comes back is in it.
 
         Args:
             identity: what a resumed run must have in common with the first one.
@@ -56,6 +56,10 @@ class AnyRun(ABC):
         Returns:
             Identity and notes of the first one.
         """
+        if self.peers.joins:
+            if self.peers.rank == 0:
+                self.folder.hold_again()
+            return {**identity, **notes}
         if self.peers.place.local_rank == 0 and self.peers.rank and not self.flags.resume:
             self.folder.share()
 

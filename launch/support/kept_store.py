@@ -1,20 +1,24 @@
 """The store of a run in a process of its own, so that rank 0 can be lost like any other.
 
 With `min_islands` the islands that are left agree over the store (`ds_gradprune.wire.members`). If
-rank 0 kept it, as torch does, its end would be the end of all. So rank 0 starts this process, which
+rank 0 kept it, as torch does, its end would be the end of all. So rank 0 forks this process, which
 ends when rank 0 says so, or when rank 0 is gone and no island shows life any more.
+
+It is forked, because to import torch anew takes seconds, on a busy host more than ranks wait for
+each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import MutableMapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch.distributed as dist
 
 from .place import Place
 from .rendezvous import listener_of, port_of
@@ -28,8 +32,8 @@ OVER = b"over"
 _KEPT = "TORCHELASTIC_USE_AGENT_STORE"
 """What torch asks whether rank 0 should keep the store (torch 2.13, distributed/rendezvous.py)."""
 
-_kept: list[Any] = []
-"""What this process, rank 0, has started."""
+_kept: list[int] = []
+"""Where this process, rank 0, tells the one that it has started to end."""
 
 
 def keep_apart(place: Place, environ: MutableMapping[str, str]) -> None:
@@ -49,16 +53,12 @@ def keep_apart(place: Place, environ: MutableMapping[str, str]) -> None:
     if listener is None:
         return
     environ[_KEPT] = "True"
-    words = [address, str(port), str(place.world_size), str(listener.fileno())]
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, *words],
-        stdin=subprocess.PIPE,
-        pass_fds=[listener.fileno()],
-        env={**environ} | {"PYTHONPATH": root},
-        start_new_session=True,  # Ctrl-C is for the ranks
-    )
-    _kept.append(process)
+    ends, told = os.pipe()
+    if not os.fork():
+        os.close(told)
+        _keep(ends, address, port, place.world_size, listener.detach())
+    os.close(ends)
+    _kept.append(told)
     listener.close()
 
 
@@ -69,17 +69,38 @@ def release(code: int) -> None:
         code: of this rank.
     """
     while _kept:
-        process = _kept.pop()
-        assert process.stdin is not None
+        told = _kept.pop()
         if code == 0:
-            process.stdin.write(OVER)
-        process.stdin.close()
+            with contextlib.suppress(OSError):  # it is gone
+                os.write(told, OVER)
+        os.close(told)
 
 
-def serve(address: str, port: int, world_size: int, descriptor: int) -> None:
-    """Keep the store until it is over."""
-    import torch.distributed as dist
+def _keep(ends: int, address: str, port: int, world_size: int, listener: int) -> NoReturn:
+    """What the forked process does; it has nothing of rank 0's to end. Local."""
+    try:
+        os.setsid()  # Ctrl-C is for the ranks
+        # Whoever waits for the end of a pipe of rank 0's must not wait for this process.
+        low, high = sorted((ends, listener))
+        for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
+            os.closerange(first, last)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        serve(ends, address, port, world_size, listener)
+    finally:
+        os._exit(0)
 
+
+def serve(ends: int, address: str, port: int, world_size: int, listener: int) -> None:
+    """Keep the store until it is over.
+
+    Args:
+        ends: where rank 0 tells, or is found to be gone.
+        address: to listen at.
+        port: likewise.
+        world_size: of the run.
+        listener: descriptor of a socket that listens there.
+    """
     store = dist.TCPStore(  # type: ignore[attr-defined] # torch
         address,
         port,
@@ -87,10 +108,10 @@ def serve(address: str, port: int, world_size: int, descriptor: int) -> None:
         is_master=True,
         wait_for_workers=False,
         multi_tenant=True,
-        master_listen_fd=descriptor,
+        master_listen_fd=listener,
     )
     told = b""
-    while select.select([0], [], [], None)[0] and (more := os.read(0, 64)):
+    while select.select([ends], [], [], None)[0] and (more := os.read(ends, 64)):
         told += more
     if told == OVER:
         return
@@ -105,13 +126,3 @@ def serve(address: str, port: int, world_size: int, descriptor: int) -> None:
 def signs_of_life(store: Any) -> dict[str, bytes]:
     """What islands count up while they live."""
     return {key: store.get(key) for key in store.list_keys() if "/beat/" in key}
-
-
-def main(words: list[str]) -> None:
-    """Keep the store that the words name, until it is over."""
-    address, port, world_size, descriptor = words
-    serve(address, int(port), int(world_size), int(descriptor))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

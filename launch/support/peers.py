@@ -13,7 +13,7 @@ import json
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,9 +22,11 @@ import torch.distributed as dist
 
 from ds_gradprune.deepspeed.agree import gather_texts
 from ds_gradprune.errors import GradPruneError, RankMismatchError
+from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import within
+from ds_gradprune.wire.stand_in import first_store
 
 from .place import Place
 
@@ -40,6 +42,9 @@ MAX_TEXT_BYTES = 64 * 2**20
 """No rank has more to say: a larger length is noise on the wire."""
 
 SHOWN_DIFFERENCES = 6
+
+OF_A_START = {"--resume", "checkpoint"}
+"""What a rank that comes back may have otherwise."""
 
 _TOLD = "ds_gradprune/told"
 
@@ -58,8 +63,12 @@ class Peers:
     Args:
         place: of this process. With more than one, torch.distributed must be initialised.
         timeout_s: longest wait for another rank.
+        apart: ranks may be lost, and come back.
+        joins: this one takes the place of a lost rank in a run that goes on. It asks nobody before
+            it is let in; what it was given is compared with what the run's store keeps.
 
     Attributes:
+        joins: see there.
         hosts: of every rank, in rank order; empty before `check_alike`.
         host: of this rank.
         doing: what this rank is at, for messages; see `during`.
@@ -69,7 +78,12 @@ class Peers:
     Collective: all ranks construct it.
     """
 
-    def __init__(self, place: Place, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, place: Place, timeout_s: float = 600.0, *, apart: bool = False, joins: bool = False
+    ) -> None:
+        self.joins = joins
+        self._apart = apart
+        self._compared = 0
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
@@ -84,14 +98,16 @@ class Peers:
 
     def new_group(self) -> Any:
         """One more gloo group of all ranks; None with one process. Collective."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.joins:
             return None
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
 
     @property
     def is_first(self) -> bool:
         """This rank does what is done once: rank 0, or the first one that is left."""
-        return self.rank == 0 if self.crew is None else self.crew.place == 0
+        if self.crew is None:
+            return self.rank == 0 and not self.joins
+        return self.crew.place == 0
 
     def adopt(self, handle: Any) -> None:
         """From now on agree with those islands that are left, where some may be lost. Collective.
@@ -112,7 +128,7 @@ class Peers:
         """
         if self.crew is not None:
             return [json.loads(text) for text in gather_texts(self.crew, json.dumps(value))]
-        if self.world_size == 1:
+        if self.world_size == 1 or self.joins:
             return [value]
         text = torch.tensor(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
@@ -149,7 +165,9 @@ class Peers:
         except GradPruneError as exc:
             fault = str(exc)
         messages = self.gather(fault)
-        ranks = range(self.world_size) if self.crew is None else self.crew.took_part
+        ranks: Iterable[int] = range(self.world_size)
+        if self.crew is not None or self.joins:
+            ranks = [self.rank] if self.crew is None else self.crew.took_part
         for rank, message in zip(ranks, messages, strict=True):
             if message is not None:
                 raise AgreedFault(message, rank)
@@ -161,7 +179,7 @@ class Peers:
         The others wait as long as those ranks show life, from a thread beside their work. Ctrl-C
         ends the wait. Collective.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.joins:
             return self.together(work)
         finished = threading.Event()
         failures: list[BaseException] = []
@@ -197,6 +215,8 @@ class Peers:
         Raises:
             RankMismatchError: on all ranks alike; names what differs, and where.
         """
+        if self._apart:
+            self._compare_with_run(_flat(facts) | {"number of ranks": self.world_size})
         everyone = self.gather([self.host, _flat(facts)])
         self.hosts = [host for host, _ in everyone]
         differences = [
@@ -208,6 +228,26 @@ class Peers:
             more = len(differences) - SHOWN_DIFFERENCES
             shown = differences[:SHOWN_DIFFERENCES] + ([f"{more} more differ"] if more > 0 else [])
             raise RankMismatchError(f"All ranks must be given the same, but {'; '.join(shown)}.")
+
+    def _compare_with_run(self, mine: dict[str, Any]) -> None:
+        """Keep what all were given for ranks that come back; as one of those, compare. Local."""
+        key, self._compared = f"alike/{self._compared}", self._compared + 1
+        store = Bounded(first_store())
+        if not self.joins:
+            if self.rank == 0:
+                store.set(key, json.dumps(mine))
+            return
+        run = json.loads(store.get(key))
+        differing = [
+            f"{name} is {json.dumps(mine.get(name))} here, {json.dumps(run.get(name))} in the run"
+            for name in sorted({*run, *mine} - OF_A_START)
+            if mine.get(name) != run.get(name)
+        ]
+        if differing:
+            raise RankMismatchError(
+                "A rank that comes back must be given the same as the run that goes on, but "
+                f"{'; '.join(differing[:SHOWN_DIFFERENCES])}."
+            )
 
     @contextlib.contextmanager
     def during(self, doing: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from .checkpoints import load_checkpoint, save_checkpoint, whole_weights
 from .peers import Peers, StopSwitch
 from .run_folder import RunFolder, write_json
 from .settings import Settings
-from .shown import Validations, live_fields
+from .shown import Validations, live_fields, say
 
 
 class Run(AnyRun):
@@ -34,11 +34,17 @@ class Run(AnyRun):
             )
             handle = getattr(self.engine, "gradprune", None)
             self.handle = None if handle is None or handle.idle else handle
-            self.since, self.val_losses = self._resume() if self.flags.resume else (START, [])
+            self.since, self.val_losses, self.steps_done = START, list[tuple[int, float]](), 0
+            if peers.joins:
+                self._join()
+            elif self.flags.resume:
+                self._resume()
             # Where pruning runs it writes the log itself; elsewhere it gets the plain numbers.
             is_plain = self.handle is None and peers.rank == 0
             self._plain_log = StepLog(str(self.folder.log) if is_plain else None)
             self._plain_log.rewind(self.since.step)
+        if self.handle is not None and self.handle.crew is not None:
+            self.handle.tells = self._tells
         peers.standing = self.standing
         peers.adopt(self.handle)
         self._tell_start(settings)
@@ -94,16 +100,30 @@ class Run(AnyRun):
         peers.together(lambda: self.data.check_batch(world_config.train_batch_size))
         return model
 
-    def _resume(self) -> tuple[Position, list[tuple[int, float]]]:
+    def _tells(self) -> dict[str, Any]:
+        """What a rank that comes back must know of the run. Local."""
+        return {"since": dataclasses.astuple(self.since), "val_losses": list(self.val_losses)}
+
+    def _join(self) -> None:
+        """Take part in the run that goes on. Collective: its ranks do so before their next step."""
+        assert self.handle is not None
+        say(f"rank {self.peers.rank} waits until the run lets it in")
+        state = self.handle.join()
+        self.since, self.val_losses = Position(*state["since"]), state["val_losses"]
+        self.steps_done = int(self.engine.global_steps)
+        say(f"rank {self.peers.rank} takes part again after step {self.steps_done}")
+
+    def _resume(self) -> None:
         """Load the newest checkpoint. Collective."""
         state = load_checkpoint(self.engine, self.folder)
-        since = Position(*state["position"])
+        self.since = Position(*state["position"])
+        self.steps_done = self.since.step
+        self.val_losses = [(int(step), float(loss)) for step, loss in state["val_losses"]]
         if state["world_size"] != self.peers.world_size:
             self.say(
                 f"note: {state['world_size']} ranks have trained so far, now "
                 f"{self.peers.world_size}: a step takes {self._windows_per_step()} sequences"
             )
-        return since, [(int(step), float(loss)) for step, loss in state["val_losses"]]
 
     def _windows_per_step(self) -> int:
         """Sequences per optimizer step, over all ranks."""
@@ -132,13 +152,12 @@ class Run(AnyRun):
 
         switch = StopSwitch(self.peers, self.handle)
         switch.listen()
-        self.steps_done = self.since.step
-        progress = Progress(self.flags.steps, self.since.step, enabled=self.peers.rank == 0)
+        progress = Progress(self.flags.steps, self.steps_done, enabled=self.peers.rank == 0)
         self.messages.show = progress.note
         plan = train.Plan(
             steps=self.flags.steps,
             seed=self.flags.seed,
-            done=self.since.step,
+            done=self.steps_done,
             since=self.since,
             rank=self.peers.rank,
             world_size=self.peers.world_size,
@@ -147,9 +166,10 @@ class Run(AnyRun):
         )
         tokens_per_step = self._windows_per_step() * self.data.seq_len
         validations = Validations(self.folder.path / "validation.json", self.engine)
-        validations.resume(self.since.step)
+        validations.resume(self.steps_done)
 
         def validated(result: Any, own_loss: float | None) -> None:
+            self.val_losses = result.val_losses
             self.on_first(lambda: validations.add(result.val_losses, own_loss))
 
         hooks = train.Hooks(

@@ -152,6 +152,16 @@ class RunFolder:
             raise ConfigError(faults)
         return before
 
+    def hold_again(self) -> None:
+        """Lock the folder of a run that goes on, after the rank that had the lock was lost.
+
+        Raises:
+            ConfigError: another process has it.
+        """
+        with contextlib.suppress(FileNotFoundError):  # this host has a disk of its own
+            self._lock = os.open(self._identity, os.O_RDWR)
+            self._hold()
+
     def release(self) -> None:
         """Let another process resume the run; twice is fine."""
         if self._lock is not None:

@@ -21,11 +21,12 @@ from ds_gradprune.config import load_block
 from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
 from ds_gradprune.wire.silence import LATE_S, deadline, within
+from ds_gradprune.wire.stand_in import run_that_goes_on, stand_in
 
 from .kept_store import keep_apart
 from .peers import Peers
 from .place import Place
-from .rendezvous import meet
+from .rendezvous import meet, port_of
 
 _LR_BEFORE = "Attempting to get learning rate from scheduler before it has started"
 
@@ -75,6 +76,7 @@ def connect(place: Place, timeout_s: float, *, apart: bool = False) -> Peers:
         place: of this process; its variables must be in the environment.
         timeout_s: a rank that has not come by then never will.
         apart: the store of the ranks lies in a process of its own, so that rank 0 may be lost.
+            Where such a run goes on already, this process takes the place of its lost rank.
 
     Raises:
         AbsentRanks: some rank never came.
@@ -82,11 +84,15 @@ def connect(place: Place, timeout_s: float, *, apart: bool = False) -> Peers:
     """
     if place.world_size == 1:
         return Peers(place, timeout_s)
+    if apart:
+        run = run_that_goes_on(os.environ["MASTER_ADDR"], port_of(os.environ))
+        if run is not None:
+            stand_in(run, place.rank, place.world_size, timeout_s)
+            return Peers(place, timeout_s, apart=True, joins=True)
+        keep_apart(place, os.environ)
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if not on_cpu:
         import deepspeed
-    if apart:
-        keep_apart(place, os.environ)
     store = meet(place, os.environ, timeout_s)
     limit = timedelta(seconds=timeout_s)
     # torch gives a new group its own half hour, whatever the first group was given.
@@ -98,7 +104,7 @@ def connect(place: Place, timeout_s: float, *, apart: bool = False) -> Peers:
         else:
             deepspeed.init_distributed(timeout=limit)
         del store  # until here, or its server would have ended
-        return Peers(place, timeout_s)
+        return Peers(place, timeout_s, apart=apart)
 
 
 def quiet_deepspeed() -> None:

@@ -56,6 +56,8 @@ class Case:
         environ: beside Open MPI's variables, for all ranks.
         limit_s: what has not ended by then is killed.
         main: "module:function", what a rank calls with its arguments.
+        lives: dooms of ranks that are started again when they have ended, life by life; a doom
+            whose call is 0 never comes.
     """
 
     arguments: list[list[str]]
@@ -63,6 +65,7 @@ class Case:
     environ: dict[str, str] = field(default_factory=dict)
     limit_s: float = 90.0
     main: str = "launch.train:main"
+    lives: list[Doom] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         pids = [_fork(rank, request) for rank in range(len(request["arguments"]))]
+        lives = list(request["lives"])
         stopped = {doom["rank"] for doom in request["dooms"] if doom["deed"] == "stop"}
         codes: dict[int, int | None] = {}
         deadline_s = time.monotonic() + request["limit_s"]
@@ -134,6 +138,11 @@ def _serve() -> None:
                 pid, status = os.waitpid(pids[rank], os.WNOHANG)
                 if pid:
                     codes[rank] = os.waitstatus_to_exitcode(status)
+                    again = [life for life in lives if life["rank"] == rank]
+                    if again:
+                        lives.remove(again[0])
+                        del codes[rank]
+                        pids[rank] = _fork(rank, request | {"dooms": again[:1]})
             if time.monotonic() > deadline_s or codes.keys() >= set(range(len(pids))) - stopped:
                 for rank in set(range(len(pids))) - codes.keys():
                     os.kill(pids[rank], signal.SIGKILL)

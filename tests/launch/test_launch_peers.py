@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ds_gradprune.errors import ConfigError, DataError, TransportError, TransportTimeout
+from ds_gradprune.errors import (
+    ConfigError,
+    DataError,
+    RankMismatchError,
+    TransportError,
+    TransportTimeout,
+)
 from launch.support import lost
 from launch.support.peers import AgreedFault, Peers, StopSwitch
 from launch.support.place import Place
@@ -32,6 +38,27 @@ def test_fault_alone_is_ones_own() -> None:
     with pytest.raises(AgreedFault, match=r"no text\.") as caught:
         Peers(Place()).together(fail)
     assert caught.value.rank == 0
+
+
+def test_a_rank_that_comes_back_with_other_flags_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is compared with what the store keeps of the run; nobody else is asked."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    monkeypatch.setattr("launch.support.peers.first_store", lambda: store)
+    run = Peers(Place(), apart=True)
+    monkeypatch.setattr(run, "world_size", 3)
+    monkeypatch.setattr(run, "gather", lambda value: [value])
+    run.check_alike({"--steps": 10, "--resume": False, "block": {"density": 0.1}})
+    run.check_alike({"checkpoint": None})
+    back = Peers(Place(1, 3), apart=True, joins=True)
+    back.check_alike({"--steps": 10, "--resume": True, "block": {"density": 0.1}})
+    back.check_alike({"checkpoint": "step00000008"})
+    assert not back.is_first
+    assert back.gather("x") == ["x"]
+    other = Peers(Place(1, 3), apart=True, joins=True)
+    with pytest.raises(RankMismatchError, match=r"block\.density is 0\.2 here, 0\.1 in the run"):
+        other.check_alike({"--steps": 10, "--resume": True, "block": {"density": 0.2}})
 
 
 def test_a_store_that_does_not_answer_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

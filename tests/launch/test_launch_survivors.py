@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ def config(folder: Path, **changes: Any) -> str:
     [
         Doom(2, STEP, 3, "kill"),
         Doom(1, STEP, 7, "stop"),
-        Doom(0, STEP, 7, "kill"),
         Doom(2, VALIDATION, 2, "kill"),
         Doom(1, SAVE, 1, "kill"),
     ],
@@ -64,6 +64,28 @@ def test_a_run_goes_on_without_a_lost_island(
     resumed = run(nursery, [*more, "--resume"], 2)
     assert [ending.code for ending in resumed] == [0, 0], resumed[0].told
     assert json.loads((out / "result.json").read_text())["steps"] == 16
+
+
+def test_a_lost_rank_comes_back(nursery: Nursery, here: Path, tmp_path: Path) -> None:
+    """Rank 0, and the first time it is killed again while it is handed the weights."""
+    out = tmp_path / "out"
+    throttle = {"schedule": [{"step": 0, "rate_mbit": 1000, "latency_s": 0.03}]}
+    # Every exchange compares the weights of the one before.
+    path = config(tmp_path, throttle=throttle, verify_every_steps=1, warmup_steps=3)
+    given = arguments(here, out, config=path, eval_every="40", save_every="40", steps="100")
+    lives = [Doom(0, "ds_gradprune.wire.carry:_took", 2, "kill"), Doom(0, STEP, 0, "none")]
+    case = Case([given] * 3, [Doom(0, STEP, 9, "kill")], {"MASTER_PORT": scripts.free_port()})
+    endings = nursery.run(dataclasses.replace(case, lives=lives))
+    assert [ending.code for ending in endings] == [0, 0, 0], [end.told for end in endings]
+    assert "rank 0 takes part again after step" in endings[0].told
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 101))
+    senders = [line["senders"] for line in lines]
+    back = senders.index(3, 20)
+    assert senders == [3] * 8 + [2] * (back - 8) + [3] * (100 - back)
+    result = json.loads((out / "result.json").read_text())
+    assert (result["steps"], result["islands_left"]) == (100, 3)
+    assert [step for step, _ in result["val_losses"]] == [0, 40, 80, 100]
 
 
 def test_a_signal_stops_all_at_one_exchange(nursery: Nursery, here: Path, tmp_path: Path) -> None:
