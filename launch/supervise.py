@@ -5,8 +5,11 @@
 
 The command is started on the hosts that answer, one process per slot. What ends well ends the
 supervision. Else it is started again on the hosts that answer then, and goes on from its newest
-whole checkpoint. Called again, this script goes on in the same way. Ctrl-C, or SIGTERM, lets the
-ranks end by themselves, a second one ends them at once.
+whole checkpoint. Where the configuration sets min_islands and so many ranks are left, they train
+on, and the lost one alone is started again and let in.
+
+Called again, this script goes on in the same way. Ctrl-C, or SIGTERM, lets the ranks end by
+themselves, a second one ends them at once.
 
 The exit code is that of the command: of the rank that failed first. 128 + n is signal n. Events
 are JSON lines in --log.
@@ -19,6 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import hjson
+
 if __name__ == "__main__" and not __package__:
     # The root instead of this folder: launch and ds_gradprune are found there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,6 +31,8 @@ if __name__ == "__main__" and not __package__:
 
 from ds_gradprune.commands.hostfile import read_hostfile
 from ds_gradprune.commands.hosts import SSH
+from ds_gradprune.config import load_block
+from ds_gradprune.config.load import read_config
 from ds_gradprune.errors import ConfigError, GradPruneError
 
 from .support.attempt import Limits
@@ -134,6 +141,7 @@ def read_task(arguments: Sequence[str]) -> Task:
         checkpoints=flags.checkpoints or (folder.checkpoints if folder else None),
         resume=flags.resume_words,
         log=flags.log or beside,
+        min_islands=_min_islands(words) if is_ours else None,
     )
 
 
@@ -157,6 +165,17 @@ def command_words(command: Sequence[str]) -> list[str]:
     if Path(words[0]).name == "ds-gradprune":
         return [sys.executable, "-m", "ds_gradprune", *words[1:]]
     return [sys.executable, *words] if words[0].endswith(".py") else words
+
+
+def _min_islands(words: Sequence[str]) -> int | None:
+    """What the command's configuration says; what is wrong in it is told by the command."""
+    config = _value_of("--config", words)
+    if config is None or not any(Path(word).stem == "train" for word in words):
+        return None
+    try:
+        return load_block(read_config(config, hjson.loads)).min_islands
+    except ConfigError:
+        return None
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

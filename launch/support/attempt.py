@@ -1,7 +1,8 @@
 """One attempt at a supervised run: the ranks of all hosts, from their start to the end of the last.
 
 A rank that fails, and a host that is not heard any more, end the attempt. The other ranks get a
-moment to say what they saw.
+moment to say what they saw. Where the run goes on without a lost rank, that one alone is started
+again, on the same host.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .comebacks import Comebacks
 from .keeper import BEAT_S
-from .kept_host import Heard, KeptHost
+from .kept_host import Absent, Heard, KeptHost
 
 _KILL_S = 3.0
 """A killed rank has ended by then, or its host is taken for lost."""
@@ -64,6 +66,7 @@ class Attempt:
         note: writes an event down: its name, and facts.
         asked: how often the user has asked to end: 1: ranks end by themselves; 2: they are killed.
         grows: whether a host is back; the ranks are asked to end then.
+        comebacks: lost ranks are started again while the others train on; None: they are not.
     """
 
     def __init__(
@@ -74,7 +77,13 @@ class Attempt:
         note: Callable[..., None],
         asked: Callable[[], int],
         grows: Callable[[], bool],
+        comebacks: Comebacks | None = None,
     ) -> None:
+        self._comebacks = comebacks
+        self._makes = [
+            (name, ssh, job) for (name, ssh), job in zip(hosts.items(), jobs, strict=True)
+        ]
+        self._absent: dict[str, Absent] = {}
         self._limits = limits
         self._grows = grows
         self._note = note
@@ -84,15 +93,8 @@ class Attempt:
         self._outcome = Outcome()
         self._deadline_s: float | None = None
         self._queue: queue.Queue[Heard] = queue.Queue()
-        several = len(hosts) > 1
-        self._hosts = [
-            KeptHost(name, ssh, self._queue, shows_name=several) for name, ssh in hosts.items()
-        ]
-        self._sizes = {
-            host.name: len(job["environs"]) for host, job in zip(self._hosts, jobs, strict=True)
-        }
-        for host, job in zip(self._hosts, jobs, strict=True):
-            host.send(job)
+        self._sizes = {name: len(job["environs"]) for name, _, job in self._makes}
+        self._hosts = [self._open(place) for place in range(len(self._makes))]
 
     def run(self) -> Outcome:
         """Return when no rank runs any more, on any host that answers."""
@@ -101,16 +103,58 @@ class Attempt:
                 self._hear()
                 self._beat()
                 self._pass_on()
+                self._start_again()
                 if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
                     self._end()
                     break
         finally:
             for host in self._hosts:
                 host.close()
+            for absent in self._absent.values():
+                absent.__exit__()
+        if self._comebacks is not None and self._has_finished():
+            self._outcome.code = 0
         if self._outcome.lost:
             beaten_s = max(host.beaten_s for host in self._hosts if host.is_lost)
             self._outcome.free_s = beaten_s + self._limits.host_s + BEAT_S
         return self._outcome
+
+    def _open(self, place: int) -> KeptHost:
+        """A keeper that begins with its job."""
+        name, ssh, job = self._makes[place]
+        host = KeptHost(name, ssh, self._queue, shows_name=len(self._makes) > 1)
+        host.send({**job, "stays": self._comebacks is not None})
+        return host
+
+    def _has_finished(self) -> bool:
+        """Some rank has ended well: the run is over, whatever became of those that were lost."""
+        return any(0 in host.codes.values() for host in self._hosts)
+
+    # ---- ranks that come back ------------------------------------------------------------------
+
+    def _trains_on(self) -> bool:
+        """Enough ranks are left, and nobody has asked them to end."""
+        if self._comebacks is None or self._deadline_s is not None or self._told:
+            return False
+        if not self._comebacks.trains():
+            return False
+        left = sum(self._sizes[host.name] - len(host.codes) for host in self._running())
+        return left >= self._comebacks.least and not self._has_finished()
+
+    def _start_again(self) -> None:
+        if self._comebacks is None or not self._trains_on():
+            return
+        for place, host in enumerate(self._hosts):
+            if host.is_lost and self._absent[host.name].are_back():
+                if self._comebacks.due(host.name):
+                    self._note("again", host=host.name)
+                    self._hosts[place] = self._open(place)
+                continue
+            for rank in list(host.codes):
+                if not host.is_lost and self._comebacks.due((host.name, rank)):
+                    self._note("again", host=host.name, local_rank=rank)
+                    del host.codes[rank]
+                    host.send({"do": "start", "rank": rank})
 
     def _running(self) -> list[KeptHost]:
         return [
@@ -142,6 +186,9 @@ class Attempt:
         self._note("ended", host=host.name, local_rank=rank, code=code)
         if code == 0:
             return
+        if self._comebacks is not None and self._trains_on():
+            self._comebacks.later((host.name, rank))
+            return
         if not self._outcome.code:
             self._outcome.code = code if code > 0 else SIGNALLED - code
         if self._deadline_s is None:
@@ -151,6 +198,15 @@ class Attempt:
     def _lose(self, host: KeptHost, why: str) -> None:
         host.is_lost = True
         self._note("lost", host=host.name, why=why)
+        if self._comebacks is not None and self._trains_on():
+            free_s = host.beaten_s + self._limits.host_s + BEAT_S
+            self._comebacks.later(host.name, free_s)
+            ssh = {name: ssh for name, ssh, _ in self._makes}[host.name]
+            self._absent[host.name] = Absent(
+                {host.name: ssh}, self._comebacks.every_s, self._note
+            ).__enter__()
+            host.close()
+            return
         self._outcome.lost.append(host.name)
         if self._deadline_s is None:
             self._outcome.code = 1

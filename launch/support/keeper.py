@@ -4,10 +4,12 @@ Run as a script, with the standard library alone. The first line of stdin is the
 beats and orders. Every line of stdout is one JSON object with the key "keeper"; what the ranks
 write goes to stderr::
 
-    {"words": [...], "folder": "...", "environs": [{...}, ...], "lease_s": 10}
-    {}    {"do": "end"}    {"do": "kill"}
+    {"words": [...], "folder": "...", "environs": [{...}, ...], "lease_s": 10, "stays": false}
+    {}    {"do": "end"}    {"do": "kill"}    {"do": "start", "rank": 0}
 
     {"keeper": 1, "pids": [...]}    {"keeper": 1}    {"keeper": 1, "rank": 0, "code": -9}
+
+With `stays` it waits for orders when all its ranks have ended, until stdin ends.
 
 The ranks never outlive their keeper. It kills them when stdin ends and when no beat has come for
 `lease_s`: so a host that is cut off has ended its ranks by the time others take over.
@@ -46,32 +48,22 @@ class Keeper:
     def __init__(self, job: dict) -> None:  # type: ignore[type-arg] # plain JSON
         self._lease_s = float(job["lease_s"])
         self._heard_s = self._told_s = time.monotonic()
-        self._ranks = [
-            subprocess.Popen(
-                job["words"],
-                cwd=job["folder"],
-                env=os.environ | environ,
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-            for environ in job["environs"]
-        ]
+        self._job = job
+        self._ranks = [self._start(environ) for environ in job["environs"]]
         self._alive = dict(enumerate(self._ranks))
         tell(pids=[rank.pid for rank in self._ranks])
 
     def keep(self, rest: bytes) -> None:
-        """Return when all ranks have ended.
+        """Return when all ranks have ended, and no order can come.
 
         Args:
             rest: what came behind the job.
         """
         unread = rest
-        while self._alive:
+        while self._alive or self._job.get("stays"):
             *lines, unread = unread.split(b"\n")
             for line in lines:
-                self._obey(json.loads(line).get("do"))
+                self._obey(json.loads(line))
             if select.select([_STDIN], [], [], _POLL_S)[0]:
                 data = os.read(_STDIN, 65536)
                 if not data:
@@ -93,9 +85,25 @@ class Keeper:
         for rank in self._ranks:
             rank.wait()
 
-    def _obey(self, order: object) -> None:
+    def _start(self, environ: dict[str, str]) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            self._job["words"],
+            cwd=self._job["folder"],
+            env=os.environ | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+    def _obey(self, line: dict) -> None:  # type: ignore[type-arg] # plain JSON
+        order = line.get("do")
         if order == "kill":
             self.kill()
+        elif order == "start":
+            number = line["rank"]
+            self._ranks[number] = self._alive[number] = self._start(self._job["environs"][number])
+            tell(pids=[rank.pid for rank in self._ranks])
         elif order == "end":
             for rank in self._alive.values():
                 rank.send_signal(signal.SIGTERM)

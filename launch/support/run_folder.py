@@ -74,6 +74,14 @@ class RunFolder:
         """Whether nothing lies there yet."""
         return not self.path.is_dir() or not any(self.path.iterdir())
 
+    def logged(self) -> object:
+        """Changes with every step that is logged."""
+        try:
+            found = self.log.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
+
     def begin_again(self) -> None:
         """Remove what a run has left that ended before its first checkpoint."""
         if self.newest() is None and not is_in_use(self.path):

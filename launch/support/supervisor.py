@@ -19,12 +19,10 @@ from ds_gradprune.commands.hosts import exports
 from ds_gradprune.errors import CheckpointError, DataError, TransportTimeout
 
 from .attempt import SIGNALLED, Attempt, Limits, Outcome
+from .comebacks import FIRST_PAUSE_S, LONGEST_PAUSE_S, Comebacks
 from .kept_host import Absent, answering, ssh_to
 from .run_folder import RunFolder
 from .whole import candidates, fault_of, name_latest
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-"""Before the first restart, and before any. It doubles while no new checkpoint is made."""
 
 FRUITLESS = 3
 """So many attempts in a row that end by themselves, without a new checkpoint, are the last: what
@@ -51,6 +49,7 @@ class Task:
         checkpoints: where the file `latest` appears; None: the command knows how to go on.
         resume: words that make the command go on from there.
         log: where events are written.
+        min_islands: the run goes on without lost ranks while so many are left; None: it does not.
     """
 
     words: Sequence[str]
@@ -68,6 +67,7 @@ class Task:
     checkpoints: Path | None
     resume: Sequence[str]
     log: Path
+    min_islands: int | None = None
 
 
 class Supervisor:
@@ -93,6 +93,7 @@ class Supervisor:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self._asked.append(number))
+        # The pause doubles while no new checkpoint is made.
         pause_s, fruitless = FIRST_PAUSE_S, 0
         while True:
             hosts = self._await_hosts()
@@ -171,11 +172,29 @@ class Supervisor:
             self._note,
             lambda: len(self._asked),
             absent.are_back,
+            self._comebacks(),
         )
         with absent:
             outcome = attempt.run()
         self._note("stopped", code=outcome.code, lost=outcome.lost)
         return outcome
+
+    def _comebacks(self) -> Comebacks | None:
+        """Ranks of this attempt are started again alone, each time counted as a restart."""
+        task = self._task
+        if task.min_islands is None:
+            return None
+
+        def may() -> bool:
+            if self._restarts >= task.max_restarts:
+                return False
+            self._restarts += 1
+            return True
+
+        assert task.folder is not None
+        logged, before = task.folder.logged, task.folder.logged()
+        every_s = task.rejoin_s or LONGEST_PAUSE_S
+        return Comebacks(task.min_islands, lambda: logged() != before, may, every_s)
 
     def _job(self, words: Sequence[str], hosts: Sequence[HostLine], number: int) -> dict[str, Any]:
         """What the keeper of one host is to do."""
