@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 
-from ds_gradprune.commands.runlog import Entry, Run, mbit
+from ds_gradprune.commands.runlog import Run, mbit
 from ds_gradprune.law import blame
+
+LOOKED_BACK = 24
+"""Exchanges that a decision is compared with."""
 
 
 def decisions(run: Run) -> list[int]:
@@ -63,7 +66,7 @@ def _over_budget(run: Run, number: int) -> str:
     if run.entries[number].has_changed:
         changed = _exchange_changed(run, number)
     else:
-        changed = blame.busy_words(_computes_s(run, number))
+        changed = blame.busy_words(*_computes(run, number))
     if not changed:
         return budget or "a step takes longer than it pays: sends less"
     return changed if budget is None else f"{budget}, {changed}"
@@ -72,12 +75,12 @@ def _over_budget(run: Run, number: int) -> str:
 def _exchange_changed(run: Run, number: int) -> str:
     """What to tell of exchanges that changed; empty: too little."""
     entry = run.entries[number]
-    told = [e.told_exchange for e in _told(run, number)]
+    told = [e.told_exchange for e in run.entries[max(0, number + 1 - LOOKED_BACK) : number + 1]]
     samples = tuple(sample for sample in told if sample is not None)
     rate = "" if entry.link_mbit is None else f": {mbit(entry.link_mbit)} Mbit/s"
     return blame.words(
         "slower" if _is_slower(run, number) else "faster",
-        _computes_s(run, number),
+        *_computes(run, number),
         samples[:-1],
         samples[-blame.NOW :],
         rate,
@@ -94,15 +97,7 @@ def _is_slower(run: Run, number: int) -> bool:
     return entry.density is None or (entry.next_density or 0.0) < entry.density
 
 
-def busier(run: Run, number: int) -> float | None:
-    """How much longer computation takes around an exchange than before; None: unknown."""
-    return blame.busier(_computes_s(run, number))
-
-
-def _computes_s(run: Run, number: int) -> list[float]:
-    return [e.told_compute_s for e in _told(run, number) if e.told_compute_s]
-
-
-def _told(run: Run, number: int) -> tuple[Entry, ...]:
-    """The exchanges that a decision looked back on."""
-    return run.entries[max(0, number + 1 - blame.NOW - blame.BEFORE) : number + 1]
+def _computes(run: Run, number: int) -> tuple[list[float], float | None]:
+    """Computations up to a decision, and what they take while hosts are calm."""
+    known_s = [e.told_compute_s for e in run.entries[: number + 1] if e.told_compute_s]
+    return known_s, sorted(known_s)[len(known_s) // 10] if len(known_s) >= blame.LEAST else None

@@ -274,14 +274,12 @@ class DecisionLog:
         was, self._interval = self._interval, decision.interval
         if decision.unpruned and not self._is_unpruned:
             self._is_unpruned = True
-            show(f"step {decision.step}: {decision.reason} ({decision.cause.value})")
+            show(f"step {decision.step}: {decision.reason}")
             return
         goes_on = report.cause is decision.cause is Cause.RAMP
         is_other = decision.density != report.density and not goes_on
         if is_other or decision.interval != was:
-            decisions_logger.info(
-                "step %d: %s (%s)", decision.step, decision.reason, decision.cause.value
-            )
+            decisions_logger.info("step %d: %s", decision.step, decision.reason)
         if self._budget_s is None:
             return
         if decision.density > self._least:

@@ -8,17 +8,23 @@ took longer, for as many bytes, than the computation beside it explains.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ds_gradprune.law.stats import Change, Samples, median
 
 BUSY = 1.25
-"""Computation that takes so many times as long tells of busy hosts."""
+"""Computation that takes so many times as long as on calm hosts tells of busy ones."""
 
-BEFORE, NOW = 20, 3
-"""Exchanges that are compared: so many before the newest so many."""
+NOW, LEAST = 3, 5
+"""So many exchanges are what is compared, and so many computations are needed."""
 
-NOTABLE = 1.1
-"""Exchanges that changed by less are not worth a word."""
+FORGET = 1.002
+"""Where computation stays longer, the calm one follows by so much per exchange: in 350 it doubles,
+since hosts that are always busy are slow ones."""
+
+NOTABLE, JITTER_S = 1.1, 0.01
+"""An exchange that changed by less is not worth a word. Threads that wake up late make it up to 10
+ms longer on calm hosts (measured: 0.2 to 8 ms over a loopback)."""
 
 NOISE = 1.35
 """An exchange explains itself up to so many times what is expected: three sigma of 10 % noise."""
@@ -28,65 +34,60 @@ SLICES_S = 0.03
 on Linux, and an exchange wakes up about eight times."""
 
 
-def busier(computes_s: Sequence[float]) -> float | None:
-    """How many times as long the newest computations take as those before; None: unknown.
+class Span(NamedTuple):
+    """What an exchange may take, seconds."""
+
+    least_s: float
+    most_s: float
+
+    def holds(self, time_s: float, factor: float, more_s: float = 0.0) -> bool:
+        """Whether a time is in it, or so many times and so many seconds beside it."""
+        least_s = (self.least_s - more_s) / factor
+        return least_s < time_s < factor * self.most_s + more_s
+
+
+def calmer(calm_s: float | None, computes_s: Sequence[float]) -> float | None:
+    """What a computation takes while hosts are calm, after one more exchange; None: unknown.
 
     Args:
-        computes_s: seconds per step of one exchange after the other, oldest first.
+        calm_s: before it.
+        computes_s: seconds per step of the last exchanges, the newest last.
     """
-    now, before = computes_s[-NOW:], computes_s[:-NOW][-BEFORE:]
-    if not before:
-        return None
-    return median(list(now)) / median(list(before))
+    if len(computes_s) < LEAST:
+        return calm_s
+    quarter_s = sorted(computes_s)[len(computes_s) // 4]
+    return quarter_s if calm_s is None else min(FORGET * calm_s, quarter_s)
 
 
-def slower(before: Samples, now: Samples, computing: float = 1.0) -> float | None:
-    """How many times as long exchanges take as before, for as many bytes; None: unknown.
-
-    Args:
-        before: (bytes, seconds) of exchanges before the change.
-        now: the same since.
-        computing: what `busier` says; it counts as an explanation, and what it explains is left
-            out.
-    """
-    if not before or not now:
-        return None
-    return median([_factor(before, size, time_s, computing) for size, time_s in now])
+def busier(computes_s: Sequence[float], calm_s: float | None) -> float:
+    """How many times as long the newest computations take as calm ones; 1.0 where unknown."""
+    if calm_s is None or not computes_s:
+        return 1.0
+    return median(list(computes_s[-NOW:])) / calm_s
 
 
-def _factor(before: Samples, size: int, time_s: float, computing: float) -> float:
-    """One exchange over what it was expected to take; 1.0 where it is inside that range.
-
-    Other sizes say only what it may have been: as long as they took, if all of that was latency, or
-    in proportion to the bytes.
-    """
-    alike = [sample for sample in before if sample[0] / NOISE <= size <= sample[0] * NOISE]
-    pairs = [(seen_s, seen_s * size / seen) for seen, seen_s in alike or before]
-    least_s = median([min(pair) for pair in pairs])
-    most_s = median([max(pair) for pair in pairs])
-    if computing >= BUSY:
-        most_s = computing * most_s + SLICES_S
-    elif computing <= 1.0 / BUSY:
-        least_s = computing * max(0.0, least_s - SLICES_S)
-    return time_s / min(max(time_s, least_s), most_s)
-
-
-def busy_words(computes_s: Sequence[float]) -> str:
+def busy_words(computes_s: Sequence[float], calm_s: float | None) -> str:
     """That computation takes longer; empty: it does not."""
-    computing = busier(computes_s)
-    if computing is None or computing < BUSY:
+    computing = busier(computes_s, calm_s)
+    if computing < BUSY:
         return ""
     return f"computation takes {computing:.1f} times as long: the hosts are busy"
 
 
 def words(
-    change: Change | None, computes_s: Sequence[float], former: Samples, now: Samples, rate: str
+    change: Change | None,
+    computes_s: Sequence[float],
+    calm_s: float | None,
+    former: Samples,
+    now: Samples,
+    rate: str,
 ) -> str:
     """What to tell of exchanges that changed; empty: too little to be worth a word.
 
     Args:
         change: which way; None: they have not.
-        computes_s: see `busier`.
+        computes_s: see `calmer`.
+        calm_s: see there.
         former: (bytes, seconds) of the exchanges up to the one before the newest.
         now: those since the change, the newest included.
         rate: of the link now, for a user, with what sets it apart; empty: unknown.
@@ -94,30 +95,51 @@ def words(
     if change is None:
         return ""
     before = former[: max(0, len(former) + 1 - len(now))]
-    computing = busier(computes_s) or 1.0
-    plain, left = slower(before, now), slower(before, now, computing)
-    if plain is not None and 1.0 / NOTABLE < plain < NOTABLE:
-        return busy_words(computes_s)
-    is_explained = left is not None and 1.0 / NOISE < left < NOISE
+    computing, was = busier(computes_s, calm_s), busier(computes_s[:-NOW], calm_s)
     text = f"exchanges became {change}{rate}"
+    if before and now:
+        time_s, span = _typical(before, now)
+        if span.holds(time_s, NOTABLE) or span.holds(time_s, 1.0, JITTER_S):
+            return busy_words(computes_s, calm_s)
+        busiest = max(computing, was)
+        if busiest >= BUSY and span.holds(time_s, NOISE * busiest, SLICES_S):
+            return _explained(change, computing, was)
     if change == "slower" and computing >= BUSY:
-        longer = f"computation takes {computing:.1f} times as long"
-        if is_explained:
-            return f"{longer}, and so do exchanges: the hosts are busy"
-        return f"{text}, and {longer}"
-    if change == "faster" and computing <= 1.0 / BUSY and is_explained:
-        return "computation and exchanges became faster: the hosts are less busy"
+        return f"{text}, and computation takes {computing:.1f} times as long"
     return text
 
 
-def told(reason: str, said: str, *, leads: bool = False) -> str:
-    """A decision's reason with what is said of the exchanges, which may be nothing.
+def _explained(change: Change, computing: float, was: float) -> str:
+    """Exchanges that changed as the hosts' business did."""
+    if computing >= BUSY:
+        also = ", and so do exchanges" if change == "slower" else ""
+        return f"computation takes {computing:.1f} times as long{also}: the hosts are busy"
+    faster = change == "faster" and was >= BUSY
+    return "computation and exchanges became faster: the hosts are less busy" if faster else ""
 
-    Args:
-        reason: of the decision.
-        said: see `words`.
-        leads: it is why something was decided.
+
+def _typical(before: Samples, now: Samples) -> tuple[float, Span]:
+    """The exchange in the middle of the newest ones, by what was expected of it."""
+    newest = now[-NOW:]
+    spans = [_expected(before, size) for size, _ in newest]
+    seen = [
+        (time_s / min(max(time_s, span.least_s), span.most_s), time_s, span)
+        for (_, time_s), span in zip(newest, spans, strict=True)
+    ]
+    return sorted(seen)[len(seen) // 2][1:]
+
+
+def _expected(before: Samples, size: int) -> Span:
+    """What exchanges of a size would have taken.
+
+    Other sizes say only what it may have been: as long as they took, if all of that was latency, or
+    in proportion to the bytes.
     """
-    if not said:
-        return reason
-    return f"{said}: {reason}" if leads else f"{reason}; {said}"
+    alike = [sample for sample in before if sample[0] / NOISE <= size <= sample[0] * NOISE]
+    pairs = [(seen_s, seen_s * size / seen) for seen, seen_s in alike or before]
+    return Span(median([min(pair) for pair in pairs]), median([max(pair) for pair in pairs]))
+
+
+def told(reason: str, said: str) -> str:
+    """A decision's reason, and what is said of the exchanges, which may be nothing."""
+    return f"{reason}; {said}" if said else reason

@@ -279,10 +279,10 @@ def _up(view: _View) -> Choice | None:
     """Prune less where clearly more fits."""
     if view.best < view.share * view.k or not view.may_rise:
         return None
-    text = f"step {view.now_s:.3f} s of {view.budget_s:.3f} s"
-    if view.change is not None:
-        return Choice(view.best, Cause.NETWORK_CHANGED, text)
-    return Choice(view.best, Cause.BUDGET_ROOM, f"there is room: {text}")
+    cause = Cause.BUDGET_ROOM if view.change is None else Cause.NETWORK_CHANGED
+    return Choice(
+        view.best, cause, f"there is room: step {view.now_s:.3f} s of {view.budget_s:.3f} s"
+    )
 
 
 def _stay(view: _View) -> Choice:

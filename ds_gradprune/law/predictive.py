@@ -75,6 +75,7 @@ class PredictiveState(NamedTuple):
         network: what is known of the exchanges.
         interval: optimizer steps up to the exchange that is next or under way.
         warmup: what is known of the warm-up's exchanges.
+        calm_s: what a computation takes while hosts are calm; None: unknown.
     """
 
     density: Density
@@ -86,6 +87,7 @@ class PredictiveState(NamedTuple):
     network: NetworkState = NetworkState()
     interval: Interval = 1
     warmup: WarmupState = WarmupState()
+    calm_s: Seconds | None = None
 
 
 def start(config: GradientPruningConfig) -> tuple[PredictiveState, Decision]:
@@ -143,16 +145,15 @@ def update(
     warm = warm._replace(unpruned=unpruned)
     samples = (state.network.cost.samples, net.state.cost.samples)
     rate = "" if prices is None else prices.rate_text
-    said = blame.words(net.change, computes_s, *samples, rate)
+    calm_s = blame.calmer(state.calm_s, computes_s)
+    said = blame.words(net.change, computes_s, calm_s, *samples, rate)
     if net.change is None and choice.cause is Cause.OVER_BUDGET:
-        said = blame.busy_words(computes_s)
-    reason = blame.told(choice.text, said, leads=choice.cause is Cause.NETWORK_CHANGED)
-    density = choice.k / CHUNK_NUMEL
+        said = blame.busy_words(computes_s, calm_s)
     decision = Decision(
         step=next_exchange(config, signals.step, after, unpruned=unpruned),
-        density=density,
+        density=choice.k / CHUNK_NUMEL,
         cause=choice.cause,
-        reason=reason,
+        reason=blame.told(choice.text, said),
         performance=heard.p,
         budget_s=budget_s,
         network_changed=net.change is not None,
@@ -161,9 +162,8 @@ def update(
         interval=after,
         unpruned=unpruned,
     )
-    return PredictiveState(
-        density, planned, heard.window, heard.lows, arm, computes_s, net.state, after, warm
-    ), decision
+    heard_of = (heard.window, heard.lows, arm, computes_s, net.state, after, warm, calm_s)
+    return PredictiveState(decision.density, planned, *heard_of), decision
 
 
 def _plan(

@@ -21,7 +21,7 @@ def report_at(step: int, every: int = 1) -> StepReport:
     """One exchange of the story."""
     is_dense = step <= WARMUP
     density = _density(step)
-    rate = (100.0 if step < SLOW - 1 else 20.0) * 125e3
+    rate = (10.0 if step < SLOW - 1 else 2.0) * 125e3
     steps = 1 if is_dense else every
     compute_s, wire_bytes, wire_s = _times(step)
     cause = _cause(step)
@@ -63,7 +63,7 @@ def _times(step: int) -> tuple[float, int, float]:
     is_busy = step >= BUSY - 3
     compute_s = (0.45 if is_busy else 0.2) * (1.0 + 0.05 * math.sin(step))
     wire_bytes = 4 * NUMEL if step <= WARMUP else int(1.3 * _density(step) * NUMEL)
-    rate = (100.0 if step < SLOW - 4 else 20.0) * 125e3
+    rate = (10.0 if step < SLOW - 4 else 2.0) * 125e3
     return compute_s, wire_bytes, wire_bytes / rate * (1.5 if is_busy else 1.0)
 
 
