@@ -4,7 +4,8 @@
 
 For every rate a bed of its own: doctor, then real runs of launch/train.py over DeepSpeed's pdsh
 launcher, dense and at pinned densities, in rounds, with doctor between the rounds. Times are
-means over steps and rounds. Needs root and what the bed needs. Writes a page and its JSON.
+means over the middle half of the steps of all rounds. Needs root and what the bed needs. Writes a
+page and its JSON. With --add the cells that were measured before stay in it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from ds_gradprune.commands.step_cost import middle
+from labs.machine import commit
 from tools.netbed import Bed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,10 +32,16 @@ SETTINGS = {
     "5 % every 5 steps": (0.05, 5),
 }
 WARMUP = 6
-"""Dense steps before the first pruned one."""
+"""Unpruned steps before the first pruned one."""
+
+PARTS = ("compute_time_s", "codec_time_s", "comm_time_s")
+"""Of a pruned step, in the log."""
 
 SKIPPED = 4
 """Steps at the beginning of each part of a run that are not counted."""
+
+Step: TypeAlias = tuple[float, tuple[float, ...]]
+"""Seconds of a step, and those of `PARTS`; none of a dense one."""
 
 TABLE_HEAD = (
     "| hosts | link | step | forecast s | real s | error |\n"
@@ -47,6 +56,7 @@ def configuration(setting: tuple[float, int] | None) -> dict[str, Any]:
         density, every = setting
         config["gradient_pruning"] = {
             "warmup_steps": WARMUP,
+            "warmup": "unpruned",
             "ramp_steps": 0,
             "window_size": 4,
             "sync_every": every,
@@ -67,8 +77,8 @@ def doctor(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def step_times(bed: Bed, name: str, options: argparse.Namespace, folder: Path) -> list[float]:
-    """Seconds a step of one real run."""
+def step_times(bed: Bed, name: str, options: argparse.Namespace, folder: Path) -> list[Step]:
+    """The steps of one real run."""
     setting = SETTINGS.get(name)
     path, out = folder / "config.json", folder / "run"
     path.write_text(json.dumps(configuration(setting)))
@@ -88,15 +98,18 @@ def step_times(bed: Bed, name: str, options: argparse.Namespace, folder: Path) -
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     subprocess.run(["rm", "-rf", str(out)], check=True)
     if setting is None:
-        return [line["step_time_s"] for line in lines[SKIPPED:]]
+        return [(line["step_time_s"], ()) for line in lines[SKIPPED:]]
     pruned = [line for line in lines if line["density"] < 1.0 and line["step_time_s"] is not None]
-    return [line["step_time_s"] / line["steps"] for line in pruned[2:]]
+    return [
+        (line["step_time_s"] / line["steps"], tuple(line[part] / line["steps"] for part in PARTS))
+        for line in pruned[2:]
+    ]
 
 
 def measure(rate: str, hosts: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One link: rows of forecast and real step times."""
     names = ["dense", *SETTINGS]
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Step]] = {name: [] for name in names}
     said: list[dict[str, Any]] = []
     with (
         Bed(hosts, None if rate == "none" else f"{rate}mbit") as bed,
@@ -106,14 +119,16 @@ def measure(rate: str, hosts: int, options: argparse.Namespace) -> list[dict[str
             said.append(doctor(bed, options))
             for name in names:
                 found[name] += step_times(bed, name, options, Path(folder))
-                print(f"{rate} {name} {statistics.fmean(found[name]):.3f}", flush=True)
+                print(f"{rate} {name} {found[name]}", flush=True)
         said.append(doctor(bed, options))
     rows = []
     for name in names:
         forecasts = [
             d["dense_step_s"] if name == "dense" else d["pruned_step_s"][name] for d in said
         ]
-        real_s, forecast_s = statistics.fmean(found[name]), statistics.median(forecasts)
+        times_s = middle([step_s for step_s, _ in found[name]])
+        parts = zip(*(parts for _, parts in found[name]), strict=True)
+        real_s, forecast_s = statistics.fmean(times_s), statistics.median(forecasts)
         rows.append(
             {
                 "hosts": hosts,
@@ -122,10 +137,17 @@ def measure(rate: str, hosts: int, options: argparse.Namespace) -> list[dict[str
                 "forecast_s": forecast_s,
                 "forecasts_s": [min(forecasts), max(forecasts)],
                 "real_s": real_s,
-                "quartiles_s": statistics.quantiles(found[name], n=4)[::2],
+                "quartiles_s": [times_s[0], times_s[-1]],
                 "error": forecast_s / real_s - 1.0,
+                "commit": commit(ROOT),
+                "load": os.getloadavg()[0],
                 "link_mbit": statistics.median(d["link_mbit"] for d in said),
-                "compute_s": [d["compute_s"] for d in said],
+                "real_parts_s": dict(zip(PARTS, map(statistics.fmean, parts), strict=False)),
+                "forecast_parts_s": [
+                    {part: d[part] for part in ("compute_s", "watch_s", "wait_s")}
+                    | {"local_s": d["local_s"].get(name)}
+                    for d in said
+                ],
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -146,26 +168,28 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"{100 * row['error']:+.0f} %",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    loads = [row["load"] for row in rows]
+    table = "\n".join(lines)
     rates = ",".join(options.rates)
-    first = "chrt -r 1 " if os.sched_getscheduler(0) != os.SCHED_OTHER else ""
     hosts = ",".join(map(str, options.hosts))
     return (
         "# Does doctor's forecast hold?\n\n"
-        f"`{first}python -m labs.doctor --rates {rates} --hosts {hosts} --model {options.model} "
-        f"--steps {options.steps} --rounds {options.rounds} --text FILE`, commit {commit}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at "
-        "the end. Forecast: median of doctor's runs before, between and after the rounds, with the "
-        "least and the most. Real: mean over steps, with quartiles. With `chrt` both go before "
-        "all other work of the machine, so its load hardly counts. The hosts share the machine's "
-        "cores, two of four hosts each one.\n\n" + TABLE_HEAD + "\n".join(lines) + "\n"
+        f"`python -m labs.doctor --rates {rates} --hosts {hosts} --model {options.model} "
+        f"--steps {options.steps} --rounds {options.rounds} --text FILE`, the cells of a "
+        f"link in one call each, commit {commits}, {platform.machine()}, {os.cpu_count()} cores, "
+        f"load average {min(loads):.1f} to {max(loads):.1f}. Forecast: median of doctor's runs "
+        "before, between and after the rounds, with the least and the most. Real: mean over the "
+        "middle half of the steps, with its ends. The hosts share the machine's cores, two of four "
+        f"hosts each one.\n\n{TABLE_HEAD}{table}\n"
     )
+
+
+def joined(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of both, those of cells that were measured again only once, in the page's order."""
+    again = {(row["hosts"], row["rate"]) for row in new}
+    rows = [row for row in old if (row["hosts"], row["rate"]) not in again] + new
+    return sorted(rows, key=lambda row: (row["hosts"], float(row["rate"])))
 
 
 def _numbers(text: str) -> list[int]:
@@ -182,6 +206,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="to the cells that --out holds")
     options = parser.parse_args()
     rows = [
         row
@@ -189,6 +214,8 @@ def main() -> None:
         for rate in options.rates
         for row in measure(rate, hosts, options)
     ]
+    if options.add:
+        rows = joined(json.loads(options.out.with_suffix(".json").read_text()), rows)
     text = page(rows, options)
     if options.out:
         name = options.out.with_suffix(".json").name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import time
@@ -22,12 +23,15 @@ from ds_gradprune.wire.traffic import all_gather_bytes, ring_all_reduce_bytes
 CALLS = 15
 """Small collectives behind a median."""
 
+CODEC_DENSITY = 0.01
+"""An exchange after a real step is measured at it."""
+
 TIMEOUT_S = 60.0
 
 
 def collective(
     *, rank: int, world_size: int, host: str, port: int, num_bytes: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Time the product's own collectives between all hosts, over gloo.
 
     Args:
@@ -38,7 +42,7 @@ def collective(
         num_bytes: of a large message.
 
     Returns:
-        Seconds of a small all-gather and a small all-reduce, megabit per second of large ones.
+        Seconds of every small all-gather and all-reduce, megabit per second of large ones.
 
     Collective: all hosts.
     """
@@ -56,7 +60,7 @@ def collective(
         dist.destroy_process_group()
 
 
-def _collectives(transport: TorchDistTransport, num_bytes: int) -> dict[str, float]:
+def _collectives(transport: TorchDistTransport, num_bytes: int) -> dict[str, Any]:
     world_size = transport.world_size
     small = torch.zeros(80, dtype=torch.uint8)
     large = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -69,17 +73,22 @@ def _collectives(transport: TorchDistTransport, num_bytes: int) -> dict[str, flo
     def reduce(tensor: torch.Tensor) -> float:
         return _timed(lambda: transport.all_reduce(tensor))
 
+    def after_work(call: Callable[[], float]) -> float:
+        cold.add_(1)  # a step of training leaves caches and threads cold, too
+        return call()
+
+    cold = torch.zeros(exchange_cost.COLD_BYTES, dtype=torch.uint8)
     gather(small)
     reduce(vector[:16])
-    gather_call_s = median([gather(small) for _ in range(CALLS)])
-    reduce_call_s = median([reduce(vector[:16]) for _ in range(CALLS)])
-    gather_s = median([gather(large) for _ in range(3)]) - gather_call_s
-    reduce_s = median([reduce(vector) for _ in range(3)]) - reduce_call_s
+    gathers_s = [after_work(lambda: gather(small)) for _ in range(CALLS)]
+    reduces_s = [after_work(lambda: reduce(vector[:16])) for _ in range(CALLS)]
+    gather_s = median([gather(large) for _ in range(3)]) - min(gathers_s)
+    reduce_s = median([reduce(vector) for _ in range(3)]) - min(reduces_s)
     sent = all_gather_bytes(num_bytes, world_size)
     summed = ring_all_reduce_bytes(4 * vector.numel(), world_size)
     return {
-        "gather_call_s": gather_call_s,
-        "reduce_call_s": reduce_call_s,
+        "gathers_s": gathers_s,
+        "reduces_s": reduces_s,
         "gather_mbit": 8e-6 * sent / max(gather_s, 1e-6),
         "reduce_mbit": 8e-6 * summed / max(reduce_s, 1e-6),
     }
@@ -133,6 +142,7 @@ def local(
     batch: int,
     tokens: int | None,
     is_bf16: bool,
+    stage: int,
     min_numel: int,
     densities: Sequence[float],
     decays: Sequence[float | None],
@@ -149,6 +159,7 @@ def local(
         batch: sequences of a micro-step.
         tokens: of a sequence; None: what the model can see.
         is_bf16: precision of forward and backward.
+        stage: of ZeRO.
         min_numel: smaller parameters are sent whole.
         densities: to measure the codec at.
         decays: of the residuals to measure it with; None: no buffer.
@@ -169,10 +180,11 @@ def local(
         step_cost.check_fits(sum(numels), device)
         times = step_cost.measure_step(
             shapes.build(config, device),
-            batch=batch,
-            tokens=tokens,
-            vocabulary=config.vocab_size,
-            is_bf16=is_bf16,
+            step_cost.Task(batch, tokens, config.vocab_size, stage, is_bf16),
+            k=kept_per_chunk(CODEC_DENSITY),
+            islands=islands,
+            value_bits=value_bits,
+            min_numel=min_numel,
         )
     points = [RatePoint(i + 1, rate * 125e3, late_s) for i, (rate, late_s) in enumerate(links)]
     exchanges = [
@@ -186,9 +198,13 @@ def local(
         "has_kernels": kernels() is not None,
         "numel": sum(numels),
         "tokens": tokens,
-        "micro_s": None if times is None else times.micro_s,
-        "optimizer_s": None if times is None else times.optimizer_s,
-        "quartiles_s": None if times is None else times.quartiles_s,
-        "others": None if times is None else times.others,
+        "step": None if times is None else dataclasses.asdict(times),
+        "around_s": 0.0 if times is None else _around_s(times, exchanges),
         "exchanges": exchanges,
     }
+
+
+def _around_s(times: step_cost.StepTime, exchanges: Sequence[dict[str, Any]]) -> float:
+    """How much longer an exchange takes after a real step than on its own."""
+    alone = [e["codec_s"] for e in exchanges if e["density"] == CODEC_DENSITY]
+    return max(0.0, times.codec_s - min(alone)) if alone else 0.0

@@ -148,6 +148,9 @@ class Diagnosis:
             "islands": self.job.islands,
             "parameters": self.job.numel,
             "compute_s": self.job.compute_s,
+            "watch_s": self.job.watch_s,
+            "wait_s": self.job.wait_s,
+            "local_s": {s.name: cost.local_s for s, cost in main.pruned.items()},
             "links": [
                 {
                     "link": o.column.label,

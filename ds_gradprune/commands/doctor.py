@@ -6,6 +6,7 @@ This process measures nothing itself and loads no torch: agents on the hosts do.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from ds_gradprune.commands.diagnosis import (
 )
 from ds_gradprune.commands.doctor_plan import Plan, decay_of, read_plan, settings_of
 from ds_gradprune.commands.flags import Parser, above_zero, count, not_negative, numbers, several
-from ds_gradprune.commands.forecast import Job, Link, Setting, exchange_bytes
+from ds_gradprune.commands.forecast import Job, Link, Setting, exchange_bytes, wait_s
 from ds_gradprune.commands.hostfile import HostLine, read_hostfile
 from ds_gradprune.commands.hosts import Hosts
 from ds_gradprune.errors import TransportError
@@ -165,6 +166,7 @@ def measure_local(
         batch=plan.batch,
         tokens=flags.tokens,
         is_bf16=plan.is_bf16,
+        stage=plan.stage,
         min_numel=block.min_numel,
         densities=DENSITIES,
         decays=sorted({decay_of(s.interval, block) for s in settings_of(block)}, key=str),
@@ -184,18 +186,25 @@ def job_of(
     step_s: float | None,
 ) -> Job:
     """What is trained, with the slowest host's time."""
-    compute_s = step_s
-    if compute_s is None:
-        compute_s = max(plan.accumulation * f["micro_s"] + f["optimizer_s"] for f in local)
+    steps = [found["step"] for found in local]
+    late_s = watch_s = 0.0
+    if step_s is None:
+        step_s = max(plan.accumulation * s["micro_s"] + s["optimizer_s"] for s in steps)
+        # Pruned gradients leave no weights to watch.
+        watch_s = max(s["watch_s"] for s in steps) if plan.block.prune == "update" else 0.0
+        spread = [s["steps_s"] for s in steps] * (1 if len(steps) > 1 else islands)
+        late_s = math.sqrt(plan.accumulation) * wait_s(spread)
     return Job(
         numel=local[0]["numel"],
         islands=islands,
         ranks=islands * lines[0].slots,
-        compute_s=compute_s,
+        compute_s=step_s,
         stage=plan.stage,
         accumulation=plan.accumulation,
         element_bytes=2 if plan.is_bf16 else 4,
         tokens=plan.batch * plan.accumulation * local[0]["tokens"] * lines[0].slots,
+        watch_s=watch_s,
+        wait_s=late_s,
     )
 
 
@@ -208,7 +217,7 @@ def exchanges_of(
     for setting in settings_of(block):
         decay = decay_of(setting.interval, block)
         rows = [
-            row
+            row | {"codec_s": facts["around_s"] + row["codec_s"]}
             for facts in local
             for row in facts["exchanges"]
             if row["density"] == setting.density and row["decay"] == decay
@@ -228,14 +237,17 @@ def doubts_of(facts: Sequence[dict[str, Any]], local: Sequence[dict[str, Any]]) 
     """
     doubts = []
     for mine, found in zip(facts, local, strict=True):
-        host, others = mine["host"], found["others"]
+        host, step = mine["host"], found["step"]
+        if step is None:
+            continue
+        others = step["others"]
         if others is not None and others > BUSY_SHARE * mine["cores"]:
             doubts.append(
                 f"{host}: other programs kept {others:.1f} of its {mine['cores']} cores busy while "
                 "the step was measured. Unless they run during training as well, its step is "
                 "shorter than told here: end them and ask again, or give --step-s."
             )
-        lower, upper = found["quartiles_s"] or (1.0, 1.0)
+        lower, upper = step["steps_s"][0], step["steps_s"][-1]
         if upper > UNEVEN * lower:
             doubts.append(
                 f"{host}: a quarter of the measured steps took at most "

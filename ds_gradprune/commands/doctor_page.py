@@ -121,14 +121,18 @@ def _step(found: Findings) -> Iterator[str]:
     job, local = found.diagnosis.job, found.local
     yield from ["", *_head("the step")]
     yield from _wrapped(found.plan_text)
-    if local["micro_s"] is None:
+    if local["step"] is None:
         yield f"computation ........ {seconds(job.compute_s)}, as you say"
     else:
         device = "GPU" if local["device"] == "cuda" else f"CPU, {many(local['threads'], 'thread')}"
         yield f"computation ........ {seconds(job.compute_s)} ({device}; slowest host)"
+        yield (
+            f"every step besides . {seconds(job.watch_s)} of the plug-in, {seconds(job.wait_s)} "
+            "for the last host"
+        )
     outlook = found.diagnosis.main
     codecs = [
-        f"{seconds((cost.local_s - job.compute_s) * s.interval)} at {100 * s.density:g} %"
+        f"{seconds(cost.local_s - job.compute_s - job.watch_s)} at {100 * s.density:g} %"
         for s, cost in outlook.pruned.items()
         if s.interval == 1
     ]

@@ -3,17 +3,22 @@
 A step is computation, codec, and an exchange: calls, whose latency no rate shortens, and bytes.
 Bytes are those that one host sends, and it receives as many meanwhile.
 
-    dense     compute + call + dense bytes / rate
-    pruned    compute + (codec + exposed) / interval
-    exposed   2 calls + pruned bytes / rate, less the computation that it hides behind
+    dense     compute + wait + call + dense bytes / rate
+    pruned    compute + watch + (codec + exposed) / interval
+    exposed   wait sqrt(interval) + 2 calls + pruned bytes / rate, less what the computation hides
+
+Wait is for the slowest host: the spread of n steps grows with sqrt(n). Watch is what the plug-in
+does in every step.
 
 Rates are of payload. A rate that stands on a link's label carries `FRAME_SHARE` of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from ds_gradprune.law.verdict import PAYS
 from ds_gradprune.law.verdict import break_even_mbit as edge_mbit
@@ -62,6 +67,8 @@ class Job:
         accumulation: micro-steps of a step.
         element_bytes: bytes of a gradient or weight in DeepSpeed's own collectives.
         tokens: of a step and island.
+        watch_s: what the plug-in does besides in every step.
+        wait_s: after a step, for the host that is the slowest in it (`wait_s`).
     """
 
     numel: int
@@ -72,6 +79,8 @@ class Job:
     accumulation: int = 1
     element_bytes: int = 4
     tokens: int = 256
+    watch_s: float = 0.0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,22 @@ class Cost:
         return self.local_s + max(0.0, self.exchange_s(rate_mbit) - self.hidden_s)
 
 
+def wait_s(steps_s: Sequence[Sequence[float]]) -> float:
+    """What hosts wait for each other after a step: mean of the slowest, less the slowest mean.
+
+    Args:
+        steps_s: measured steps of every host, each one's drawn independently of the others'.
+    """
+    every_s = sorted(time_s for own_s in steps_s for time_s in own_s)
+    slowest_s = below = 0.0
+    for time_s in every_s:
+        # All hosts are done by then: a product of what each one's steps say.
+        done = math.prod(sum(own <= time_s for own in own_s) / len(own_s) for own_s in steps_s)
+        slowest_s += (done - below) * time_s
+        below = done
+    return max(0.0, slowest_s - max(fmean(own_s) for own_s in steps_s))
+
+
 def dense_bytes(job: Job) -> float:
     """Bytes that one host sends in a step of DeepSpeed alone.
 
@@ -140,7 +165,7 @@ def dense_bytes(job: Job) -> float:
 def dense_cost(job: Job, link: Link) -> Cost:
     """A step of DeepSpeed alone."""
     latency_s = link.reduce_call_s * (job.accumulation if job.stage > 1 else 1)
-    return Cost(job.compute_s, latency_s, dense_bytes(job) / link.reduce_share)
+    return Cost(job.compute_s, job.wait_s + latency_s, dense_bytes(job) / link.reduce_share)
 
 
 def exchange_bytes(payload_bytes: int, islands: int, *, owners: bool = False) -> float:
@@ -174,9 +199,10 @@ def pruned_cost(
         wire_bytes: that one host sends in one exchange.
         delay_steps: steps of computation that it may hide behind.
     """
-    latency_s = 2 * link.gather_call_s  # announcement and payloads
+    latency_s = math.sqrt(interval) * job.wait_s
+    latency_s += 2 * link.gather_call_s  # announcement and payloads
     return Cost(
-        job.compute_s + codec_s / interval,
+        job.compute_s + job.watch_s + codec_s / interval,
         latency_s / interval,
         wire_bytes / link.gather_share / interval,
         delay_steps * job.compute_s / interval,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ds_gradprune.commands.forecast import Link
 from ds_gradprune.commands.hosts import Agent, Hosts
+from ds_gradprune.law.stats import median
 
 SECONDS = 1.5
 """Of one measurement of a rate."""
@@ -131,8 +132,13 @@ def collectives(hosts: Hosts, rate_mbit: float) -> Link:
         num_bytes=num_bytes,
     )
     return Link(
-        gather_call_s=max(f["gather_call_s"] for f in found),
-        reduce_call_s=max(f["reduce_call_s"] for f in found),
+        gather_call_s=_call_s([f["gathers_s"] for f in found]),
+        reduce_call_s=_call_s([f["reduces_s"] for f in found]),
         gather_share=min(f["gather_mbit"] for f in found) / rate_mbit,
         reduce_share=min(f["reduce_mbit"] for f in found) / rate_mbit,
     )
+
+
+def _call_s(times_s: Sequence[Sequence[float]]) -> float:
+    """Seconds of a small collective. The last host to come to it waits for nobody."""
+    return median([min(call) for call in zip(*times_s, strict=True)])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from ds_gradprune.commands import busy, doctor, doctor_page, loss_gap, shapes
 from ds_gradprune.commands.diagnosis import Column, Exchange, diagnose, emulated
 from ds_gradprune.commands.doctor_plan import Plan, decay_of, read_plan, settings_of
 from ds_gradprune.commands.forecast import Job, Link, Setting
+from ds_gradprune.commands.hostfile import HostLine
+from ds_gradprune.commands.hosts import Hosts
 from ds_gradprune.commands.pairs import Pair
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import ConfigError, DataError
@@ -145,7 +148,7 @@ def findings(columns: list[Column], compute_s: float = 0.2) -> doctor_page.Findi
         pairs=[Pair("host-0", "host-1", 0.0021, 95.1, 94.2, 93.3, 92.4)],
         local={
             "has_kernels": True,
-            "micro_s": 0.1,
+            "step": {},
             "device": "cpu",
             "threads": 1,
             "exchanges": [row],
@@ -182,12 +185,8 @@ def test_page_of_a_link_that_is_not() -> None:
 
 def test_times_of_a_busy_host_are_doubted() -> None:
     facts = [{"host": f"host-{i}", "cores": 2} for i in range(3)]
-    calm = {"others": 0.1, "quartiles_s": [0.5, 0.6]}
-    local = [
-        calm,
-        {"others": 1.3, "quartiles_s": [0.5, 0.9]},
-        {"others": None, "quartiles_s": None},
-    ]
+    calm = {"step": {"others": 0.1, "steps_s": [0.5, 0.5, 0.6, 0.6]}}
+    local = [calm, {"step": {"others": 1.3, "steps_s": [0.5, 0.5, 0.9, 0.9]}}, {"step": None}]
     crowded, uneven = doctor.doubts_of(facts, local)
     assert crowded.startswith("host-1: other programs kept 1.3 of its 2 cores busy")
     assert uneven.startswith("host-1: a quarter of the measured steps took at most 0.5 s, another")
@@ -238,6 +237,37 @@ def test_on_one_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["recommended"] in found["pruned_step_s"]
     assert found["pruned_step_s"][found["recommended"]] < found["dense_step_s"]
     assert found["link_is_measured"] is False
+
+
+@pytest.mark.slow
+def test_a_step_is_one_of_deepspeed_and_of_an_island() -> None:
+    """Forecasts lacked DeepSpeed's own work, and an exchange that comes after a real step."""
+    with Hosts([HostLine("localhost")], os.environ) as hosts:
+        (found,) = hosts.together(
+            "local",
+            120.0,
+            model="0.2M",
+            batch=1,
+            tokens=8,
+            is_bf16=True,
+            stage=2,
+            min_numel=4096,
+            densities=[0.01],
+            decays=[None],
+            islands=3,
+            shards=1,
+            value_bits=4,
+            step_s=None,
+            links=[],
+        )
+    step = found["step"]
+    assert len(step["steps_s"]) >= 2
+    assert step["micro_s"] + step["optimizer_s"] == pytest.approx(fmean(step["steps_s"]), rel=0.5)
+    assert step["watch_s"] >= 0.0
+    # The exchange of the engine, and the same on its own.
+    assert step["codec_s"] > 0.0
+    alone_s = found["exchanges"][0]["codec_s"]
+    assert found["around_s"] == max(0.0, step["codec_s"] - alone_s)
 
 
 @pytest.mark.parametrize(("rate_mbit", "code"), [(10.0, 0), (1e6, 3)])

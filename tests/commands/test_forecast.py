@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ds_gradprune.commands import forecast
@@ -67,6 +69,27 @@ def test_pruned_step_spreads_its_exchange() -> None:
     fifth = forecast.pruned_cost(JOB, link, 5, codec_s=0.02, wire_bytes=100_000)
     assert each.step_s(100.0) == pytest.approx(0.2 + 0.02 + 0.002 + 0.008)
     assert fifth.step_s(100.0) - 0.2 == pytest.approx((each.step_s(100.0) - 0.2) / 5)
+
+
+def test_what_the_plug_in_does_and_the_last_host_count_in_every_step() -> None:
+    """Forecasts were 9 ms a step too low: neither was in them."""
+    job = dataclasses.replace(JOB, watch_s=0.003, wait_s=0.002)
+    dense = [forecast.dense_cost(j, Link()).step_s(1e9) for j in (JOB, job)]
+    assert dense[1] - dense[0] == pytest.approx(0.002)
+    for interval, more_s in ((1, 0.005), (4, 0.003 + 0.002 / 2)):
+        costs = [
+            forecast.pruned_cost(j, Link(), interval, codec_s=0.0, wire_bytes=0.0)
+            for j in (JOB, job)
+        ]
+        assert costs[1].step_s(1e9) - costs[0].step_s(1e9) == pytest.approx(more_s)
+
+
+def test_hosts_wait_for_the_one_that_is_last() -> None:
+    assert forecast.wait_s([[0.1, 0.1], [0.2, 0.2]]) == 0.0
+    assert forecast.wait_s([[0.1, 0.3], [0.2, 0.2]]) == pytest.approx(0.05)
+    # The later of two coins: 3 of 4 times the longer step.
+    assert forecast.wait_s([[0.1, 0.3]] * 2) == pytest.approx(0.25 - 0.2)
+    assert forecast.wait_s([[0.1, 0.3]] * 2) < forecast.wait_s([[0.1, 0.3]] * 4)
 
 
 def test_break_even_is_where_both_take_as_long() -> None:
