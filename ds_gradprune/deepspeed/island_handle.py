@@ -114,6 +114,7 @@ class IslandHandle(Handle):
         self._warmup = Warmup(self)
         if int(engine.zero_optimization_stage()) == _DIVIDED:
             self.hooks.replace("_zero3_consolidated_16bit_state_dict", self._consolidate)
+        self._begun_step = -1
         self.state_of = IslandState(engine, self.islands, shards)
 
     @property
@@ -206,8 +207,10 @@ class IslandHandle(Handle):
             return newcomers.join(self)
 
     def _before_forward(self, module: Any, inputs: Any) -> None:
-        if self.lets_in and self._trains():
-            newcomers.let_in(self)
+        if self._trains() and self._begun_step != self.loop.step:  # its first micro-step
+            self._begun_step = self.loop.step
+            if self.lets_in:
+                newcomers.let_in(self)
         super()._before_forward(module, inputs)
 
     # ---- the step ------------------------------------------------------------------------------

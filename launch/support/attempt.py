@@ -20,6 +20,9 @@ from .kept_host import Absent, Heard, KeptHost
 _KILL_S = 3.0
 """A killed rank has ended by then, or its host is taken for lost."""
 
+_LAST_S = 60.0
+"""When one rank has ended well the others have, too, by then."""
+
 SIGNALLED = 128
 """A shell's exit code of a process that signal n has ended is 128 + n."""
 
@@ -185,6 +188,9 @@ class Attempt:
     def _judge(self, host: KeptHost, rank: int, code: int) -> None:
         self._note("ended", host=host.name, local_rank=rank, code=code)
         if code == 0:
+            if self._comebacks is not None and self._deadline_s is None:
+                # A rank that was started again may wait for a run that is over.
+                self._deadline_s = time.monotonic() + max(self._limits.grace_s, _LAST_S)
             return
         if self._comebacks is not None and self._trains_on():
             self._comebacks.later((host.name, rank))
