@@ -180,6 +180,30 @@ def move_at_once(
     move.close()
 
 
+@torch.no_grad()
+def take_at_once(own: Sequence[torch.Tensor], shared: torch.Tensor, block: SparseBlock) -> None:
+    """The own weights alone lose a block: the bits of a `Move` with `sent`, in one pass on CPUs.
+
+    Args:
+        own: as for `Move`.
+        shared: as for `Move`, but it stays.
+        block: of their layout.
+
+    Raises:
+        ValueError: a shape, a dtype or a device is wrong.
+    """
+    native = None if accelerator.is_on(shared.device) else kernels_on(shared.device)
+    if native is None:
+        move = Move(own, shared, block.layout)
+        move.sent(block)
+        move.close()
+        return
+    _check_device(block, shared.device)
+    _check_weights(own, shared, block.layout)
+    given, flat = [_plain(block, None, sent=True)], shared.detach()
+    _native_move(native, own, flat, block.layout, block.k, None, given, close=True)
+
+
 class _NativeMove:
     """`Move` by the kernels: one bit per element notes what has been touched."""
 

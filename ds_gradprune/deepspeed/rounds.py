@@ -41,6 +41,8 @@ class _Begun:
         flight: carries it; None: it was waited for.
         ranks: what all islands said, if it was waited for.
         error: why the payloads could not be sent.
+        goes_ahead: own weights move when it begins, see `train.pruned`; the same on all ranks,
+            whatever happens to one of them.
     """
 
     step: int
@@ -51,6 +53,7 @@ class _Begun:
     flight: Flight[Ranks] | None = None
     ranks: Ranks | None = None
     error: Exception | None = None
+    goes_ahead: bool = False
 
 
 class Rounds:
@@ -76,14 +79,19 @@ class Rounds:
         if self._learning is not None:
             self._learning.end_step(rates)
         loop.stepped()
+        has_moved = False
         if self._begun is not None and loop.exchange_step >= self._begun.lands_after:
-            self.land()
+            has_moved = self._land(publishes=False)
         if loop.is_due:
-            self.land()
+            has_moved |= self._land(publishes=False)
             with loop.stopwatch.phase("codec"):
                 self._begun = self._begin()
-            if self._begun.flight is None:
-                self.land()
+            has_moved |= self._begun.goes_ahead
+        if has_moved:
+            with loop.stopwatch.phase("codec"):
+                self._handle.shards.publish()
+        if self._begun is not None and self._begun.flight is None:
+            self.land()
         loop.end_step()
 
     def land(self) -> None:
@@ -94,15 +102,7 @@ class Rounds:
             TransportError, WireFormatError, RankMismatchError: the exchange failed. Nothing has
                 moved, in any of these cases.
         """
-        begun, self._begun = self._begun, None
-        if begun is None:
-            return
-        handle = self._handle
-        stopwatch = handle.loop.stopwatch
-        with stopwatch.phase("codec"):
-            ranks, wire_bytes = self._apply(begun)
-            handle.shards.publish()
-        handle.finish(ranks, wire_bytes=wire_bytes, dense_bytes=begun.dense_bytes)
+        self._land(publishes=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What affects the next exchange; nothing may be under way. Local."""
@@ -116,6 +116,19 @@ class Rounds:
         self._pieces_crc = int(state["pieces_crc"])
         if self._learning is not None:
             self._learning.load_state_dict(state["learning"])
+
+    def _land(self, *, publishes: bool) -> bool:
+        """The same; the model may have to take the own weights later. Whether there was one."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return False
+        handle = self._handle
+        with handle.loop.stopwatch.phase("codec"):
+            ranks, wire_bytes = self._apply(begun)
+            if publishes:
+                handle.shards.publish()
+        handle.finish(ranks, wire_bytes=wire_bytes, dense_bytes=begun.dense_bytes)
+        return True
 
     def _begin(self) -> _Begun:
         handle = self._handle
@@ -134,7 +147,10 @@ class Rounds:
             ),
             islands.dense_bytes(),
         )
-        begun = _Begun(step, step, signals, dense_bytes)
+        pruned = loop.decision.density < 1.0
+        hides = pruned and handle.config.delay_of(loop.interval) > 0
+        goes_ahead = hides and islands.kept is None
+        begun = _Begun(step, step, signals, dense_bytes, goes_ahead=goes_ahead)
         try:
             return self._send_dense(begun) if is_dense else self._send(begun)
         except Exception as exc:  # told to the island's other ranks when it is landed

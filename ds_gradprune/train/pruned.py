@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
+from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add, take_at_once
 from ds_gradprune.train.clip import factors
 from ds_gradprune.train.kept import KeptResidual
 from ds_gradprune.train.message import Arrived, Message, Stamp
@@ -136,9 +136,7 @@ class PrunedExchange:
             block = self._message.sent(number, bound.own[0].device)
             block.values.mul_(-by)
             block.dense.mul_(-by)
-            move = Move(bound.own, bound.beside(), bound.layout)
-            move.sent(block)
-            move.close()
+            take_at_once(bound.own, bound.beside(), block)
         self._ahead += by
 
     def _apply(self, arrived: Arrived, number: int, bound: Bound) -> None:

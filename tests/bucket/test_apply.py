@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_gradprune.bucket import apply, apply_torch
-from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add
+from ds_gradprune.bucket.apply import Move, move_at_once, scatter_add, take_at_once
 from ds_gradprune.bucket.block import SparseBlock, empty_block
 from ds_gradprune.bucket.layout import BucketLayout, lay_out
 from ds_gradprune.bucket.select import select
@@ -197,6 +197,21 @@ def test_order_of_first_touch_does_not_matter() -> None:
         move.close()
         results.append(torch.cat([*own, shared]))
     assert torch.equal(bits(results[0]), bits(results[1]))
+
+
+@pytest.mark.parametrize("k", [1, 410, 4096])
+def test_bits_of_what_own_weights_lose_are_those_of_a_move(k: int) -> None:
+    start = torch.randn(LAYOUT.numel)
+    mine = start + 0.01 * torch.randn(LAYOUT.numel)
+    block = blocks_of([mine], start, LAYOUT, k)[0]
+    own, shared, (moved, kept) = apart(mine, LAYOUT), start.clone(), (apart(mine, LAYOUT), start)
+    take_at_once(own, shared, block)
+    move = Move(moved, kept, LAYOUT)
+    move.sent(block)
+    move.close()
+    assert torch.equal(bits(torch.cat(own)), bits(torch.cat(moved)))
+    assert not torch.equal(torch.cat(own), mine)
+    assert torch.equal(bits(shared), bits(start))
 
 
 def test_what_is_sent_leaves_the_own_weights_and_enters_the_shared_ones() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from ds_gradprune.config import DensityConfig, GradientPruningConfig
 from ds_gradprune.wire.loopback import LoopbackTransport
@@ -101,3 +102,25 @@ def test_equal_bits_under_random_delays_and_after_a_resume(mode: str) -> None:
         assert {4, 8, 16} <= set(intervals)
         steps = [a / b for a, b in zip(intervals[1:], intervals[:-1], strict=True)]
         assert set(steps) <= {0.5, 1.0, 2.0}
+
+
+@pytest.mark.parametrize("mode", ["every step, used", "every 4, used", "every 10, 2 bits"])
+def test_the_model_trains_with_the_own_weights_as_they_are(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 and at ZeRO stages 1 to 3 it holds copies. Own weights also move when one begins."""
+    config = config_of(mode)
+
+    def main(transport: LoopbackTransport) -> None:
+        bench = Bench(transport, config, whole_s, rate_of)
+        model: dict[str, torch.Tensor] = {}
+
+        def publish() -> None:
+            model.update({name: own.clone() for name, own in bench.shards.tensors.items()})
+
+        monkeypatch.setattr(bench.shards, "publish", publish)
+        for _ in range(24):
+            bench.step()
+            assert all(torch.equal(model[n], own) for n, own in bench.shards.tensors.items())
+
+    run_ranks(2, main)

@@ -139,6 +139,7 @@ class Bench:
         self.losses.end_step()
         self.channel.advance(step)
         self.clock.flight_s = 0.002 + self.loop.decision.density * self._rate_of(step)
+        self.shards.publish()  # as DeepSpeed's optimizers do
         self.rounds.end_step([rate])
 
     def save(self) -> dict[str, Any]:
