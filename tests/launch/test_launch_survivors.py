@@ -16,7 +16,7 @@ from tests.helpers.scripts import arguments, block
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(200)]
 
 TIMEOUT_S = 8.0
-"""The store starts in a process of its own, which takes seconds where others use the cores."""
+"""Ranks that start where others use the cores come seconds apart."""
 STEP = "textgen.train:_step"
 VALIDATION = "textgen.train:_validate"
 SAVE = "deepspeed.runtime.engine:DeepSpeedEngine._save_checkpoint"
