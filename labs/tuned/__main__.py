@@ -36,7 +36,7 @@ def main() -> None:
     model, tokens = read(options)
     text = TokenText(tokens, options.length)
     print(f"{time.monotonic() - began_s:5.0f} s  model and text are read", flush=True)
-    for job in JOBS if options.jobs is None else JOBS[: options.jobs]:
+    for job in [job for job in JOBS if job.kind in options.kinds][: options.jobs]:
         if time.monotonic() - began_s > options.start_before_s:
             print("no time is left for further jobs", flush=True)
             break
@@ -178,6 +178,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="sequences of an island per step")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    parser.add_argument("--kinds", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--jobs", type=int, help="only the first so many")
     parser.add_argument("--start-before-s", type=float, default=1e9, help="no job begins later")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with random weights")
