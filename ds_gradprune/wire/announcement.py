@@ -151,5 +151,6 @@ def _refuse(difference: str, rows: Sequence[_Row]) -> None:
     raise RankMismatchError(
         f"ranks no longer agree on their decisions or parameters: {difference}. In full: "
         f"{'; '.join(map(str, rows))}. Restart from the last checkpoint; if it happens again, "
-        "compare versions and configuration of the hosts."
+        "compare versions and configuration of the hosts, and let all ranks use the same "
+        "parameters in every step."
     )

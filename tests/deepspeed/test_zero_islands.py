@@ -130,9 +130,12 @@ def test_muon(features: Found, stage: int) -> None:
     check_shares(of_one(features, "muon", str(stage)), 6)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_no_sync(features: Found, stage: int) -> None:
-    for found in of_all(features, "no_sync", str(stage)):
+@pytest.mark.parametrize(
+    ("way", "stage"),
+    [*(("no_sync", stage) for stage in STAGES), *(("direct", stage) for stage in STAGES[1:])],
+)
+def test_steps_in_other_ways(features: Found, way: str, stage: int) -> None:
+    for found in of_all(features, way, str(stage)):
         assert found["off"] <= 2 * 3 * 2.0**-24 * (8 * 0.3 + 2 * 5)  # as in `_limit`
         assert found["crcs"][:2] == found["crcs"][2:]
         assert found["steps"] == 5

@@ -5,8 +5,9 @@ Longer than 300 lines: all features that one start of ranks tries in a row.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,30 @@ def muon(stage: int) -> dict[str, Any]:
     return shares(2, options, steps=6, warmup="unpruned" if stage == 2 else "dense")
 
 
-def without_sync(stage: int) -> dict[str, Any]:
-    """Two backward calls, the first without reduction: as plain in the warm-up, then apart."""
+def _two(engine: Any, step: int) -> None:
+    """Two micro-batches reduced together."""
+    is_divided = engine.zero_optimization_stage() > 1
+    with engine.coalesce_grad_reduction() if is_divided else engine.no_sync():
+        engine.backward(engine(batch(step, 0, dist.get_rank())))
+        if is_divided:
+            engine.backward(engine(batch(step, 1, dist.get_rank())))
+    if not is_divided:
+        engine.backward(engine(batch(step, 1, dist.get_rank())))
+    engine.step()
+
+
+def _direct(engine: Any, step: int) -> None:
+    """`loss.backward()` in place of `engine.backward(loss)`."""
+    engine.scale(engine(batch(step, 0, dist.get_rank()))).backward()
+    engine.step()
+
+
+def in_another_way(one_step: Callable[[Any, int], None], stage: int) -> dict[str, Any]:
+    """A step that is no forward, `backward`, `step`: as plain in the warm-up, then apart."""
 
     def steps(engine: Any, first: int, last: int) -> dict[str, torch.Tensor]:
         for step in range(first, last + 1):
-            with engine.no_sync():
-                engine.backward(engine(batch(step, 0, dist.get_rank())))
-            engine.backward(engine(batch(step, 1, dist.get_rank())))
-            engine.step()
+            one_step(engine, step)
         return weights_of(engine)
 
     options = SGD | {"stage": stage}
@@ -338,7 +354,8 @@ FEATURES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "adapters": (adapters, STAGES),
     "clients": (clients, STAGES),
     "muon": (muon, (0, 2, 3)),
-    "no_sync": (without_sync, (0, 1)),
+    "no_sync": (functools.partial(in_another_way, _two), STAGES),
+    "direct": (functools.partial(in_another_way, _direct), (1, 2, 3)),
     "batch": (resized_batch, (0, 2, 3)),
     "overflow": (overflows, STAGES),
     "few": (few, STAGES),
