@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 
 import ds_gradprune
 from ds_gradprune.codec.header import VERSION as WIRE_FORMAT
@@ -92,7 +93,7 @@ def _training(engine: Any) -> dict[str, str]:
     if engine.torch_autocast_enabled():
         precision += f" with torch_autocast {engine.torch_autocast_dtype()}"
     return {
-        "accelerator": engine.device.type,  # decides how an exchange is cut
+        "accelerator": get_accelerator().device_name(),  # decides how an exchange is cut
         "zero_optimization.stage": str(int(engine.zero_optimization_stage())),
         "precision": precision,
         "train_micro_batch_size_per_gpu": str(engine.train_micro_batch_size_per_gpu()),
