@@ -264,7 +264,7 @@ class IslandHandle(Handle):
             return state and {name: value.clone() for name, value in state.items()}
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.rounds.land()
+        self.weights.land()
         with self.weights.shared():
             if self._roll is None:
                 return super()._save_checkpoint(original, *args, **kwargs)
@@ -282,7 +282,7 @@ class IslandHandle(Handle):
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.weights.hold_own()
-        self.rounds.land()
+        self.weights.land()
 
         def load(*args: Any, **kwargs: Any) -> Any:
             self.weights.give_up_own()  # what the checkpoint leaves out stays as it is shared

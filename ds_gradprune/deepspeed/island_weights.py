@@ -124,6 +124,12 @@ class IslandWeights:
             self._shards.publish()
             self.note()
 
+    def land(self) -> None:
+        """Apply the exchange under way; it is no write of somebody else. Collective: the island."""
+        self.notice_writes()
+        self._land()
+        self.note()
+
     def leave_shared(self) -> None:
         """End: the model keeps the shared weights, residuals are given up. Collective: island."""
         self._hold(shared=True)

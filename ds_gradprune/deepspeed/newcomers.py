@@ -32,7 +32,7 @@ def let_in(handle: IslandHandle) -> None:
     Collective: all islands, at the same step.
     """
     assert handle.crew is not None
-    handle.rounds.land()
+    handle.weights.land()
     handle.weights.hold_own()
     handle.lets_in = False
     newcomer = handle.crew.let_in()

@@ -56,10 +56,11 @@ def test_the_others_train_on_and_save(
 @pytest.mark.parametrize(
     ("block", "options"),
     [
+        ({"overlap": "auto"}, {}),  # an exchange travels when it is let in
         ({"overlap": "auto", "sync_every": 4}, BF16),
         ({"residual": "reset"}, {"zero_optimization": {"stage": 3}}),
     ],
-    ids=["stage 2, hidden", "stage 3"],
+    ids=["stage 0, hidden", "stage 2, hidden", "stage 3"],
 )
 def test_a_lost_island_comes_back(block: dict[str, Any], options: dict[str, Any]) -> None:
     environ = {"MASTER_PORT": scripts.free_port()}
