@@ -20,12 +20,15 @@ import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.errors import RankMismatchError, TransportError, TransportTimeout
 from ds_gradprune.wire.bounded import Bounded
 
 TICKET_CHARS = 16
 ASK_S = 0.1
 """From one sign of life of who asks to the next."""
+
+ALIVE_BEATS = 4
+"""Signs of life of an island's process while another one asks in its place: it is not lost."""
 
 _NAP_S = 0.02
 
@@ -108,10 +111,12 @@ def ask(store: Bounded, candidate: Candidate, patience_s: float) -> int:
     Raises:
         TransportTimeout: nobody lives inside.
         TransportError: the run has ended, or the store is gone.
+        RankMismatchError: the process of this island that is inside lives.
 
     Local.
     """
     beats, changed_s = "", time.monotonic()
+    others: set[str] = set()
     while not (number := store.text(f"let_in/{candidate.ticket}")):
         if store.check(["over"]):
             raise TransportError(
@@ -120,7 +125,14 @@ def ask(store: Bounded, candidate: Candidate, patience_s: float) -> int:
             )
         store.add(f"asks/{candidate.ticket}", 1)
         _take_turn(store, candidate)
-        now = " ".join(store.text(f"beat/{i}") for i in json.loads(store.text("now") or "[]"))
+        inside = {i: store.text(f"beat/{i}") for i in json.loads(store.text("now") or "[]")}
+        others.add(inside.get(candidate.island, ""))
+        if len(others) > ALIVE_BEATS:
+            raise RankMismatchError(
+                f"island {candidate.island} must be one process, but another one takes part in the "
+                "run and lives. Start it again when that one has ended."
+            )
+        now = " ".join(inside.values())
         if now != beats:
             beats, changed_s = now, time.monotonic()
         elif time.monotonic() - changed_s > patience_s:

@@ -26,6 +26,9 @@ from .rendezvous import listener_of, port_of
 SILENT_S = 10.0
 """When rank 0 is gone, the islands that are left show life more often."""
 
+ASKED_S = 2.0
+"""Who asks to be let in when the run ends reads in the store that it has."""
+
 LOOK_S = 1.0
 OVER = b"over"
 
@@ -114,6 +117,8 @@ def serve(ends: int, address: str, port: int, world_size: int, listener: int) ->
     while select.select([ends], [], [], None)[0] and (more := os.read(ends, 64)):
         told += more
     if told == OVER:
+        if is_asked(store):
+            time.sleep(ASKED_S)
         return
     seen, changed_s = signs_of_life(store), time.monotonic()
     while time.monotonic() - changed_s < SILENT_S:
@@ -126,3 +131,8 @@ def serve(ends: int, address: str, port: int, world_size: int, listener: int) ->
 def signs_of_life(store: Any) -> dict[str, bytes]:
     """What islands count up while they live."""
     return {key: store.get(key) for key in store.list_keys() if "/beat/" in key}
+
+
+def is_asked(store: Any) -> bool:
+    """Whether an island that was lost asks to be let in (`ds_gradprune.wire.door`)."""
+    return any(store.get(key) for key in store.list_keys() if key.endswith("/ask"))

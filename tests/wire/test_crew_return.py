@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.errors import RankMismatchError, TransportError, TransportTimeout
 from ds_gradprune.train.parcel import Parcel, opened
 from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.carry import PIECE_BYTES, hand_over, receive
 from ds_gradprune.wire.crew import CrewTransport
-from ds_gradprune.wire.door import Candidate, Door
+from ds_gradprune.wire.door import Candidate, Door, ask
 from ds_gradprune.wire.members import Members
 from ds_gradprune.wire.transport import Transport, Work
 from tests.helpers.crew_ranks import PACE, TIMEOUT_S, Hubs
@@ -221,3 +221,18 @@ def test_who_finds_nobody_alive_says_so() -> None:
     store.set("over", "")
     with pytest.raises(TransportError, match="the run has ended before island 1 was let in"):
         CrewTransport(members).join()
+
+
+def test_one_whose_place_is_taken_is_told_so() -> None:
+    class Beats(Bounded):
+        """Island 1 shows life whenever somebody looks."""
+
+        def text(self, key: str) -> str:
+            if key == "beat/1":
+                self.add(key, 1)
+            return super().text(key)
+
+    store = Beats(dist.HashStore())  # type: ignore[attr-defined]
+    store.set("now", "[0, 1]")
+    with pytest.raises(RankMismatchError, match="island 1 must be one process, but another one"):
+        ask(store, Candidate(1), 5.0)
