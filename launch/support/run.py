@@ -209,6 +209,8 @@ class Run(AnyRun):
             "val_losses": list(result.val_losses),
         }
         with self.peers.during("saving a checkpoint"):
+            if self.peers.crew is not None:  # a hidden exchange must not call it in between
+                self.handle.weights.land()
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
 
     def _log_step(self, record: Any) -> None:
