@@ -209,7 +209,8 @@ class Run(AnyRun):
             "val_losses": list(result.val_losses),
         }
         with self.peers.during("saving a checkpoint"):
-            if self.peers.crew is not None:  # a hidden exchange must not call it in between
+            if self.handle is not None and self.peers.crew is not None:
+                # An exchange under way must not call the crew in between.
                 self.handle.weights.land()
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
 
