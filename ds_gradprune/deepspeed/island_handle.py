@@ -16,7 +16,7 @@ Longer than 300 lines: all that is hooked in this mode, with a checkpoint's two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,12 @@ class IslandHandle(Handle):
         islands = self.islands
         kept = 0 if islands.kept is None else islands.kept.nbytes
         return islands.weights.nbytes + islands.rule.nbytes + kept
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """See `Handle`. A crew's calls have one order, so what is under way lands first."""
+        if self.crew is not None:
+            self.weights.land()
+        super().check_alike(values)
 
     def residual_norm(self) -> float:
         """See `Handle`."""

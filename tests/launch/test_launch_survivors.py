@@ -88,6 +88,15 @@ def test_a_lost_rank_comes_back(nursery: Nursery, here: Path, tmp_path: Path) ->
     assert [step for step, _ in result["val_losses"]] == [0, 40, 80, 100]
 
 
+def test_saves_meet_hidden_exchanges(nursery: Nursery, here: Path, tmp_path: Path) -> None:
+    """A save asks all ranks over the transport that an exchange under way uses in its thread."""
+    out = tmp_path / "out"
+    flags = {"config": config(tmp_path, overlap="auto"), "save_every": "2", "steps": "24"}
+    endings = run(nursery, arguments(here, out, **flags), 3)
+    assert [ending.code for ending in endings] == [0, 0, 0], [end.told for end in endings]
+    assert (out / "checkpoints" / "latest").read_text() == "step00000024"
+
+
 def test_a_signal_stops_all_at_one_exchange(nursery: Nursery, here: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = arguments(here, out, config=config(tmp_path), steps="400")
