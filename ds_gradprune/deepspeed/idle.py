@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import google_crc32c
 import torch
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.train.crc import crc_of
 from ds_gradprune.train.report import Totals
 
 if TYPE_CHECKING:
@@ -81,9 +81,4 @@ class IdleHandle:
 
 def module_crc(module: torch.nn.Module) -> int:
     """crc32c over the bits of all parameters, in module order. Local."""
-    crc = 0
-    for parameter in module.parameters():
-        flat = parameter.detach().reshape(-1).contiguous().cpu()
-        if flat.numel():
-            crc = google_crc32c.extend(crc, flat.view(torch.uint8).numpy())
-    return int(crc)
+    return crc_of(module.parameters())

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-import google_crc32c
 import torch
 import torch.distributed as dist
 
@@ -17,6 +16,7 @@ from ds_gradprune.deepspeed.agree import Facts, check_beside, facts_text
 from ds_gradprune.deepspeed.checkpoint import Seat
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.train.crc import crc_of
 from ds_gradprune.train.piece import Shards
 from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.crew import CrewTransport
@@ -61,11 +61,9 @@ def with_rest(facts: Facts, module: torch.nn.Module, shards: Shards, groups: Gro
 
     What is never exchanged is not handed over: its hash is compared.
     """
-    rest, crc = shards.rest(), 0
+    rest = shards.rest()
     frozen = [p for p in module.parameters() if not p.requires_grad and not hasattr(p, "ds_tensor")]
-    for tensor in [*rest.sharded, *rest.whole, *frozen]:
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        crc = google_crc32c.extend(crc, flat.numpy())
+    crc = crc_of([*rest.sharded, *rest.whole, *frozen])
     more = {"weights that are not trained": f"{crc:08x}", "islands": str(groups.num_islands)}
     return Facts({**facts.values, **more}, facts.lists)
 

@@ -15,7 +15,7 @@ equal on all ranks is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import google_crc32c
@@ -23,6 +23,7 @@ import torch
 
 from ds_gradprune.bucket.layout import BucketLayout
 from ds_gradprune.train.buckets import Bucket, bucket_numel_on, cut
+from ds_gradprune.train.crc import crc_of
 from ds_gradprune.train.piece import Piece, Shards
 
 
@@ -247,11 +248,11 @@ class SharedWeights:
 
     def crc(self) -> int:
         """crc32c over the bits of the shared weights, wherever they are now."""
-        return _crc(self._shared_tensors())
+        return crc_of(self._shared_tensors())
 
     def own_crc(self) -> int:
         """The same over the own weights; equal on all islands until they part."""
-        return _crc(piece.own for piece in self.known() if piece.own.numel())
+        return crc_of(piece.own for piece in self.known() if piece.own.numel())
 
     def _shared_tensors(self) -> Iterator[torch.Tensor]:
         for piece in self.known():
@@ -275,11 +276,3 @@ class SharedWeights:
 
     def _pins(self, device: torch.device) -> bool:
         return device.type == "cpu" and torch.cuda.is_available()
-
-
-def _crc(tensors: Iterable[torch.Tensor]) -> int:
-    crc = 0
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        crc = google_crc32c.extend(crc, flat)
-    return int(crc)
