@@ -67,6 +67,10 @@ class Gpt:
             offset += size.numel()
         return views
 
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """(w, m, k) times (w, k, n), as the shape's `matmul` says."""
+        return torch.bmm(left, right) if self.shape.matmul == "fp32" else _bmm_bf16(left, right)
+
     def losses(self, weights: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of every worker, nats per token.
 
@@ -77,7 +81,7 @@ class Gpt:
         Returns:
             (workers,).
         """
-        multiply = torch.bmm if self.shape.matmul == "fp32" else _bmm_bf16
+        multiply = self.product
         workers, batch, length = tokens.shape
         context, width, heads = length - 1, self.shape.n_embd, self.shape.n_head
         table, places, *rest = weights
@@ -115,7 +119,7 @@ class _BmmBfloat16(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """(w, m, k) times (w, k, n), both rounded."""
-        left, right = _factor(left), _factor(right)
+        left, right = rounded(left), rounded(right)
         ctx.save_for_backward(left, right)
         return _product(left, right)
 
@@ -123,16 +127,17 @@ class _BmmBfloat16(torch.autograd.Function):
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slopes of both factors."""
         left, right = ctx.saved_tensors
-        slope = _factor(slope)
+        slope = rounded(slope)
         return (
             _product(slope, right.transpose(1, 2)),
             _product(left.transpose(1, 2), slope),
         )
 
 
-def _factor(values: torch.Tensor) -> torch.Tensor:
-    rounded = values.bfloat16()
-    return rounded if rounded.is_cuda or HAS_BF16_PRODUCTS else rounded.float()
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """A factor of a bf16 product, in the dtype that the processor multiplies it in."""
+    factor = values.bfloat16()
+    return factor if factor.is_cuda or HAS_BF16_PRODUCTS else factor.float()
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

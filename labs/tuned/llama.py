@@ -7,13 +7,13 @@ every linear layer (Hu et al. 2021, arXiv 2106.09685) beside frozen weights that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from labs.convergence.gpt import Gpt, _bmm_bf16, _factor
+from labs.convergence.gpt import Gpt, rounded
 from labs.convergence.grid import Model
 
 LINEARS = (
@@ -22,8 +22,6 @@ LINEARS = (
 )
 RANK, ALPHA = 16, 32
 """Of LoRA."""
-
-Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Llama(Gpt):
@@ -60,7 +58,7 @@ class Llama(Gpt):
         self._frozen: list[torch.Tensor] = []
         if lora:
             self._frozen = [
-                (part if part.dim() == 1 else _factor(part)).to(device) for part in self._start
+                (part if part.dim() == 1 else rounded(part)).to(device) for part in self._start
             ]
             shapes = [
                 shape
@@ -124,8 +122,8 @@ class Llama(Gpt):
             out = self._linear(values, next(rest))
             if adapters is not None:
                 down, up = next(adapters), next(adapters)
-                thin = self._product(values, down.transpose(1, 2))
-                out = out + ALPHA / RANK * self._product(thin, up.transpose(1, 2))
+                thin = self.product(values, down.transpose(1, 2))
+                out = out + ALPHA / RANK * self.product(thin, up.transpose(1, 2))
             return out
 
         hidden = self._norm(stream, next(rest))
@@ -134,7 +132,7 @@ class Llama(Gpt):
         groups = self.shape.n_head // self._kv_heads
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         if self.shape.matmul == "bf16":
-            query, key, value = _factor(query), _factor(key), _factor(value)
+            query, key, value = rounded(query), rounded(key), rounded(value)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).float()
         stream = stream + linear(mixed.transpose(1, 2).reshape(stream.shape))
         hidden = self._norm(stream, next(rest))
@@ -144,13 +142,9 @@ class Llama(Gpt):
     def _linear(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Values (workers, n, in) times a weight per worker, or one frozen for all."""
         if weight.dim() == 3:
-            return self._product(values, weight.transpose(1, 2))
-        factor = _factor(values) if self.shape.matmul == "bf16" else values
+            return self.product(values, weight.transpose(1, 2))
+        factor = rounded(values) if self.shape.matmul == "bf16" else values
         return F.linear(factor, weight.to(factor.dtype)).float()
-
-    def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        multiply: Multiply = torch.bmm if self.shape.matmul == "fp32" else _bmm_bf16
-        return multiply(left, right)
 
     def _norm(self, stream: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         square = stream.pow(2).mean(-1, keepdim=True)
