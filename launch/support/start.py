@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ds_gradprune.config import load_block
+from ds_gradprune.config import load_block, read_config
 from ds_gradprune.deepspeed.build_locks import SHM_OP
 from ds_gradprune.errors import ConfigError
 from ds_gradprune.wire.silence import LATE_S, deadline, within
@@ -35,25 +34,16 @@ LEAVE_LIMIT_S = 5.0
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed configuration as DeepSpeed does: hjson, no key twice. Local.
+    """The DeepSpeed configuration that --config names. Local.
 
     Raises:
-        ConfigError: the file cannot be read, or is no JSON object.
+        ConfigError: the file cannot be read, is no JSON object, or gives a key twice.
     """
     import hjson
 
-    try:
-        document = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except OSError as exc:
-        raise ConfigError(f"--config must be readable, got {path}: {exc.strerror}.") from exc
-    # hjson 3.1: ValueError where it notices, else what the text trips: int("inf") on 1e999, the
-    # stack on deep nesting, the end of a text that was cut.
-    except (ValueError, OverflowError, RecursionError, IndexError) as exc:
-        reason = str(exc).strip() or type(exc).__name__
-        raise ConfigError(f"--config must be JSON, got {path}: {reason}.") from exc
-    if not isinstance(document, dict):
-        raise ConfigError(f"--config must hold a JSON object, got {path} with {document!r:.80}.")
-    return document
+    if not path.exists():
+        raise ConfigError(f"--config must be a file that exists, got {path}.")
+    return read_config(path, hjson.loads)
 
 
 def choose_accelerator() -> None:
@@ -177,12 +167,3 @@ def end_process(code: int) -> NoReturn:
         with contextlib.suppress(OSError):  # its reader is gone
             stream.flush()
     os._exit(code)
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"the key {', '.join(twice)} is there twice")
-    return document
