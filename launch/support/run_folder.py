@@ -189,7 +189,7 @@ class RunFolder:
         Raises:
             DataError: the disk refuses.
         """
-        _replace(self._latest, tag)
+        write_text(self._latest, tag)
 
     def discard(self) -> None:
         """Remove what this run has made: it failed before its first step."""
@@ -262,7 +262,25 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         DataError: the disk refuses.
     """
-    _replace(path, _as_text(document))
+    write_text(path, _as_text(document))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; a reader sees all of it or the one before. Local.
+
+    Raises:
+        DataError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as exc:
+        raise DataError(f"{path} must be writable: {exc.strerror}.") from exc
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _as_text(document: Mapping[str, Any]) -> str:
@@ -278,16 +296,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as exc:
-        raise DataError(f"{path} must be writable: {exc.strerror}.") from exc
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

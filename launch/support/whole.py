@@ -7,13 +7,13 @@ they are loaded. Torch is not needed.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ds_gradprune.deepspeed.zipped import zip_fault
-from ds_gradprune.errors import DataError
+
+from .run_folder import write_text
 
 _TAG = re.compile(r"[^0-9]*([0-9]+)")
 
@@ -52,10 +52,4 @@ def name_latest(checkpoints: Path, tag: str) -> None:
     Raises:
         DataError: the disk refuses.
     """
-    latest = checkpoints / "latest"
-    temporary = checkpoints / f".latest.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(tag, encoding="utf-8")
-        temporary.replace(latest)
-    except OSError as exc:
-        raise DataError(f"{latest} must be writable: {exc.strerror}.") from exc
+    write_text(checkpoints / "latest", tag)

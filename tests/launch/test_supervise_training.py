@@ -50,7 +50,7 @@ def test_candidates_are_the_newest_and_those_before_it(tmp_path: Path) -> None:
     name_latest(tmp_path, "step00000003")
     assert list(candidates(tmp_path)) == ["step00000003", "step00000002", "step00000001"]
     with pytest.raises(DataError, match="must be writable"):
-        name_latest(tmp_path / "absent", "step1")
+        name_latest(tmp_path / "latest", "step1")
 
 
 # ---- the command ---------------------------------------------------------------------------------
