@@ -99,29 +99,15 @@ class Replier:
             The new text alone.
         """
         pieces = _Pieces(self.tokenizer, say)
-        prompt_ids = self._prompt_ids(prompt, sampling.max_new_tokens)
-        self._generate(prompt_ids, sampling, streamer=pieces)
+        ids, _ = prompt_ids(self.tokenizer, prompt, self.context, sampling.max_new_tokens)
+        given = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        self._generate(given, sampling, streamer=pieces)
         return "".join(pieces.texts)
 
-    def _prompt_ids(self, prompt: str, max_new_tokens: int) -> torch.Tensor:
-        """(1, prompt_tokens) int64; the end of the prompt where it does not fit the context.
-
-        New tokens have priority up to half of the context.
-        """
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
-        if not ids:
-            ids = [self.tokenizer.eos_token_id]
-        if self.context is not None:
-            keep = max(self.context - max_new_tokens, (self.context + 1) // 2)
-            ids = ids[-min(keep, self.context - 1) :]
-        return torch.tensor([ids], dtype=torch.int64, device=self.device)
-
-    def _generate(
-        self, prompt_ids: torch.Tensor, sampling: Sampling, **options: Any
-    ) -> torch.Tensor:
+    def _generate(self, given: torch.Tensor, sampling: Sampling, **options: Any) -> torch.Tensor:
         num_new = sampling.max_new_tokens
         if self.context is not None:
-            num_new = min(num_new, self.context - prompt_ids.shape[1])
+            num_new = min(num_new, self.context - given.shape[1])
         if sampling.temperature > 0:
             options |= {
                 "do_sample": True,
@@ -138,8 +124,8 @@ class Replier:
             else:
                 torch.manual_seed(sampling.seed)
             tokens: torch.Tensor = self._engine.generate(
-                input_ids=prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
                 max_new_tokens=num_new,
                 pad_token_id=self.tokenizer.eos_token_id,
                 **options,
@@ -160,6 +146,21 @@ class _Pieces(TextStreamer):
         if text:
             self.texts.append(text)
             self._say(text)
+
+
+def prompt_ids(
+    tokenizer: Any, prompt: str, context: int | None, max_new_tokens: int
+) -> tuple[list[int], int]:
+    """Tokens of a prompt, and how many were cut from its beginning. Pure.
+
+    New tokens have priority up to half of the context; None: there is no limit.
+    """
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False, verbose=False)
+    ids = ids or [int(tokenizer.eos_token_id)]
+    if context is None:
+        return ids, 0
+    kept = ids[-min(max(context - max_new_tokens, (context + 1) // 2), context - 1) :]
+    return kept, len(ids) - len(kept)
 
 
 def inference_engine(model: PreTrainedModel, dtype: torch.dtype) -> Any:

@@ -91,12 +91,14 @@ def test_texts_equal_the_repliers_however_they_are_batched(
     assert set(asker.ends()) <= {"stop", "length"}
 
 
-def test_prompts_are_cut_as_by_the_replier(served: Served, replier: Replier) -> None:
+def test_a_prompt_keeps_its_end_and_leaves_room_for_the_reply(served: Served) -> None:
     for prompt in PROMPTS:
+        whole = served.tokenizer.encode(prompt) or [served.tokenizer.eos_token_id]
         for new in (1, 30, CONTEXT, 500):
             ids, cut = served.encode(prompt, new)
-            assert ids == replier._prompt_ids(prompt, new)[0].tolist()
-            assert cut == max(1, len(served.tokenizer.encode(prompt))) - len(ids)
+            assert ids == whole[cut:]
+            room = min(CONTEXT - 1, max(CONTEXT - new, (CONTEXT + 1) // 2))
+            assert len(ids) == min(len(whole), room)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(served: Served) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ds_gradprune.errors import ConfigError, DataError, MissingDependencyError
 from textgen import model as models
 from textgen.corpus import Document, TextSource
-from textgen.generate import Replier, Sampling, inference_engine
+from textgen.generate import Replier, Sampling, inference_engine, prompt_ids
 from textgen.tokenizer import train_tokenizer
 
 CONTEXT = 24
@@ -72,8 +72,8 @@ def test_no_seed_draws_afresh(replier: Replier) -> None:
 @given(prompt=st.text(max_size=30), seed=st.integers(0, 100))
 def test_streamed_reply_equals_the_whole_one(replier: Replier, prompt: str, seed: int) -> None:
     sampling = Sampling(seed=seed, max_new_tokens=12)
-    ids = replier._prompt_ids(prompt, 12)
-    tokens = replier._generate(ids, sampling)[0, ids.shape[1] :]
+    ids, _ = prompt_ids(replier.tokenizer, prompt, replier.context, 12)
+    tokens = replier._generate(torch.tensor([ids]), sampling)[0, len(ids) :]
     whole = replier.tokenizer.decode(tokens, skip_special_tokens=True)
     assert replier.reply(prompt, sampling) == whole
 
@@ -107,19 +107,19 @@ def test_prompt_and_reply_fit_the_context(
 ) -> None:
     # A prompt of one-byte tokens that never merge: no pair of them is in the text.
     prompt = "#" * num_tokens
-    ids = replier._prompt_ids(prompt, max_new_tokens)
-    assert 1 <= ids.shape[1] < CONTEXT
+    ids, cut = prompt_ids(replier.tokenizer, prompt, CONTEXT, max_new_tokens)
+    assert 1 <= len(ids) < CONTEXT
     if num_tokens == 0:
-        assert ids.tolist() == [[replier.tokenizer.eos_token_id]]
+        assert ids == [replier.tokenizer.eos_token_id]
     elif num_tokens + max_new_tokens <= CONTEXT:
-        assert ids.shape[1] == num_tokens
+        assert (len(ids), cut) == (num_tokens, 0)
     else:
-        assert ids.shape[1] + min(max_new_tokens, CONTEXT // 2) <= CONTEXT
+        assert len(ids) + min(max_new_tokens, CONTEXT // 2) <= CONTEXT
 
 
 def test_long_prompt_keeps_its_end(replier: Replier) -> None:
-    ids = replier._prompt_ids("#" * 50 + "fox", 4)
-    assert str(replier.tokenizer.decode(ids[0])).endswith("fox")
+    ids, _ = prompt_ids(replier.tokenizer, "#" * 50 + "fox", replier.context, 4)
+    assert str(replier.tokenizer.decode(ids)).endswith("fox")
     assert replier.reply("#" * 50 + "fox", Sampling(temperature=0, max_new_tokens=50)) != ""
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_gradprune.errors import ConfigError
+from textgen.generate import prompt_ids
 from textgen.model import context_length
 from textgen.serve.template import PLAIN_TEMPLATE
 
@@ -74,16 +75,8 @@ class Served:
         return str(text)
 
     def encode(self, text: str, max_new_tokens: int) -> tuple[list[int], int]:
-        """Tokens of a prompt, and how many were cut from its beginning. As in `Replier`.
-
-        New tokens have priority up to half of the context.
-        """
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        if not ids:
-            ids = [int(self.tokenizer.eos_token_id)]
-        keep = max(self.context - max_new_tokens, (self.context + 1) // 2)
-        kept = ids[-min(keep, self.context - 1) :]
-        return kept, len(ids) - len(kept)
+        """Tokens of a prompt, and how many were cut from its beginning. As in `Replier`."""
+        return prompt_ids(self.tokenizer, text, self.context, max_new_tokens)
 
 
 class Writer:
