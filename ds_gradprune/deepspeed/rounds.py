@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ds_gradprune.errors import TransportError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.flight import Flight
 from ds_gradprune.train.islands import Prepared, refuse
@@ -208,9 +209,13 @@ class Rounds:
         try:
             bad, sent = handle.inside.outcome(error=error, bad=bad, wire_bytes=sent)
             refuse(bad, begun.step)
-        except Exception:
+        except Exception as exc:
             if begun.prepared is not None:
                 begun.prepared.abort()
+            # Where the island's own ranks may be out of reach, nothing can be published.
+            is_alone = handle.groups.num_shards == 1
+            if begun.goes_ahead and (is_alone or not isinstance(exc, TransportError)):
+                handle.shards.publish()
             raise
         assert begun.prepared is not None
         begun.prepared.commit()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ds_gradprune.config import DensityConfig, GradientPruningConfig
+from ds_gradprune.errors import TransportError
 from ds_gradprune.wire.loopback import LoopbackTransport
 from tests.helpers.ranks import run_ranks
 from tests.helpers.rounds_bench import COMPUTE_S, Bench
@@ -122,5 +123,33 @@ def test_the_model_trains_with_the_own_weights_as_they_are(
         for _ in range(24):
             bench.step()
             assert all(torch.equal(model[n], own) for n, own in bench.shards.tensors.items())
+
+    run_ranks(2, main)
+
+
+def test_what_went_ahead_of_an_exchange_that_fails_leaves_the_model_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies in bf16 kept what the own weights had taken back until the next step."""
+
+    def main(transport: LoopbackTransport) -> None:
+        bench = Bench(transport, config_of("every 4, used"), whole_s, rate_of)
+        model: dict[str, torch.Tensor] = {}
+
+        def publish() -> None:
+            model.update({name: own.clone() for name, own in bench.shards.tensors.items()})
+
+        def fail(_begun: Any) -> Any:
+            raise TransportError("island 1 is gone")
+
+        monkeypatch.setattr(bench.shards, "publish", publish)
+        while bench.rounds._begun is None or not bench.rounds._begun.goes_ahead:
+            bench.step()
+        ahead = {name: weight.clone() for name, weight in model.items()}
+        monkeypatch.setattr(bench.rounds, "_deliver", fail)
+        with pytest.raises(TransportError, match="island 1 is gone"):
+            bench.rounds.land()
+        assert all(torch.equal(model[n], own) for n, own in bench.shards.tensors.items())
+        assert any(not torch.equal(model[name], weight) for name, weight in ahead.items())
 
     run_ranks(2, main)

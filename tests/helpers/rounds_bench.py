@@ -69,6 +69,10 @@ class _Untouched:
     written = False
 
 
+class _Alone:
+    num_shards = 1
+
+
 class Bench:
     """What `Rounds` needs of a handle.
 
@@ -103,7 +107,7 @@ class Bench:
             kept=KeptResidual(config.residual_decay) if is_reset else None,
         )
         self.inside = InsideIsland(None, transport.world_size)
-        self.weights = _Untouched()
+        self.weights, self.groups = _Untouched(), _Alone()
         self.rounds = Rounds(self)  # type: ignore[arg-type]
         self.intervals: list[int] = []
         self._rate_of, self._lr_of = rate_of, lr_of
