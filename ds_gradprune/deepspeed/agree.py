@@ -214,7 +214,7 @@ def _object(text: str) -> dict[str, Any]:
     """What another rank told; of another release it may be anything."""
     try:
         told = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 

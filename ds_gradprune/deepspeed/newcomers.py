@@ -12,10 +12,13 @@ one asks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ds_gradprune.errors import CheckpointError
-from ds_gradprune.train.parcel import Parcel, opened
+from ds_gradprune.train.parcel import Parcel, opened, readable
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.carry import hand_over, receive
 
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 
 _COUNTS = ("global_steps", "global_samples", "micro_steps")
 """Of DeepSpeed's engine (0.19.8, runtime/engine.py)."""
+
+
+_TEXT_BYTES, _MOST_PER_ELEMENT = 2**26, 64
+"""No run hands over more: numbers and names, and tensors for each weight in fp64."""
 
 
 def let_in(handle: IslandHandle) -> None:
@@ -54,16 +61,24 @@ def join(handle: IslandHandle) -> Any:
     """
     assert handle.crew is not None
     handle.crew.join()
-    state = opened(*receive(handle.crew))
+    state = opened(*receive(handle.crew, _most_bytes(handle.engine.module)))
+    with readable():
+        crc, told = (0, None) if "fault" in state else (int(state["crc"]), state["told"])
     if "fault" in state:
         raise CheckpointError(state["fault"])
     _take(handle, state)
-    if handle.parameters_crc() != state["crc"]:
+    if handle.parameters_crc() != crc:
         raise CheckpointError(
             f"the weights that island {handle.groups.island} was handed over must be those of the "
             "run, but their checksums differ. Start it again; test the memory of its host."
         )
-    return state["told"]
+    return told
+
+
+def _most_bytes(module: torch.nn.Module) -> int:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    elements = sum(int(getattr(tensor, "ds_numel", tensor.numel())) for tensor in tensors)
+    return _TEXT_BYTES + _MOST_PER_ELEMENT * elements
 
 
 def _parcel(handle: IslandHandle) -> Parcel:
@@ -93,9 +108,10 @@ def _state(handle: IslandHandle) -> dict[str, Any]:
 def _take(handle: IslandHandle, state: dict[str, Any]) -> None:
     """Check everything, then put it into force."""
     measured = Stopwatch(lambda: 0.0).state_dict()  # this island has measured nothing yet
-    loop = dataclasses.replace(handle.loop.read(state["loop"]), stopwatch=measured)
-    handle.channel.check_state(state["channel"])
-    restore = handle.state_of.read(state["island"])
+    with readable():
+        loop = dataclasses.replace(handle.loop.read(state["loop"]), stopwatch=measured)
+        handle.channel.check_state(state["channel"])
+        restore = handle.state_of.read(state["island"])
     handle.islands.weights.set_own(state["island"]["own"])
     restore()
     handle.loop.take(loop)

@@ -6,6 +6,7 @@ are local.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ds_gradprune.errors import CheckpointError
+from ds_gradprune.train.crc import crc_of
 
 _DTYPES = {
     str(dtype): dtype
@@ -30,6 +32,17 @@ _DTYPES = {
         torch.bool,
     )
 }
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading raises where something else was expected."""
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -46,6 +59,7 @@ class Parcel:
     Attributes:
         text: the JSON.
         nbytes: of everything.
+        crc: crc32c of everything.
     """
 
     def __init__(self, value: Any) -> None:
@@ -56,6 +70,7 @@ class Parcel:
         self._flat = [torch.frombuffer(bytearray(self.text), dtype=torch.uint8)]
         self._flat += [_bytes(tensor) for tensor in self._tensors if tensor.numel()]
         self.nbytes = sum(part.numel() for part in self._flat)
+        self.crc = crc_of(self._flat)
 
     def fill(self, out: torch.Tensor, start: int) -> None:
         """Write the bytes from `start` on into (n,) uint8 on the CPU; beyond the end, nothing."""
@@ -93,11 +108,25 @@ def opened(text: bytes, data: torch.Tensor) -> Any:
     Raises:
         CheckpointError: it is none.
     """
-    try:
+    with readable():
         tree, shapes = json.loads(text)
         return _unpacked(tree, list(_tensors(shapes, data)))
-    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as exc:
-        raise CheckpointError(f"what another island has handed over is damaged: {exc}.") from exc
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """What is read inside is a parcel's, and may be anything.
+
+    Raises:
+        CheckpointError: it is not what was expected.
+    """
+    try:
+        yield
+    except _UNREADABLE as exc:
+        raise CheckpointError(
+            f"what another island has handed over cannot be read: {type(exc).__name__} {exc}. "
+            "Start the island again with the release of the others."
+        ) from exc
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

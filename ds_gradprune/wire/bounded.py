@@ -29,7 +29,7 @@ class Bounded:
 
     def get(self, key: str) -> str:
         """The value of a key that is there."""
-        return str(self._ask(lambda: self._store.get(key)).decode())
+        return str(self._ask(lambda: self._store.get(key)).decode(errors="replace"))
 
     def text(self, key: str) -> str:
         """The value of a key, or nothing."""
@@ -41,7 +41,8 @@ class Bounded:
 
     def compare_set(self, key: str, expected: str, desired: str) -> str:
         """Set a key that has the expected value, or is not there; what it has now."""
-        return str(self._ask(lambda: self._store.compare_set(key, expected, desired)).decode())
+        found = self._ask(lambda: self._store.compare_set(key, expected, desired))
+        return str(found.decode(errors="replace"))
 
     def add(self, key: str, amount: int) -> int:
         """Count."""

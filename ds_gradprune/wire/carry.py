@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import google_crc32c
 import torch
 
-from ds_gradprune.errors import TransportError
+from ds_gradprune.errors import TransportError, WireFormatError
 from ds_gradprune.wire.crew import CrewTransport
 
 PIECE_BYTES = 2**20
@@ -27,10 +28,12 @@ class Bytes(Protocol):
     Attributes:
         text: the first bytes.
         nbytes: all together.
+        crc: crc32c of all.
     """
 
     text: bytes
     nbytes: int
+    crc: int
 
     def fill(self, out: torch.Tensor, start: int) -> None:
         """Write the bytes from `start` on into (n,) uint8 on the CPU; beyond the end, nothing."""
@@ -50,30 +53,50 @@ def hand_over(crew: CrewTransport, newcomer: int, make: Callable[[], Bytes]) -> 
     return _carry(crew, newcomer, make) is not None
 
 
-def receive(crew: CrewTransport) -> tuple[bytes, torch.Tensor]:
+def receive(crew: CrewTransport, most_bytes: int) -> tuple[bytes, torch.Tensor]:
     """What the others hand over to this island. Collective: all other islands.
+
+    Args:
+        crew: with this island in it.
+        most_bytes: no run of this engine has more to hand over.
 
     Returns:
         The text, and the bytes behind it, (n,) uint8.
 
     Raises:
         TransportError: nobody is left who could.
+        WireFormatError: more is told to come, or something else has come than was sent.
     """
-    found = _carry(crew, crew.rank, None)
+    found = _carry(crew, crew.rank, None, most_bytes)
     assert found is not None
-    lengths, data = found
-    return data[: lengths[0]].numpy().tobytes(), data[lengths[0] : lengths[1]]
+    (text_bytes, _, crc), data = found
+    if google_crc32c.value(data.numpy()) != crc:
+        raise WireFormatError(
+            f"what another island has handed over to island {crew.rank} is damaged: its checksum "
+            "differs. Start it again; test the network and the memory of the hosts."
+        )
+    return data[:text_bytes].numpy().tobytes(), data[text_bytes:]
 
 
 def _carry(
-    crew: CrewTransport, newcomer: int, make: Callable[[], Bytes] | None
+    crew: CrewTransport,
+    newcomer: int,
+    make: Callable[[], Bytes] | None,
+    most_bytes: int | None = None,
 ) -> tuple[list[int], torch.Tensor] | None:
-    """Lengths of text and all, and the bytes, on the newcomer; None: it is gone."""
+    """Length of the text, of all, checksum, and the bytes, on the newcomer; None: it is gone."""
     for source in [island for island in crew.took_part if island != newcomer]:
         given = make() if make is not None and source == crew.rank else None
-        lengths = torch.tensor([0, 0] if given is None else [len(given.text), given.nbytes])
-        crew.all_reduce(lengths)
-        text_bytes, nbytes = lengths.tolist()
+        facts = [0, 0, 0] if given is None else [len(given.text), given.nbytes, given.crc]
+        head = torch.tensor(facts, dtype=torch.int64)
+        crew.all_reduce(head)
+        facts = head.tolist()
+        text_bytes, nbytes, _ = facts
+        if not 0 <= text_bytes <= nbytes or (most_bytes is not None and nbytes > most_bytes):
+            raise WireFormatError(
+                f"the state that is handed over to island {newcomer} must have at most "
+                f"{most_bytes} bytes, got {nbytes} with {text_bytes} of text: noise on the wire."
+            )
         data = torch.empty(nbytes if make is None else 0, dtype=torch.uint8)
         start = 0
         while start < nbytes and {source, newcomer} <= {*crew.took_part}:
@@ -87,7 +110,7 @@ def _carry(
         if newcomer not in crew.took_part:
             return None
         if source in crew.took_part:
-            return [text_bytes, nbytes], data
+            return facts, data
     raise TransportError("no island is left that could hand over the state of the run")
 
 

@@ -173,7 +173,7 @@ class CrewTransport(Transport):
         for row in out[: len(call.took_part)]:
             asks, island, ticket = _ASK.unpack(row.numpy().tobytes())
             if asks:
-                return Candidate(island, ticket.decode())
+                return Candidate(island, ticket.decode(errors="replace"))
         return None
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from ds_gradprune.errors import RankMismatchError, TransportError, TransportTimeout
 from ds_gradprune.wire.bounded import Bounded
+from ds_gradprune.wire.entries import count_of, islands_of, ticket_of
 
 TICKET_CHARS = 16
 ASK_S = 0.1
@@ -75,7 +76,7 @@ class Door:
         if not asks:
             self.candidate = None
             return
-        candidate = Candidate(*json.loads(asks))
+        candidate = Candidate(*ticket_of(asks))
         seen, self._seen = self._seen, (asks, self._count(candidate))
         lives = seen[0] == asks and seen[1] != self._seen[1]
         self.candidate = candidate if lives and candidate.island not in inside else None
@@ -125,7 +126,7 @@ def ask(store: Bounded, candidate: Candidate, patience_s: float) -> int:
             )
         store.add(f"asks/{candidate.ticket}", 1)
         _take_turn(store, candidate)
-        inside = {i: store.text(f"beat/{i}") for i in json.loads(store.text("now") or "[]")}
+        inside = {i: store.text(f"beat/{i}") for i in islands_of(store.text("now") or "[]")}
         others.add(inside.get(candidate.island, ""))
         if len(others) > ALIVE_BEATS:
             raise RankMismatchError(
@@ -142,7 +143,7 @@ def ask(store: Bounded, candidate: Candidate, patience_s: float) -> int:
             )
         time.sleep(ASK_S)
     store.compare_set("ask", candidate.as_json(), "")
-    return int(number)
+    return count_of(number)
 
 
 def _take_turn(store: Bounded, candidate: Candidate) -> None:
@@ -151,6 +152,6 @@ def _take_turn(store: Bounded, candidate: Candidate) -> None:
     asks = store.compare_set("ask", "", mine)
     if asks == mine:
         return
-    other = Candidate(*json.loads(asks))
+    other = Candidate(*ticket_of(asks))
     if not Door(store).shows_life(other, 10 * ASK_S):
         store.compare_set("ask", asks, mine)

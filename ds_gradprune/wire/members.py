@@ -33,6 +33,7 @@ from typing import Any
 from ds_gradprune.errors import TransportError, TransportTimeout
 from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.door import Candidate, Door, ask
+from ds_gradprune.wire.entries import count_of, proposal_of
 from ds_gradprune.wire.transport import Transport
 
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.005, 0.25
@@ -66,8 +67,7 @@ class Pace:
     Attributes:
         beat_s: from one sign of life to the next.
         silent_s: an island that has shown no life for so long is not waited for.
-        late_s: one that shows life may come so much later than a time-out: it may be busy with an
-            attempt to connect, which gloo gives up late.
+        late_s: one that shows life may come so much later than a time-out: gloo connects for long.
     """
 
     beat_s: float = 0.5
@@ -140,7 +140,7 @@ class Members:
         Collective: the epoch's islands, which call `regroup`.
         """
         number = ask(self._store, candidate, self.timeout_s + self._pace.silent_s)
-        epoch = _epoch(number, json.loads(self._store.get(f"{number}/members")))
+        epoch = _epoch(number, proposal_of(self._store.get(f"{number}/members")))
         self._begin_to_beat()
         self._enter(epoch)
         return epoch
@@ -204,9 +204,9 @@ class Members:
         if len(present) == len(expected):  # all live, so who could not connect are apart
             apart = [i for i in present if self._store.check([f"{number - 1}/failed/{i}"])]
             present = [i for i in present if i not in apart[-1:]]
-        counts = {i: int(self._store.get(f"{number}/{i}")) for i in present}
+        counts = {i: count_of(self._store.get(f"{number}/{i}")) for i in present}
         mine = json.dumps(self._proposal(counts, candidate))
-        found = json.loads(self._store.compare_set(members, "", mine))
+        found = proposal_of(self._store.compare_set(members, "", mine))
         epoch = _epoch(number, found)
         if found["ticket"]:
             self.answered = (found["ticket"], epoch.newcomer is not None)

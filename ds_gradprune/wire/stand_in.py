@@ -9,7 +9,6 @@ asked of the run's store, and all that is exchanged goes through the crew (`crew
 from __future__ import annotations
 
 import importlib
-import json
 import socket
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from ds_gradprune.errors import TransportError
 from ds_gradprune.wire.bounded import STORE_S, Bounded
+from ds_gradprune.wire.entries import islands_of
 
 FAKE = "fake"
 CREW = "ds_gradprune/crew"
@@ -107,7 +107,7 @@ def _goes_on(store: Bounded) -> bool:
         return False
 
     def beats() -> list[str]:
-        return [store.text(f"beat/{island}") for island in json.loads(store.get("now"))]
+        return [store.text(f"beat/{island}") for island in islands_of(store.get("now"))]
 
     before, deadline_s = beats(), time.monotonic() + LOOK_S
     while beats() == before:

@@ -1,6 +1,6 @@
 """Damaged input by the thousand: whatever it is, one of our own errors, and memory stays flat.
 
-    python -m labs.fuzz --configs 10000 --hostfiles 2000 --payloads 100000
+    python -m labs.fuzz --configs 10000 --hostfiles 2000 --payloads 100000 --returns 20000
 
 The last line of stdout is one JSON document. The exit code is 1 if anything but a value or an
 error of ours came out.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_gradprune.errors import GradPruneError
-from labs.fuzz import configs, hostfiles, payloads
+from labs.fuzz import configs, hostfiles, payloads, returns
 
 SHOWN = 5
 PAGE_BYTES = 4096
@@ -38,10 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
                 ("configs", flags.configs, lambda rng: configs.attempt(rng, path)),
                 ("hostfiles", flags.hostfiles, lambda rng: hostfiles.attempt(rng, path)),
                 ("payloads", flags.payloads, lambda rng: payloads.attempt(rng, wholes)),
+                ("returns", flags.returns, returns.attempt),
             )
         }
     print(json.dumps(document))
-    return int(any(document[name]["untyped"] for name in ("configs", "hostfiles", "payloads")))
+    return int(any(found["untyped"] for found in document.values() if isinstance(found, dict)))
 
 
 def many(count: int, seed: int, attempt: Callable[[random.Random], None]) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def resident_bytes() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m labs.fuzz", description=__doc__)
-    for name, default in (("configs", 10_000), ("hostfiles", 2_000), ("payloads", 100_000)):
+    counts = {"configs": 10_000, "hostfiles": 2_000, "payloads": 100_000, "returns": 20_000}
+    for name, default in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     return parser

@@ -202,7 +202,7 @@ def test_what_one_that_comes_back_learns_counts_from_then_on(density: float, res
         crew = CrewTransport(members(number))
         crew.join()
         island = Island(crew, density, residual)
-        island.take(opened(*receive(crew)))
+        island.take(opened(*receive(crew, 2**24)))
         while island.loop.step < STEPS:
             island.step()
         return island

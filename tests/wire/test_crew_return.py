@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_gradprune.errors import RankMismatchError, TransportError, TransportTimeout
+from ds_gradprune.errors import (
+    RankMismatchError,
+    TransportError,
+    TransportTimeout,
+    WireFormatError,
+)
 from ds_gradprune.train.parcel import Parcel, opened
 from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.carry import PIECE_BYTES, hand_over, receive
@@ -121,7 +126,7 @@ class Run:
         crew = CrewTransport(members)
         assert (crew.place, crew.world_size) == (-1, 0)
         crew.join()
-        self.state = opened(*receive(crew))
+        self.state = opened(*receive(crew, 2**24))
         seen += [counted(crew, call) for call in range(6, 9)]
 
 
@@ -236,3 +241,57 @@ def test_one_whose_place_is_taken_is_told_so() -> None:
     store.set("now", "[0, 1]")
     with pytest.raises(RankMismatchError, match="island 1 must be one process, but another one"):
         ask(store, Candidate(1), 5.0)
+
+
+@pytest.mark.parametrize("flips", ["a weight", "the text"])
+def test_a_bit_that_flips_on_the_way_to_a_newcomer_is_found(
+    flips: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights were compared afterwards; moments, counters and the law were not."""
+    real = Parcel.fill
+
+    def fill(self: Parcel, out: torch.Tensor, start: int) -> None:
+        real(self, out, start)
+        place = len(self.text) + 8 if flips == "a weight" else len(self.text) - 3
+        if start <= place < start + len(out):
+            out[place - start] ^= 1
+
+    monkeypatch.setattr(Parcel, "fill", fill)
+    run = Run().play()
+    assert [*run.faults] == ["back"]
+    assert isinstance(run.faults["back"], WireFormatError)
+    assert "handed over to island 1 is damaged: its checksum" in str(run.faults["back"])
+    assert run.seen["0"] == run.seen["2"]
+    assert [took_part for _, took_part, _ in run.seen["0"]][-1] == (0, 2)
+
+
+def test_more_than_any_run_has_is_not_made_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Parcel.__init__
+
+    def swollen(self: Parcel, value: Any) -> None:
+        real(self, value)
+        self.nbytes = 2**60
+
+    monkeypatch.setattr(Parcel, "__init__", swollen)
+    run = Run().play()
+    assert isinstance(run.faults["back"], WireFormatError)
+    assert f"at most {2**24} bytes, got {2**60}" in str(run.faults["back"])
+
+
+@pytest.mark.parametrize("noise", ["", "[", "[1]", '["a", 3]', '[-1, "x"]', "\xff", "[" * 99_999])
+def test_noise_in_the_store_is_a_typed_error_and_ends_no_sign_of_life(noise: str) -> None:
+    """The thread that shows life looks who asks: an error of another type ended it."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    members = Members(store, 0, Hubs().opener(0), TIMEOUT_S, 1, PACE)
+    store.set("ask", noise)
+    members.begin([0])
+    try:
+        deadline_s = time.monotonic() + 5.0
+        while store.add("beat/0", 0) < 4 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert store.add("beat/0", 0) >= 4
+        if noise:
+            with pytest.raises(TransportError, match="must hold an island and its ticket, got"):
+                members.door.look([0])
+    finally:
+        members.close()
