@@ -443,6 +443,14 @@ def test_the_page_chats_in_a_browser(folder: Path, tmp_path: Path) -> None:
         assert browser.run(shown) == expected
         assert len(lengths) > 4, "the text came in pieces"
         assert browser.run("document.querySelectorAll('.error').length") == 0
+        # A reply that was being written when a new chat began used to be the new one's first turn.
+        browser.run("document.getElementById('text').value = 'the fox'")
+        browser.run("document.getElementById('form').requestSubmit()")
+        until(lambda: browser.run("document.querySelectorAll('.assistant')[1]?.textContent"))
+        browser.run("document.getElementById('clear').click()")
+        until(lambda: browser.run("running === null"))
+        assert browser.run("messages.length") == 0
+        assert browser.run("document.getElementById('talk').childElementCount") == 0
     finally:
         browser.close()
         server.close()
