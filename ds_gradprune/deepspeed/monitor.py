@@ -100,6 +100,10 @@ class StepLog:
 
     def _append(self, line: bytes) -> None:
         assert self._file is not None
+        if not os.path.exists(str(self._path)):
+            logger.warning("%s was removed, or its disk was unmounted; it begins anew.", self._path)
+            self._file.close()
+            self._open()
         size = self._file.tell()
         if self._max_bytes is not None and size and size + len(line) > self._max_bytes:
             self._rotate()

@@ -12,6 +12,8 @@
 
 A run claims its folder by making run.json, which succeeds once, and holds a lock on it while it
 lives. What lies in a claimed folder under these names is that run's, and nothing else is removed.
+
+Longer than 300 lines: a folder from its claim to its last checkpoint, and files written whole.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_gradprune.errors import CheckpointError, ConfigError, DataError
+
+logger = logging.getLogger("ds_gradprune")
 
 KEPT_CHECKPOINTS = 2
 """One to resume from, and the one before in case the newest was cut."""
@@ -55,6 +60,7 @@ class RunFolder:
         self._latest = self.checkpoints / "latest"
         self._made: list[Path] = []
         self._lock: int | None = None
+        self._facts = ""
 
     def check_new(self) -> None:
         """Refuse to write into a folder that holds something.
@@ -113,10 +119,8 @@ class RunFolder:
             raise DataError(f"{self.path} must be writable: {exc.strerror}.") from exc
         self._made = [self.path / name for name in _PARTS] + ([self.path] if is_new else [])
         self._hold()
-        try:  # into this very file: another one in its place would not be locked
-            os.write(self._lock, _as_text(dict(identity) | dict(notes or {})).encode())
-        except OSError as exc:
-            raise DataError(f"{self._identity} must be writable: {exc.strerror}.") from exc
+        self._facts = _as_text(dict(identity) | dict(notes or {}))
+        self._write_facts()
 
     def share(self) -> None:
         """Remember what this host will make where it does not see rank 0's folder. For `discard`.
@@ -147,7 +151,8 @@ class RunFolder:
             )
         try:
             self._lock = os.open(self._identity, os.O_RDWR)
-            before = dict(json.loads(self._identity.read_text(encoding="utf-8")))
+            self._facts = self._identity.read_text(encoding="utf-8")
+            before = dict(json.loads(self._facts))
         except (OSError, ValueError, TypeError) as exc:
             raise CheckpointError(f"{self._identity} must be readable: {exc}.") from exc
         self._hold()
@@ -169,6 +174,7 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):  # this host has a disk of its own
             self._lock = os.open(self._identity, os.O_RDWR)
             self._hold()
+            self._facts = self._identity.read_text(encoding="utf-8")
 
     def release(self) -> None:
         """Let another process resume the run; twice is fine."""
@@ -186,10 +192,27 @@ class RunFolder:
     def name_newest(self, tag: str) -> None:
         """Make a checkpoint the one that a resumed run loads: all ranks have written it.
 
+        If the folder that was claimed is gone by now, that where it lies is claimed, too.
+
         Raises:
             DataError: the disk refuses.
         """
         write_text(self._latest, tag)
+        if self._lock is None or not self._facts or self._is_there():
+            return
+        logger.warning(
+            "%s was removed, or its disk was unmounted. It was made again, and %s is the only "
+            "checkpoint in it.",
+            self.path,
+            tag,
+        )
+        self.release()
+        try:
+            self._lock = os.open(self._identity, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
+        except OSError as exc:
+            raise DataError(f"{self._identity} must be writable: {exc.strerror}.") from exc
+        self._hold()
+        self._write_facts()
 
     def discard(self) -> None:
         """Remove what this run has made: it failed before its first step."""
@@ -217,6 +240,22 @@ class RunFolder:
         """Remove a checkpoint that could not be written whole."""
         if self.newest() != tag:
             shutil.rmtree(self.checkpoints / tag, ignore_errors=True)
+
+    def _is_there(self) -> bool:
+        """Whether the file that is locked is the one that others see."""
+        assert self._lock is not None
+        try:
+            return os.path.samestat(os.fstat(self._lock), self._identity.stat())
+        except OSError:
+            return False
+
+    def _write_facts(self) -> None:
+        """Into the file that is locked: another one in its place would not be."""
+        assert self._lock is not None
+        try:
+            os.write(self._lock, self._facts.encode())
+        except OSError as exc:
+            raise DataError(f"{self._identity} must be writable: {exc.strerror}.") from exc
 
     def _hold(self) -> None:
         """Lock the folder until this process ends."""

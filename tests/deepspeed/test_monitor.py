@@ -152,6 +152,21 @@ def test_a_full_disk_ends_the_log_and_not_the_training(
     assert steps_of(tmp_path / "log")[0] == 1
 
 
+def test_a_log_that_is_removed_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make_log: Callable[..., StepLog]
+) -> None:
+    """Its disk was unmounted: the steps that came later were written to nowhere."""
+    path = tmp_path / "run" / "log"
+    log = make_log(str(path))
+    log.write(report(1))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for step in (2, 3):
+        log.write(report(step))
+    assert steps_of(path) == [2, 3]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "was removed, or its disk was unmounted" in caplog.text
+
+
 # --- rewinding ------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,29 @@ def test_unfinished_checkpoint_is_removed_and_a_finished_one_is_not(run: RunFold
     assert steps_in(run) == [checkpoint_tag(5)]
 
 
+@pytest.mark.parametrize("how", ["removed", "another in its place"])
+def test_a_folder_that_is_gone_is_claimed_again_with_the_next_checkpoint(
+    how: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk was unmounted: the checkpoints that came later could not be resumed from."""
+    run.claim(IDENTITY, {"text": "abc"})
+    save(run, 10)
+    run.name_newest(checkpoint_tag(10))
+    assert not caplog.records
+    run.path.rename(run.path.with_name("moved"))
+    if how != "removed":
+        run.path.mkdir()
+        (run.path / "run.json").write_text("{}")
+    save(run, 20)
+    run.name_newest(checkpoint_tag(20))
+    assert "was removed, or its disk was unmounted" in caplog.text
+    assert is_in_use(run.path)
+    run.name_newest(checkpoint_tag(20))
+    assert len(caplog.records) == 1
+    run.release()
+    assert RunFolder(run.path).resume(IDENTITY)["text"] == "abc"
+
+
 def test_json_is_replaced_as_a_whole(run: RunFolder) -> None:
     write_json(run.result, {"steps": 1})
     write_json(run.result, {"steps": 2})
