@@ -182,8 +182,8 @@ def _gaps(found: Diagnosis) -> Iterator[str]:
     job = found.job
     nearest = loss_gap.nearest_measured(found.main.best, job.islands, job.numel)
     yield from _wrapped(
-        f"loss: a power law through {len(loss_gap.TABLE)} simulated cases of training from "
-        f"nothing, for {job.islands} islands, {job.numel / 1e6:.2g}M parameters and "
+        f"loss: a power law through {len(loss_gap.TABLE)} simulated cases, one of them "
+        f"fine-tuning, for {job.islands} islands, {job.numel / 1e6:.2g}M parameters and "
         f"{job.tokens:,} tokens a step and island. Nearest of them: "
         f"{loss_gap.source_text(nearest)}"
     )
@@ -201,10 +201,11 @@ def _verdict(found: Findings) -> Iterator[str]:
         yield from _wrapped("Do not use it here. For ds_config.json:")
         yield block
         return
-    yield "For ds_config.json:"
+    main = diagnosis.main
+    where = "this link" if main.column.is_measured else main.column.label
+    yield f"For ds_config.json, on {where}:"
     yield block
     if found.warmup_steps:
-        main = diagnosis.main
         lasts_s = found.warmup_steps * main.dense_s
         yield from _wrapped(
             f"The first {found.warmup_steps} steps are dense and take {duration(lasts_s)} on this "

@@ -30,7 +30,7 @@ PARTS = (
 CAUSES = {
     "over_budget": ("v", "#d62728", "sends less: time"),
     "budget_room": ("^", "#2ca02c", "sends more: room"),
-    "network_changed": ("D", "#9467bd", "exchange changed"),
+    "network_changed": ("D", "#9467bd", "exchanges got faster or slower"),
     "performance_missed": ("^", "#1f77b4", "sends more: P"),
     "dense_cheaper": ("s", "#7f7f7f", "dense is faster"),
 }

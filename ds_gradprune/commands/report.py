@@ -137,9 +137,7 @@ def _row(run: Run, number: int) -> list[str]:
 
 
 def _density(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "dense" if value == 1.0 else f"{100 * value:.2f} %"
+    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 # ---- HTML ----------------------------------------------------------------------------------------

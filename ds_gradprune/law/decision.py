@@ -93,4 +93,4 @@ def every(before: int, after: int) -> str:
 
 def name(k: int) -> str:
     """A density for a user."""
-    return "dense" if k == CHUNK_NUMEL else f"{k / CHUNK_NUMEL:.4f}"
+    return "dense" if k == CHUNK_NUMEL else f"{100 * k / CHUNK_NUMEL:.2f} %"

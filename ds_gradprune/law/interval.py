@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import FIRST_INTERVAL, INTERVALS, GradientPruningConfig
 from ds_gradprune.law import plan
-from ds_gradprune.law.decision import Cause, Choice, every, move
+from ds_gradprune.law.decision import Cause, Choice, every, move, name
 from ds_gradprune.law.loss_arm import Verdict
 from ds_gradprune.law.network import Network
 from ds_gradprune.law.plan import PlanState
@@ -164,7 +164,7 @@ def _shorter(
     if there.room < share * _floor(config, there.interval):
         return None
     cause = Cause.BUDGET_ROOM if network.change is None else Cause.NETWORK_CHANGED
-    text = f"density {there.room / CHUNK_NUMEL:.4f} fits every {there.interval} steps"
+    text = f"density {name(there.room)} fits every {there.interval} steps"
     return Choice(there.k, cause, text, there.interval)
 
 
@@ -189,7 +189,7 @@ def _longer(
     if is_learning:
         return _faster_learning(config, here, there, step, Cause.OVER_BUDGET)
     cause = Cause.OVER_BUDGET if network.change is None else Cause.NETWORK_CHANGED
-    text = f"density {here.room / CHUNK_NUMEL:.4f} alone fits every {here.interval} steps"
+    text = f"density {name(here.room)} alone fits every {here.interval} steps"
     return Choice(there.k, cause, text, there.interval)
 
 

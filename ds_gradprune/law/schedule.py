@@ -12,7 +12,7 @@ import math
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.law import arithmetic
-from ds_gradprune.law.decision import Cause, Choice, Decision
+from ds_gradprune.law.decision import Cause, Choice, Decision, name
 
 _GRID = 2.0**20
 """The ramp's kept elements are rounded to this part of one before they are rounded up: a density
@@ -55,9 +55,9 @@ def scheduled(config: GradientPruningConfig, step: int, *, unpruned: bool = Fals
     if position > max(1, config.ramp_steps):
         return None
     k = _ramp_k(config, position)
-    text = f"ramp step {position} of {config.ramp_steps}: density {k / CHUNK_NUMEL:.4f}"
+    text = f"ramp step {position} of {config.ramp_steps}: density {name(k)}"
     if config.ramp_steps == 0:
-        text = f"start of pruning: density {k / CHUNK_NUMEL:.4f}"
+        text = f"start of pruning: density {name(k)}"
     return Choice(k, Cause.RAMP, text)
 
 

@@ -114,7 +114,7 @@ class Verdict:
     def text(self) -> str:
         """One line for a user."""
         every = "" if self.interval == 1 else f", one exchange in {self.interval} steps"
-        edge = "no break-even"
+        edge = "faster at any link rate"
         if self.break_even_mbit is not None:
             edge = f"break-even {self.break_even_mbit:.0f} Mbit/s"
         about = " (estimated from the link's rate)" if self.is_estimated else ""

@@ -83,7 +83,7 @@ def live_fields(handle: Any, record: Any, tokens_per_step: int) -> dict[str, str
         rate = report.decision.rate_bytes_per_s
         fields |= {
             "P": "-" if report.performance is None else f"{report.performance:.2f}",
-            "density": "dense" if report.density == 1.0 else f"{100 * report.density:.2f} %",
+            "density": f"{100 * report.density:.2f} %",
             "sent": f"{report.wire_bytes / 1e6:.2f} MB",
             "link": "-" if rate is None else f"{mbit(8e-6 * rate)} Mbit/s",
         }

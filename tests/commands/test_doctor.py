@@ -277,7 +277,9 @@ def test_exit_codes(
     column = Column("measured", rate_mbit, Link(), is_measured=True)
     monkeypatch.setattr(doctor, "examine", lambda *_: findings([column]))
     assert cli.main(["doctor"]) == code
-    assert ("Do not use it here" in capsys.readouterr().out) == (code == doctor.DOES_NOT_PAY)
+    said = capsys.readouterr().out
+    assert ("Do not use it here" in said) == (code == doctor.DOES_NOT_PAY)
+    assert ("For ds_config.json, on this link:" in said) == (code == doctor.PAYS)
 
 
 def test_faults_have_their_code(capsys: pytest.CaptureFixture[str]) -> None:

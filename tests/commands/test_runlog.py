@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_gradprune.commands.decided import decisions, why
+from ds_gradprune.commands.report import rows_of
 from ds_gradprune.commands.runlog import means, read_run, sums
 from ds_gradprune.errors import DataError
 from tests.helpers.fake_runs import BUSY, RAMP_END, SLOW, WARMUP, write_dense_run, write_run
@@ -132,6 +133,8 @@ def test_the_end_of_dense_steps_in_a_warm_up_is_a_row(tmp_path: Path) -> None:
     found = {run.entries[number].step: why(run, number) for number in decisions(run)}
     assert list(found)[:3] == [1, 2, WARMUP]
     assert (found[1], found[2]) == ("dense warm-up", "unpruned warm-up")
+    # What is sent unpruned, in 4 bits and by islands, used to be called dense as well.
+    assert [row[1] for row in rows_of(run)[0][:3]] == ["100.00 %"] * 3
 
 
 def test_a_slow_link_is_named_and_busy_hosts_are_not_one(tmp_path: Path) -> None:

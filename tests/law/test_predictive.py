@@ -72,7 +72,7 @@ def test_budget_that_no_density_meets_ends_at_the_minimum_and_says_so() -> None:
     assert run.k == 3  # ceil(0.0005 * 4096)
     reason = run.decisions[-1].reason
     assert "over a budget of 0.300 s, which cannot be met:" in reason
-    assert reason.endswith("at density.min: hold at 0.0007")
+    assert reason.endswith("at density.min: hold at 0.07 %")
 
 
 @pytest.mark.parametrize("prune", ["gradient", "update"])

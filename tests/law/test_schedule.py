@@ -28,7 +28,7 @@ def test_ramp_falls_geometrically_from_max_to_initial() -> None:
     ks = [scheduled(config, step).k for step in range(8, 13)]
     # 0.25 to 0.05 in 4 equal factors, rounded up to whole elements of 4096.
     assert ks == [math.ceil(1024 * 0.2 ** (i / 4)) for i in range(5)]
-    assert scheduled(config, 12).text == "ramp step 5 of 5: density 0.0500"
+    assert scheduled(config, 12).text == "ramp step 5 of 5: density 5.00 %"
 
 
 def test_ramp_through_whole_numbers_of_elements_is_exact() -> None:
@@ -50,7 +50,7 @@ def test_first_decision_is_the_schedules() -> None:
     decision = first_decision(make_config(warmup_steps=0, ramp_steps=0, density=DENSITY))
     assert (decision.step, decision.cause) == (1, Cause.RAMP)
     assert decision.density == 205 / CHUNK_NUMEL
-    assert decision.reason == "start of pruning: density 0.0500"
+    assert decision.reason == "start of pruning: density 5.00 %"
     assert decision.performance is None
     assert decision.budget_s == 0.3
     assert first_decision(make_config(warmup_steps=1)).density == 1.0

@@ -135,18 +135,18 @@ def test_automatic_budget_is_a_tenth_above_the_median_of_own_work() -> None:
 def test_step_that_is_not_finite_changes_nothing_and_says_so(losses) -> None:
     state = make_state(losses=losses, step_times_s=(0.9, 0.9))
     after, decision = decide(state, nonfinite=True, step_time_s=0.9, loss=1e9)
-    assert decision.reason == "a gradient or the loss is not finite: hold at 0.0500"
+    assert decision.reason == "a gradient or the loss is not finite: hold at 5.00 %"
     assert k_of(decision) == K
     assert after.window == state.window
 
 
 def test_reasons_carry_the_numbers() -> None:
     _, decision = decide()
-    assert decision.reason == "P 2.67 >= target 0, step 0.200 s within 0.300 s: hold at 0.0500"
+    assert decision.reason == "P 2.67 >= target 0, step 0.200 s within 0.300 s: hold at 5.00 %"
     _, decision = decide(make_state(losses=RISING))
-    assert decision.reason == "P -2.67 misses its target 0: density 0.0500 -> 0.0715"
+    assert decision.reason == "P -2.67 misses its target 0: density 5.00 % -> 7.15 %"
     _, decision = decide(make_state(step_times_s=(0.9, 0.9)), step_time_s=0.9)
-    assert decision.reason == "step 0.900 s over the budget of 0.300 s: density 0.0500 -> 0.0352"
+    assert decision.reason == "step 0.900 s over the budget of 0.300 s: density 5.00 % -> 3.52 %"
 
 
 # ---- which step times count ----------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_rise_ends_where_the_next_step_would_not_fit() -> None:
     assert (decision.cause, state.change) == (Cause.HOLD, "faster")  # one may be an outlier
     state, decision = decide(state, comm_time_s=0.2, step_time_s=0.25)
     assert (decision.cause, state.change) == (Cause.HOLD, None)
-    assert "and 0.086 s more at 0.0715: hold at 0.0500" in decision.reason
+    assert "and 0.086 s more at 7.15 %: hold at 5.00 %" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_slower_network_prunes_more_on_a_single_time_until_it_fits() -> None:
     state, decision = decide(state, comm_time_s=0.4, step_time_s=0.56)
     assert (decision.cause, k_of(decision)) == (OVER, DOWN)
     assert (decision.network_changed, state.change) == (True, "slower")
-    assert decision.reason.endswith("density 0.0500 -> 0.0352; exchanges became slower")
+    assert decision.reason.endswith("density 5.00 % -> 3.52 %; exchanges became slower")
     state, decision = decide(state, k=DOWN, comm_time_s=0.3, step_time_s=0.46)
     assert decision.cause is OVER
     k = k_of(decision)
