@@ -20,6 +20,12 @@ ROUNDS = Setting(1 / 32, 5)
 )
 def test_every_row_is_on_its_page(row: loss_gap.Measured, repo_root: Path) -> None:
     text = (repo_root / "results" / row.page).read_text(encoding="utf-8")
+    if row.page.startswith("finetune"):
+        assert f"| {row.seeds} | 3.2086 | {row.gap:+.2f} (0.02) |" in text
+        assert f"{row.numel / 1e6:.1f}M parameters" in text
+        assert f"{row.tokens:,} tokens each per step" in text
+        assert f"{row.steps} steps" in text
+        return
     assert f"| {row.gap:+.2f} |" in text
     assert f"{row.numel:,} parameters" in text
     assert f"{row.islands} simulated workers, {row.steps} steps" in text
@@ -82,6 +88,14 @@ def test_the_nearest_is_of_the_nearest_size() -> None:
     row = loss_gap.nearest_measured(Setting(0.01, 5), 2, 124_000_000)
     assert row.numel == max(row.numel for row in loss_gap.TABLE)
     assert f"{row.gap:+.2f} % with {row.setting.name}" in loss_gap.source_text(row)
+
+
+def test_fine_tuning_lies_within_what_is_foretold_by_a_little_more_than_a_deviation() -> None:
+    row = next(row for row in loss_gap.TABLE if row.page.startswith("finetune"))
+    gap = expected(row.setting, row.islands, row.numel, row.tokens)
+    assert gap.text == "+0.35 (0.23 to 0.52)"  # docs/modes.md says it beside the measured gap
+    sigmas = math.log(row.gap / gap.percent) / math.log(gap.high / gap.percent)
+    assert 1.0 < sigmas < 1.3
 
 
 def test_text() -> None:
