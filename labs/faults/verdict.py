@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from labs.faults.rank import Rank, crc
+from ds_gradprune.train.crc import crc_of
+from labs.faults.rank import Rank
 from labs.faults.schedules import Schedule
 
 
@@ -62,7 +63,7 @@ def judge(schedule: Schedule, life: Life, verdict: Verdict, unbroken: Callable[[
     if verdict.lives > 1 and _is_repeatable(schedule):
         plain = unbroken().ranks[0]
         assert plain is not None
-        if crc(plain.agreed()) != crc(ranks[0].agreed()):
+        if crc_of(plain.agreed()) != crc_of(ranks[0].agreed()):
             verdict.diverged = True
             verdict.notes.append("other bits than the unbroken run")
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import torch
 import torch.distributed as dist
 
@@ -258,15 +257,6 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
     named = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(named.values())):
         return {name: p.detach().cpu().clone() for name, p in named.items()}
-
-
-def crc_of(tensors: dict[str, torch.Tensor]) -> int:
-    """Over the bits of all of them."""
-    crc = 0
-    for tensor in tensors.values():
-        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        crc = google_crc32c.extend(crc, flat)
-    return int(crc)
 
 
 def median(values: list[float]) -> float | None:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_gradprune.train.crc import crc_of
 from labs.gpu.engines import (
     DENSE,
     PRUNED,
     SGD,
     Job,
     close,
-    crc_of,
     device,
     everywhere,
     text,
@@ -132,7 +132,9 @@ def gradients(stage: int, dtype: str, steps: int = 12, **block: Any) -> dict[str
     job = Job(stage=stage, dtype=dtype)
     engine = job.engine(PRUNED | {"prune": "gradient"} | block)
     crcs: list[int] = []
-    losses = train(engine, job, text(), 1, steps, lambda _: crcs.append(crc_of(weights_of(engine))))
+    losses = train(
+        engine, job, text(), 1, steps, lambda _: crcs.append(crc_of(weights_of(engine).values()))
+    )
     columns = everywhere((crcs, losses))
     mean = [sum(c[1][s] for c in columns) / len(columns) for s in range(steps)]
     first, last = sum(mean[:3]) / 3, sum(mean[-3:]) / 3
