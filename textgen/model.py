@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +28,13 @@ LONGEST_SEQUENCE = 1024
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """A GPT-2 shape.
-
-    Attributes:
-        n_layer: transformer blocks.
-        n_head: attention heads per block.
-        n_embd: width; a multiple of 64 per head keeps every matrix above 4096 elements.
-        context: tokens the model can see, and tokens per training sequence.
-    """
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    context: int
-
-
-SIZES = {
-    "nano": ModelSize(n_layer=4, n_head=4, n_embd=128, context=128),
-    "micro": ModelSize(n_layer=6, n_head=5, n_embd=320, context=256),
-    "small": ModelSize(n_layer=12, n_head=12, n_embd=768, context=1024),
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128},
+    "micro": {"n_layer": 6, "n_head": 5, "n_embd": 320, "n_positions": 256},
+    "small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024},
 }
-"""With the vocabularies of tokenizer.VOCAB_SIZES: about 1, 10 and 124 million parameters."""
+"""Shapes of GPT-2; every matrix has more than 4096 elements. With the vocabularies of
+tokenizer.VOCAB_SIZES they have about 1, 10 and 124 million parameters."""
 
 
 def quiet_transformers() -> None:
@@ -73,21 +55,17 @@ def build_model(size: str, vocab_size: int, end_of_text_id: int, seed: int) -> P
     References:
         Radford et al., Language Models are Unsupervised Multitask Learners, 2019, section 2.3.
     """
-    shape = SIZES[size]
     config = GPT2Config(
         vocab_size=vocab_size,
-        n_positions=shape.context,
-        n_embd=shape.n_embd,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         # GPT-2's 0.02 belongs to a width of 768; a sum over fewer inputs wants larger weights.
-        initializer_range=0.02 * math.sqrt(768 / shape.n_embd),
+        initializer_range=0.02 * math.sqrt(768 / SIZES[size]["n_embd"]),
         bos_token_id=end_of_text_id,
         eos_token_id=end_of_text_id,
         pad_token_id=end_of_text_id,
+        **SIZES[size],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

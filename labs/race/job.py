@@ -87,7 +87,7 @@ class Recipe:
     @property
     def seq_len(self) -> int:
         """Tokens per sequence."""
-        return SIZES[self.model].context if self.model in SIZES else SMOLLM2_SEQ_LEN
+        return int(SIZES[self.model]["n_positions"]) if self.model in SIZES else SMOLLM2_SEQ_LEN
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""

@@ -81,7 +81,7 @@ class Run(AnyRun):
 
         def tokens_on(is_mine: bool) -> None:
             if is_mine:
-                prepare(self.folder.data, settings.text, self.flags.model)
+                prepare(self.folder.data, self.flags.text, self.flags.model)
 
         peers = self.peers
         peers.patiently(lambda: tokens_on(peers.rank == 0))

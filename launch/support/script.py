@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, TypeVar
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import GradPruneError, TransportError
@@ -17,21 +17,12 @@ from .lost import situated
 from .peers import TELL_LIMIT_S, AgreedFault, Peers
 from .place import Place, export_place, find_place, share_cores
 from .rendezvous import AbsentRanks
+from .settings import RunSettings
 from .shown import say
 from .start import choose_accelerator, connect
 from .terminal import outlived
 
-
-class Configured(Protocol):
-    """Settings that hold our block."""
-
-    @property
-    def block(self) -> GradientPruningConfig:
-        """The checked block of the configuration."""
-        ...
-
-
-S = TypeVar("S", bound=Configured)
+S = TypeVar("S", bound=RunSettings)
 
 
 def run_script(

@@ -6,7 +6,6 @@ import argparse
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ds_gradprune.commands.dispatch import SHIPPED
@@ -75,12 +74,6 @@ class Settings(RunSettings):
 
     note: str = ""
 
-    @property
-    def text(self) -> Path | None:
-        """The text; None: the embedded one."""
-        given: Path | None = self.flags.text
-        return given
-
     def check_inputs(self, *, comes_back: bool = False) -> str:
         """Check text, model name and run folder; reads the text once. Local, writes nothing.
 
@@ -99,9 +92,9 @@ class Settings(RunSettings):
 
         quiet_transformers()
         check_model_name(self.flags.model)
-        if self.text is None:
+        if self.flags.text is None:
             return f"the embedded text of Python {platform.python_version()}"
-        return open_text(self.text).check()
+        return open_text(self.flags.text).check()
 
 
 def read_settings(arguments: Sequence[str] | None) -> Settings:

@@ -26,7 +26,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 def replier() -> Replier:
     text = "the quick brown fox jumps over the lazy dog\n"
     tokenizer = train_tokenizer(TextSource("fox", (Document("one", text=text * 20),)), 270)
-    sizes = {"tiny": models.ModelSize(n_layer=2, n_head=2, n_embd=32, context=CONTEXT)}
+    sizes = {"tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": CONTEXT}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "SIZES", sizes)
         model = models.build_model("tiny", len(tokenizer), 0, seed=0)
