@@ -82,13 +82,15 @@ def release(code: int) -> None:
 def _keep(ends: int, address: str, port: int, world_size: int, listener: int) -> NoReturn:
     """What the forked process does; it has nothing of rank 0's to end. Local."""
     try:
-        os.setsid()  # Ctrl-C is for the ranks
+        os.setsid()
         # Whoever waits for the end of a pipe of rank 0's must not wait for this process.
         low, high = sorted((ends, listener))
         for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
             os.closerange(first, last)
+        # Whoever ends ranks, Ctrl-C or DeepSpeed's launcher, asks the processes below them, too.
+        # They save before they end, and need the store until then.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN)
         serve(ends, address, port, world_size, listener)
     finally:
         os._exit(0)
