@@ -1,7 +1,6 @@
 """Replies: a trained folder and a prompt in, text out.
 
-Knows nothing of training. On a GPU the model runs inside DeepSpeed's inference engine, elsewhere in
-plain transformers.
+Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ds_gradprune.errors import ConfigError, MissingDependencyError
-from textgen.model import context_length, load_model
+from ds_gradprune.errors import ConfigError
+from textgen.model import context_length, load_model, ready
 from textgen.tokenizer import load_tokenizer
 
 
@@ -55,9 +54,6 @@ class Replier:
         model: any causal language model of transformers.
         tokenizer: its tokenizer.
         device: where it runs; None takes a GPU if there is one.
-
-    Raises:
-        MissingDependencyError: there is a GPU, but no DeepSpeed with `init_inference`.
     """
 
     def __init__(
@@ -68,12 +64,8 @@ class Replier:
     ) -> None:
         self.tokenizer = tokenizer
         self.context = context_length(model)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.train(False)
-        self._engine: Any = model
-        if self.device.type == "cuda":
-            half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            self._engine = inference_engine(model, half)
+        self.model: Any = ready(model, device)
+        self.device = torch.device(model.device)
 
     @classmethod
     def load(cls, name: str, device: str | None = None) -> Replier:
@@ -81,7 +73,6 @@ class Replier:
 
         Raises:
             DataError: the folder is damaged or no model.
-            MissingDependencyError: see the class.
         """
         return cls(load_model(name), load_tokenizer(name), device)
 
@@ -123,7 +114,7 @@ class Replier:
                 torch.seed()
             else:
                 torch.manual_seed(sampling.seed)
-            tokens: torch.Tensor = self._engine.generate(
+            tokens: torch.Tensor = self.model.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=num_new,
@@ -161,30 +152,3 @@ def prompt_ids(
         return ids, 0
     kept = ids[-min(max(context - max_new_tokens, (context + 1) // 2), context - 1) :]
     return kept, len(ids) - len(kept)
-
-
-def inference_engine(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """DeepSpeed's inference engine around a model, on DeepSpeed's current accelerator.
-
-    Kernel injection stays off: it replaces blocks by classes written for older transformers.
-
-    Args:
-        model: moved and converted in place.
-        dtype: the engine computes in it.
-
-    Raises:
-        MissingDependencyError: DeepSpeed, or this entry point of it, is absent.
-    """
-    try:
-        import deepspeed
-    except ImportError as exc:
-        raise MissingDependencyError(
-            "Replies on a GPU need DeepSpeed: pip install ds_gradprune[deepspeed]. Hide the GPU "
-            "with CUDA_VISIBLE_DEVICES= to reply on the CPU."
-        ) from exc
-    if not hasattr(deepspeed, "init_inference"):
-        raise MissingDependencyError(
-            f"Replies on a GPU need deepspeed.init_inference, which DeepSpeed "
-            f"{deepspeed.__version__} does not have: pip install ds_gradprune[deepspeed]."
-        )
-    return deepspeed.init_inference(model, dtype=dtype, replace_with_kernel_inject=False)

@@ -117,12 +117,11 @@ def model_of(name: str) -> str:
     return str(folder / "model")
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load any causal language model. Local.
+def load_model(name: str) -> PreTrainedModel:
+    """Load any causal language model, in fp32. Local.
 
     Args:
         name: a model folder, or a hub name, which may download.
-        dtype: of the weights.
 
     Raises:
         DataError: the model cannot be read, or weights are missing from it.
@@ -131,7 +130,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     local = Path(name).is_dir()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, local_files_only=local, output_loading_info=True
+            name, dtype=torch.float32, local_files_only=local, output_loading_info=True
         )
     # A damaged folder raises whatever the reader that stumbles raises, from json's errors to
     # safetensors' own, which has no base but Exception. It is told, never passed over.
@@ -188,6 +187,20 @@ def context_length(model: PreTrainedModel) -> int | None:
 def sequence_length(model: PreTrainedModel) -> int:
     """Tokens per training sequence."""
     return min(context_length(model) or LONGEST_SEQUENCE, LONGEST_SEQUENCE)
+
+
+def ready(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
+    """Make a model reply: in evaluation, and in half precision on a GPU. In place. Local.
+
+    Args:
+        model: any.
+        device: where it runs; None takes a GPU if there is one.
+    """
+    model.train(False)
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+        half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        torch.nn.Module.to(model, device=device or "cuda", dtype=half)
+    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_gradprune.errors import ConfigError, DataError, MissingDependencyError
+from ds_gradprune.errors import ConfigError, DataError
 from textgen import model as models
 from textgen.corpus import Document, TextSource
-from textgen.generate import Replier, Sampling, inference_engine, prompt_ids
+from textgen.generate import Replier, Sampling, prompt_ids
 from textgen.tokenizer import train_tokenizer
 
 CONTEXT = 24
@@ -47,7 +45,7 @@ def test_greedy_reply_takes_the_likeliest_token(replier: Replier) -> None:
     tokens = replier.tokenizer.encode("the quick")
     prompt = len(tokens)
     for _ in range(GREEDY.max_new_tokens):
-        logits = replier._engine(torch.tensor([tokens])).logits[0, -1]
+        logits = replier.model(torch.tensor([tokens])).logits[0, -1]
         tokens.append(int(logits.argmax()))
     assert replier.tokenizer.decode(tokens[prompt:]) == replier.reply("the quick", GREEDY)
 
@@ -87,7 +85,7 @@ def test_pieces_come_word_by_word(replier: Replier, monkeypatch: pytest.MonkeyPa
             streamer.put(torch.tensor([token]))
         streamer.end()
 
-    monkeypatch.setattr(replier._engine, "generate", generate)
+    monkeypatch.setattr(replier.model, "generate", generate)
     pieces = list[str]()
     assert replier.reply("x", GREEDY, pieces.append) == "the quick brown fox"
     assert pieces == ["the ", "quick ", "brown ", "fox"]
@@ -147,31 +145,7 @@ def test_damaged_folder_is_refused(tmp_path: Path) -> None:
         Replier.load(str(tmp_path), "cpu")
 
 
-def test_deepspeed_without_inference_is_told(
-    replier: Replier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = ModuleType("deepspeed")
-    fake.__version__ = "9.9"
-    monkeypatch.setitem(sys.modules, "deepspeed", fake)
-    with pytest.raises(MissingDependencyError, match=r"init_inference, which DeepSpeed 9\.9"):
-        inference_engine(replier._engine, torch.float32)
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install ds_gradprune\[deepspeed\]"):
-        inference_engine(replier._engine, torch.float32)
-
-
-@pytest.mark.distributed
-@pytest.mark.filterwarnings("default")
-def test_deepspeeds_engine_replies_the_same(replier: Replier) -> None:
-    # On a CPU in fp32: the path a GPU takes, without its rounding.
-    wanted = replier.reply("the quick", GREEDY)
-    other = Replier(replier._engine, replier.tokenizer, "cpu")
-    other._engine = inference_engine(replier._engine, torch.float32)
-    assert type(other._engine).__name__ == "InferenceEngine"
-    assert other.reply("the quick", GREEDY) == wanted
-
-
 @pytest.mark.gpu
 def test_gpu_replies_are_deterministic(replier: Replier) -> None:
-    on_gpu = Replier(replier._engine, replier.tokenizer, "cuda")
+    on_gpu = Replier(replier.model, replier.tokenizer, "cuda")
     assert on_gpu.reply("the quick", GREEDY) == on_gpu.reply("the quick", GREEDY) != ""

@@ -107,7 +107,6 @@ class Engine:
         self.clock = clock
         self.max_queue = max_queue
         self.max_rows = rows
-        self.num_tokens = 0
         self._batches = [Batch(served, rows)]
         self._queue: deque[Job] = deque()
         self._next: Served | None = None
@@ -268,7 +267,6 @@ class Engine:
                 self._end(row.owner, End("error", row.num_new, message))
             self._fail(batch, message)
             return
-        self.num_tokens += len(made)
         for row, text in made:
             if not row.owner.cancelled:
                 row.owner.emit(Piece(text))

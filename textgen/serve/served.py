@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_gradprune.errors import ConfigError
 from textgen.generate import prompt_ids
-from textgen.model import context_length
+from textgen.model import context_length, ready
 from textgen.serve.template import PLAIN_TEMPLATE
 
 
@@ -45,10 +44,7 @@ class Served:
         context: int,
     ) -> Served:
         """Make a loaded model ready. A tokenizer without a chat template gets the plain one."""
-        model.train(False)
-        if torch.cuda.is_available():
-            half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            torch.nn.Module.to(model, device="cuda", dtype=half)  # in place
+        ready(model)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_TEMPLATE
         ends = getattr(model.generation_config, "eos_token_id", None)
