@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from ds_gradprune.errors import GradPruneError
 from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.epochs import gloo_opener
 from ds_gradprune.wire.members import Members
+from launch.support.run_folder import write_text
 
 TIMEOUT_S = 4.0
 
@@ -44,6 +48,27 @@ def count_on(port: int, lost: int, how: str, calls: int = 40) -> dict[str, Any]:
     return told
 
 
+def walk(address: str, island: int, size: int, folder: Path) -> None:
+    """Make calls until the folder has a file `stop`; write down what came, and how long it took."""
+    store = dist.TCPStore(address, 29500, is_master=island == 0, wait_for_workers=False)  # type: ignore[attr-defined]
+    members = Members(store, island, gloo_opener(store, island, TIMEOUT_S), TIMEOUT_S)
+    members.begin(range(size))
+    crew = CrewTransport(members)
+    told: dict[str, Any] = {"calls": 0, "longest_s": 0.0, "fault": ""}
+    try:
+        while not (folder / "stop").exists():
+            began_s = time.monotonic()
+            _gathered(crew, told["calls"] % 256, island)
+            told["longest_s"] = max(told["longest_s"], time.monotonic() - began_s)
+            told |= {"calls": told["calls"] + 1, "took_part": list(crew.took_part)}
+            write_text(folder / f"told{island}", json.dumps(told))
+            time.sleep(0.02)
+    except GradPruneError as exc:
+        told["fault"] = f"{type(exc).__name__}: {exc}"
+    write_text(folder / f"told{island}", json.dumps(told))
+    os._exit(0)
+
+
 def _freeze(for_s: float) -> None:
     """All threads of this process, until another one lets it go on."""
     me = os.getpid()
@@ -60,3 +85,7 @@ def _gathered(crew: CrewTransport, call: int, island: int) -> list[int]:
     work.wait()
     assert work.took_part is not None
     return [int(value) for value in out[: len(work.took_part)].flatten()]
+
+
+if __name__ == "__main__":
+    walk(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
