@@ -21,6 +21,8 @@ _ADVICE = re.compile(r"\. This (is typically|may have been) caused by .*")
 """Torch guesses at causes behind its first sentence."""
 
 _INTERFACE = re.compile(r"Unable to find address for: (\S+)")
+_OWN_NAME = re.compile(r"connectFullMesh.*Connection refused, remote=\[(127\.0\.1\.1)\]", re.DOTALL)
+"""Debian's address for a host's own name: one host has told it to another."""
 _IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
@@ -66,8 +68,13 @@ def translated(doing: str, rank: int, world_size: int, timeout_s: float) -> Iter
             raise
         kind = TransportTimeout if _TIMEOUT.search(text) else TransportError
         reason = _ADVICE.sub("", _SOURCE_LINE.sub("", text.splitlines()[0]))[:200].rstrip(".")
+        advice = "Look at what the other ranks wrote first."
+        if found := _OWN_NAME.search(text):
+            advice = (
+                f"Another host has told {found[1]} as its address, which its own name means there: "
+                "set GLOO_SOCKET_IFNAME on all hosts."
+            )
         raise kind(
             f"rank {rank} of {world_size} on {socket.gethostname()} has lost another rank while "
-            f"{doing} (gradient_pruning.timeout_s {timeout_s:g}): {reason}. Look at what the other "
-            "ranks wrote first."
+            f"{doing} (gradient_pruning.timeout_s {timeout_s:g}): {reason}. {advice}"
         ) from exc

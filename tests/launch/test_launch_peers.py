@@ -111,6 +111,19 @@ def test_an_interface_that_is_not_there_is_named() -> None:
         raise RuntimeError(error)
 
 
+def test_a_host_whose_own_name_means_a_loopback_address_is_told_what_to_set() -> None:
+    """As Debian's /etc/hosts has it: the other ranks were to be looked at, and said the same."""
+    error = (
+        "Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:144] timed out connecting: "
+        "SO_ERROR: Connection refused, remote=[127.0.1.1]:42390"
+    )
+    with (
+        pytest.raises(TransportTimeout, match=r"told 127\.0\.1\.1 as .* set GLOO_SOCKET_IFNAME on"),
+        Peers(Place()).during("starting"),
+    ):
+        raise RuntimeError(error)
+
+
 def test_a_port_that_is_in_use_is_no_lost_rank() -> None:
     error = "The server socket has failed to listen on any address. port: 29500, EADDRINUSE"
     with (
