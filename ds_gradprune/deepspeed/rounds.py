@@ -216,6 +216,7 @@ class Rounds:
             is_alone = handle.groups.num_shards == 1
             if begun.goes_ahead and (is_alone or not isinstance(exc, TransportError)):
                 handle.shards.publish()
+            handle.weights.note()  # what was taken back is no write of somebody else
             raise
         assert begun.prepared is not None
         begun.prepared.commit()

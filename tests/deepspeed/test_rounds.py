@@ -151,5 +151,6 @@ def test_what_went_ahead_of_an_exchange_that_fails_leaves_the_model_too(
             bench.rounds.land()
         assert all(torch.equal(model[n], own) for n, own in bench.shards.tensors.items())
         assert any(not torch.equal(model[name], weight) for name, weight in ahead.items())
+        assert bench.weights.notes == 1
 
     run_ranks(2, main)

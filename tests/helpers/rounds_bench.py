@@ -67,6 +67,10 @@ class _Waited:
 
 class _Untouched:
     written = False
+    notes = 0
+
+    def note(self) -> None:
+        self.notes += 1
 
 
 class _Alone:
