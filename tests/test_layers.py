@@ -196,6 +196,19 @@ def test_functions_are_short() -> None:
                 assert numel <= FUNCTION_CEILING, f"{path}:{node.lineno} has {numel} lines"
 
 
+def test_no_wait_reads_the_wall_clock() -> None:
+    """Which jumps when a host sets it. Ages of files are the exception: their times are of it."""
+    reading = {
+        str(path.relative_to(ROOT))
+        for folder in ("ds_gradprune", "launch", "textgen")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns")
+    }
+    stamps = "textgen/serve/schema.py"
+    assert reading <= {"ds_gradprune/deepspeed/build_locks.py", stamps}
+
+
 @pytest.mark.parametrize("module", ["ds_gradprune", "ds_gradprune.law", "ds_gradprune.cli"])
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(' '.join(sys.modules))"

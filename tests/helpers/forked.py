@@ -130,7 +130,7 @@ def _serve() -> None:
         request = json.loads(line)
         pids = [_fork(rank, request) for rank in range(len(request["arguments"]))]
         lives = list(request["lives"])
-        stopped = {doom["rank"] for doom in request["dooms"] if doom["deed"] == "stop"}
+        stopped = {d["rank"] for d in request["dooms"] + lives if d["deed"] == "stop"}
         codes: dict[int, int | None] = {}
         deadline_s = time.monotonic() + request["limit_s"]
         while len(codes) < len(pids):

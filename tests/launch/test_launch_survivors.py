@@ -88,6 +88,28 @@ def test_a_lost_rank_comes_back(nursery: Nursery, here: Path, tmp_path: Path) ->
     assert [step for step, _ in result["val_losses"]] == [0, 40, 80, 100]
 
 
+def test_two_come_back_at_once_and_one_freezes_in_its_first_save(
+    nursery: Nursery, here: Path, tmp_path: Path
+) -> None:
+    """While exchanges are hidden."""
+    out = tmp_path / "out"
+    throttle = {"schedule": [{"step": 0, "rate_mbit": 1000, "latency_s": 0.03}]}
+    path = config(tmp_path, throttle=throttle, verify_every_steps=1, overlap="auto")
+    given = arguments(here, out, config=path, eval_every="200", save_every="60", steps="90")
+    dooms = [Doom(1, STEP, 9, "kill"), Doom(2, STEP, 9, "kill")]
+    lives = [Doom(1, STEP, 0, "none"), Doom(2, SAVE, 1, "stop")]
+    case = Case([given] * 4, dooms, {"MASTER_PORT": scripts.free_port()}, lives=lives)
+    endings = nursery.run(case)
+    assert [ending.code for ending in endings] == [0, 0, None, 0], [e.told for e in endings]
+    for island in (1, 2):
+        assert f"rank {island} takes part again after step" in endings[island].told
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 91))
+    senders = [line["senders"] for line in lines]
+    assert (senders[0], min(senders), max(senders[20:]), senders[-1]) == (4, 2, 4, 3)
+    assert (out / "checkpoints" / "latest").read_text() == "step00000090"
+
+
 def test_saves_meet_hidden_exchanges(nursery: Nursery, here: Path, tmp_path: Path) -> None:
     """A save asks all ranks over the transport that an exchange under way uses in its thread."""
     out = tmp_path / "out"
