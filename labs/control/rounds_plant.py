@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,7 +87,6 @@ class Exchange:
         interval: steps since the exchange before.
         density: kept / all.
         step_s: what each of these steps took.
-        comm_s: the exchange itself.
         oracle_s: what a step took the oracle, with the same chance.
         oracle_share: the oracle's elements per step, as a share of all.
         oracle_interval: the oracle's interval.
@@ -97,7 +96,6 @@ class Exchange:
     interval: int
     density: float
     step_s: float
-    comm_s: float
     oracle_s: float
     oracle_share: float
     oracle_interval: int
@@ -106,6 +104,22 @@ class Exchange:
     def share(self) -> float:
         """Elements per step, as a share of all."""
         return self.density / self.interval
+
+
+class Passed(NamedTuple):
+    """An exchange as the next one's signals tell of it.
+
+    Attributes:
+        interval: steps since the exchange before it.
+        k: kept elements per chunk.
+        comm_s: the exchange itself.
+        computes_s: every host's computation of these steps.
+    """
+
+    interval: int
+    k: int
+    comm_s: float
+    computes_s: list[float]
 
 
 class Plant:
@@ -152,6 +166,10 @@ class Plant:
         hidden_s = 0.0 if k == CHUNK_NUMEL else hide_steps * latest_s / interval
         return (latest_s + codec_s + max(0.0, self.comm_s(step, k) - hidden_s)) / interval
 
+    def passed(self, first: int, step: int, k: int) -> Passed:
+        """The exchange after the steps first .. step."""
+        return Passed(step + 1 - first, k, self.comm_s(step, k), self.computes_s(first, step))
+
     def oracle(self, step: int, *, hides: bool) -> tuple[int, int]:
         """(interval, k) of one who knows the rate and how unsteady it is, but no step's chance."""
         rate = self.trace.rates[step]
@@ -196,7 +214,7 @@ def run(name: str, plant: Plant, losses: Sequence[float]) -> tuple[list[Exchange
     state, decision = control.start(config)
     passed: list[Exchange] = []
     told: list[StepSignals] = []
-    last: tuple[Exchange, list[float], int] | None = None
+    last: Passed | None = None
     first = 0
     while True:
         in_warmup = first < config.warmup_steps
@@ -206,8 +224,7 @@ def run(name: str, plant: Plant, losses: Sequence[float]) -> tuple[list[Exchange
             break
         k = round(decision.density * CHUNK_NUMEL)
         hide_steps = 0 if k == CHUNK_NUMEL else config.delay_of(interval)
-        told.append(_signals(plant, losses, first, step, last, config))
-        comm_s = plant.comm_s(step, k)
+        told.append(signals_of(plant, losses, first, step, last, config))
         best_interval, best_k = plant.oracle(step, hides=config.overlap == "auto")
         start = max(0, step + 1 - best_interval)
         now = Exchange(
@@ -215,13 +232,12 @@ def run(name: str, plant: Plant, losses: Sequence[float]) -> tuple[list[Exchange
             interval=interval,
             density=decision.density,
             step_s=plant.step_s(first, step, k, hide_steps),
-            comm_s=comm_s,
             oracle_s=plant.step_s(start, step, best_k, config.delay_of(best_interval)),
             oracle_share=best_k / CHUNK_NUMEL / best_interval,
             oracle_interval=best_interval,
         )
         passed.append(now)
-        last, first = (now, plant.computes_s(first, step), k), step + 1
+        last, first = plant.passed(first, step, k), step + 1
         state, decision = control.update(config, state, told[-1])
     began_s = time.thread_time()
     state, _ = control.start(config)
@@ -230,42 +246,48 @@ def run(name: str, plant: Plant, losses: Sequence[float]) -> tuple[list[Exchange
     return passed, (time.thread_time() - began_s) / len(told)
 
 
-def _signals(
+def signals_of(
     plant: Plant,
     losses: Sequence[float],
     first: int,
     step: int,
-    last: tuple[Exchange, list[float], int] | None,
+    last: Passed | None,
     config: GradientPruningConfig,
 ) -> StepSignals:
-    """What all hosts know after an exchange: these steps' loss, and the times of the one before."""
+    """What all hosts know after an exchange: these steps' loss, and the times of the one before.
+
+    Args:
+        losses: of every step so far.
+        first: the first step since the exchange before, counted from 0, and `step` the last one.
+        last: the exchange before; None: there was none.
+        config: the law's.
+    """
     loss = statistics.fmean(losses[first : step + 1])
     if last is None:
         rank = RankSignals(loss, False, None, 0.0, 0.0, 0, 0)
         return aggregate(step + 1, [rank] * plant.hosts, None, 0)
-    before, computes_s, k = last
-    latest_s = max(computes_s)
-    codec_s = 0.0 if k == CHUNK_NUMEL else CODEC_S
+    latest_s = max(last.computes_s)
+    codec_s = 0.0 if last.k == CHUNK_NUMEL else CODEC_S
     ranks = [
         RankSignals(
             loss=loss,
             nonfinite=not math.isfinite(loss),
             compute_time_s=compute_s,
             codec_time_s=codec_s,
-            comm_time_s=latest_s - compute_s + before.comm_s,
-            wire_bytes=wire_bytes(k, plant.hosts),
+            comm_time_s=latest_s - compute_s + last.comm_s,
+            wire_bytes=wire_bytes(last.k, plant.hosts),
             agreement=0,
         )
-        for compute_s in computes_s
+        for compute_s in last.computes_s
     ]
-    hide_steps = 0 if k == CHUNK_NUMEL else config.delay_of(before.interval)
+    hide_steps = 0 if last.k == CHUNK_NUMEL else config.delay_of(last.interval)
     return aggregate(
         step + 1,
         ranks,
-        before.density,
+        last.k / CHUNK_NUMEL,
         wire_bytes(CHUNK_NUMEL, plant.hosts),
-        min(1.0, hide_steps / before.interval),
-        interval=before.interval,
+        min(1.0, hide_steps / last.interval),
+        interval=last.interval,
     )
 
 

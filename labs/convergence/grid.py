@@ -147,6 +147,27 @@ class Gradient(Pruned):
         return super()._block(warmup_steps) | {"prune": "gradient"}
 
 
+class Steering(Strict):
+    """A simulated link that changes, and the product's law on it: `steered.SteeredSimulation`.
+
+    Attributes:
+        rates_mbit: of the link, in turn.
+        hold_steps: how long each holds.
+        density_min: how far the law may go down; None: to `density`, and at `density_max` None as
+            well the density stays, whatever the link does.
+        density_max: how far up.
+        budget_s: see the product's `step_time_budget_s`.
+        moves_interval: the law chooses the interval as well.
+    """
+
+    rates_mbit: Annotated[tuple[Positive, ...], pydantic.Field(min_length=1)]
+    hold_steps: Count
+    density_min: Share | None = None
+    density_max: Share | None = None
+    budget_s: Positive | None = None
+    moves_interval: bool = False
+
+
 class Update(Pruned):
     """Islands, every one with its own AdamW: `"prune": "update"`.
 
@@ -167,6 +188,7 @@ class Update(Pruned):
         warmup_every: steps between exchanges in an unpruned warm-up, which the product's law
             chooses.
         warmup_dense: steps of an unpruned warm-up that are dense nevertheless, its first ones.
+        steered: a simulated link, to which the law may answer.
     """
 
     kind: Literal["update"]
@@ -180,6 +202,7 @@ class Update(Pruned):
     warmup: Literal["dense", "unpruned"] = "dense"
     warmup_every: Count = 1
     warmup_dense: Annotated[int, pydantic.Field(ge=0)] = 0
+    steered: Steering | None = None
 
     def _block(self, warmup_steps: int) -> dict[str, Any]:
         own = self.model_dump(
@@ -188,7 +211,20 @@ class Update(Pruned):
                 "overlap", "warmup",
             }
         )  # fmt: skip
-        return super()._block(warmup_steps) | {"prune": "update"} | own
+        return super()._block(warmup_steps) | {"prune": "update"} | own | self._steered_block()
+
+    def _steered_block(self) -> dict[str, Any]:
+        """What the law may move."""
+        if self.steered is None:
+            return {}
+        least, most = self.steered.density_min, self.steered.density_max
+        density = {
+            "min": least or self.density,
+            "initial": self.density,
+            "max": most or self.density,
+        }
+        block: dict[str, Any] = {"density": density, "step_time_budget_s": self.steered.budget_s}
+        return block | ({"sync_every": "auto"} if self.steered.moves_interval else {})
 
 
 class DiLoCo(Method):

@@ -91,7 +91,8 @@ def _in_first_lab(method: Pruned) -> dict[str, Any] | None:
         return own
     is_reset = method.residual == "reset" or (method.residual is None and method.sync_every > 1)
     is_slow = method.slow_momentum and method.sync_every > 1
-    if is_reset or is_slow or method.overlap or method.warmup != "dense":
+    is_new = method.overlap or method.warmup != "dense" or method.steered is not None
+    if is_reset or is_slow or is_new:
         return None
     for now, then in (("update_scale", "scale"), ("slow_momentum", "slow")):
         if now in own:

@@ -24,7 +24,8 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         gap_best_pct (against the best dense), gap_flushed_pct (after a last exact exchange),
         gap_averaged_pct (weights averaged over the end of the run, against dense's averaged so too;
         None where a run was made before that was measured),
-        first_lab (some run is of the first laboratory, see `store.keys_of`), stopped_at.
+        first_lab (some run is of the first laboratory, see `store.keys_of`), stopped_at,
+        link_s (seconds on a simulated link, see `steered`; None where there was none).
     """
     dense = {(_settings(run), run["seed"]): run for run in runs if run["kind"] == "dense"}
     by_settings: dict[str, list[float]] = {}
@@ -65,7 +66,14 @@ def _row(
         "gap_averaged_pct": _averaged_pct(pairs),
         "first_lab": any(run.get("first_lab", False) for run in own),
         "stopped_at": min(stops, default=None),
+        "link_s": _link_s(own),
     }
+
+
+def _link_s(runs: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds of a run on the simulated link, mean; None where there was none."""
+    times_s = [run.get("notes", {}).get("link_s") for run in runs]
+    return None if None in times_s else statistics.fmean(times_s)
 
 
 def _averaged_pct(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
@@ -136,4 +144,8 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """For the page."""
     lines = [list(HEADER), ["---", *["---:"] * (len(HEADER) - 1)]]
     lines += [cells(row) for row in by_bits(rows)]
+    if any(row.get("link_s") is not None for row in rows):
+        times_s = [row.get("link_s") for row in by_bits(rows)]
+        last = ["s on the link", "---:", *("" if s is None else f"{s:.0f}" for s in times_s)]
+        lines = [[*line, cell] for line, cell in zip(lines, last, strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -15,6 +15,7 @@ from labs.convergence.grid import Dense, DiLoCo, Gradient, Method, OneBitAdam, P
 from labs.convergence.islands import DiLoCoSimulation, IslandSimulation, UpdateSimulation
 from labs.convergence.peers import OneBitAdamSimulation, PowerSgdSimulation
 from labs.convergence.stack import Alone, Stack, Together
+from labs.convergence.steered import SteeredSimulation
 from labs.convergence.text import Text
 
 _CURVE_SEQUENCES = 128
@@ -34,7 +35,8 @@ def _plain(setting: Setting, method: Method) -> Simulation:
     if isinstance(method, Gradient):
         return GradientSimulation(setting, method)
     if isinstance(method, Update):
-        return UpdateSimulation(setting, method)
+        kind = UpdateSimulation if method.steered is None else SteeredSimulation
+        return kind(setting, method)
     if isinstance(method, DiLoCo):
         return DiLoCoSimulation(setting, method)
     if isinstance(method, OneBitAdam):
@@ -68,8 +70,8 @@ def run_trial(setting: Setting, method: Method, text: Text) -> dict[str, Any]:
 
 def can_stack(method: Method) -> bool:
     """Whether runs of a method can be made side by side, see `run_stack`."""
-    if isinstance(method, Update) and method.warmup != "dense":
-        return False  # its islands part at another step
+    if isinstance(method, Update) and (method.warmup != "dense" or method.steered is not None):
+        return False  # its islands part at another step, or exchange at steps of their own
     return method.accumulate == 1 and isinstance(method, (Dense, Update, DiLoCo))
 
 
