@@ -133,6 +133,7 @@ class Stack:
             assert isinstance(simulation, IslandSimulation)
             simulation.shared = simulation.shared.clone()
             simulation.part(self._apart.weights[number * workers : (number + 1) * workers])
+        del self._dense, self._dense_adam  # no dense step follows: a model's memory five times
 
     def _rate(self, setting: Setting, step: int) -> float:
         return learning_rate(setting.train, step, setting.steps)

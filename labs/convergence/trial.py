@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,11 @@ def can_stack(method: Method) -> bool:
 
 
 def run_stack(
-    settings: Sequence[Setting], methods: Sequence[Method], text: Text
+    settings: Sequence[Setting],
+    methods: Sequence[Method],
+    text: Text,
+    *,
+    tell: Callable[[int, int, float], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train several times side by side.
 
@@ -85,6 +89,7 @@ def run_stack(
             hyper-parameters that differ in the learning rate alone.
         methods: of every run; all dense, or none.
         text: to train and validate on.
+        tell: is told of every point of a curve: number of the run, step, loss.
 
     Returns:
         What `run_trial` returns, of every run; times are each run's share.
@@ -95,7 +100,7 @@ def run_stack(
             simulation = simulation_of(setting, method)
             assert isinstance(simulation, (DenseSimulation, IslandSimulation))
             simulations.append(simulation)
-        return _run(Stack(simulations), text)
+        return _run(Stack(simulations), text, tell)
     finally:
         for simulation in simulations:
             simulation.close()
@@ -109,7 +114,9 @@ class _Track:
         self.averaged = torch.zeros_like(simulation.shared[0])
 
 
-def _run(together: Together, text: Text) -> list[dict[str, Any]]:
+def _run(
+    together: Together, text: Text, tell: Callable[[int, int, float], None] | None = None
+) -> list[dict[str, Any]]:
     setting = together.simulations[0].setting
     few, every = text.validation(_CURVE_SEQUENCES), max(1, setting.steps // _CURVE_POINTS)
     few = few.to(setting.device)
@@ -133,6 +140,8 @@ def _run(together: Together, text: Text) -> list[dict[str, Any]]:
             if (step + 1) % every == 0:
                 loss = validation_loss(setting.gpt, simulation.shared[0], few)
                 track.curve.append([step + 1, loss])
+                if tell is not None:
+                    tell(number, step + 1, loss)
                 if not loss < float("inf"):
                     together.stopped_at[number] = step + 1
         if None not in together.stopped_at:

@@ -36,7 +36,7 @@ def main() -> None:
     model, tokens = read(options)
     text = TokenText(tokens, options.length)
     print(f"{time.monotonic() - began_s:5.0f} s  model and text are read", flush=True)
-    for job in [job for job in JOBS if job.kind in options.kinds][: options.jobs]:
+    for job in options.runs or [job for job in JOBS if job.kind in options.kinds][: options.jobs]:
         if time.monotonic() - began_s > options.start_before_s:
             print("no time is left for further jobs", flush=True)
             break
@@ -112,7 +112,7 @@ def train(
                 place = (options.device, options.device)
                 settings.append(Setting(gpt, hyper, ISLANDS, options.steps, seed, *place))
                 methods.append(METHODS[name])
-    rows = run_stack(settings, methods, text)
+    rows = run_stack(settings, methods, text, tell=_tell)
     return [
         {
             "kind": job.kind,
@@ -126,6 +126,11 @@ def train(
         | row
         for setting, method, row in zip(settings, methods, rows, strict=True)
     ]
+
+
+def _tell(number: int, step: int, loss: float) -> None:
+    """What is known of a run that goes on: it may be cut."""
+    print(f"       run {number}, after {step} steps: {loss:.4f} on a part", flush=True)
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,6 +172,13 @@ def table(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _job(text: str) -> Job:
+    kind, _, method = text.partition(": ")
+    if kind not in LEARNING_RATES or method not in METHODS:
+        raise argparse.ArgumentTypeError(f"must be 'full: METHOD' or 'lora: METHOD', got {text!r}")
+    return Job(kind, (method,))
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -179,6 +191,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--kinds", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=_job,
+        help="'KIND: METHOD' each, in this order, in place of the usual jobs",
+    )
     parser.add_argument("--jobs", type=int, help="only the first so many")
     parser.add_argument("--start-before-s", type=float, default=1e9, help="no job begins later")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with random weights")

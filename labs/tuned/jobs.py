@@ -14,23 +14,24 @@ LEARNING_RATES = {"full": 7e-5, "lora": 5e-4}
 
 def _rounds(name: str, every: int, **more: Any) -> Update:
     """Rounds as the product has them by default up to 3.1 %: the mean update counts N times."""
-    return Update(
-        kind="update",
-        name=name,
-        sync_every=every,
-        density=0.03125,
-        value_bits=2,
-        residual="reset",
-        update_scale=float(ISLANDS),
-        **more,
-    )
+    keys: dict[str, Any] = {
+        "sync_every": every,
+        "density": 0.03125,
+        "value_bits": 2,
+        "residual": "reset",
+        "update_scale": float(ISLANDS),
+    }
+    return Update(kind="update", name=name, **(keys | more))
 
 
 METHODS: dict[str, Method] = {
     "dense": Dense(kind="dense", name="dense"),
     "every 10": _rounds("every 10", 10),
     "every 5": _rounds("every 5", 5),
+    "every 5, 4 bits": _rounds("every 5, 4 bits", 5, value_bits=4),
+    "every 5, 6.3 %": _rounds("every 5, 6.3 %", 5, density=0.0625),
     "every step": Update(kind="update", name="every step", density=0.01, value_bits=4),
+    "every step, 5 %": Update(kind="update", name="every step, 5 %", density=0.05, value_bits=4),
     "every 10, hidden": _rounds("every 10, hidden", 10, overlap="auto"),
 }
 

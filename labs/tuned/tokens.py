@@ -7,6 +7,7 @@ import torch
 from labs.convergence.text import VALIDATION_PART, Text
 
 VALIDATION_SEQUENCES = 64
+CURVE_SEQUENCES = 16
 
 
 class TokenText(Text):
@@ -25,6 +26,5 @@ class TokenText(Text):
         self._context = context
 
     def validation(self, sequences: int | None = None) -> torch.Tensor:
-        """See `Text.validation`; at most `VALIDATION_SEQUENCES`."""
-        most = VALIDATION_SEQUENCES
-        return super().validation(most if sequences is None else min(most, sequences))
+        """See `Text.validation`; `VALIDATION_SEQUENCES`, and for a curve `CURVE_SEQUENCES`."""
+        return super().validation(VALIDATION_SEQUENCES if sequences is None else CURVE_SEQUENCES)
