@@ -51,7 +51,7 @@ class BedVerdict:
 def play(schedule: BedSchedule, inputs: Path, folder: Path) -> BedVerdict:
     """Run a schedule to its end."""
     with Bed(schedule.hosts, schedule.rate) as bed:
-        run = (_Supervised if schedule.supervised else _Bare)(schedule, bed, inputs, folder)
+        run = (_Supervised if schedule.supervised else BareRun)(schedule, bed, inputs, folder)
         try:
             return run.play()
         finally:
@@ -207,11 +207,14 @@ class _Supervised(_Run):
         return "; ".join(shown)
 
 
-class _Bare(_Run):
+class BareRun(_Run):
+    """A run that is started rank by rank, and that nothing starts again."""
+
     def play(self) -> BedVerdict:
+        """Run it to its end."""
         schedule = self.schedule
         for number in range(schedule.hosts):
-            self._start(number)
+            self.start(number)
         if not self.until(lambda: self.logged() >= schedule.step, LIMIT_S / 2):
             return BedVerdict("untyped", notes=["never began", *self.told()])
         before = self.logged()
@@ -223,7 +226,8 @@ class _Bare(_Run):
                 return BedVerdict("finished", recover_s)
         return self._survivors()
 
-    def _start(self, number: int) -> None:
+    def start(self, number: int) -> None:
+        """Start the rank of a host."""
         place = {"RANK": str(number), "WORLD_SIZE": str(self.schedule.hosts), "LOCAL_RANK": "0"}
         place |= {"LOCAL_SIZE": "1", "MASTER_ADDR": self.bed.hosts[0].address}
         place |= {"MASTER_PORT": "29500", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
@@ -256,6 +260,7 @@ class _Bare(_Run):
         return BedVerdict("typed_error" if is_typed else "untyped", typed_s=typed_s, notes=notes)
 
     def pid(self, host: int) -> int:
+        """See `_Run`."""
         return int((self.folder / f"pid{host}").read_text())
 
     def told(self) -> list[str]:

@@ -20,7 +20,7 @@ class BedSchedule:
 
     Attributes:
         hosts: 2 or 3, with a rank each.
-        mode: "update" or "gradient".
+        mode: "update", "gradient", or "lost": updates with `min_islands`.
         rate: of all links.
         supervised: started by launch/supervise.py.
         deed: see `DEEDS`.
@@ -72,9 +72,10 @@ def write_inputs(folder: Path) -> None:
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = GPT2Config(vocab_size=len(tokenizer), **shape, **special)
     save_model(GPT2LMHeadModel(config), tokenizer, folder / "model")
-    for mode in ("update", "gradient"):
+    for mode in ("update", "gradient", "lost"):
         block = {
-            "prune": mode,
+            "prune": "gradient" if mode == "gradient" else "update",
+            "min_islands": 1 if mode == "lost" else None,
             "warmup_steps": 3,
             "ramp_steps": 0,
             "window_size": 4,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from labs.faults import bed, bed_schedule, loopback, lost, schedules
+from labs.faults import bed, bed_lost, bed_schedule, loopback, lost, schedules
 from labs.faults.bed_schedule import LASTING
 from labs.faults.page import ENDS, page
 from labs.machine import commit, machine
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     flags.add_argument("--loopback", type=int, default=0, help="schedules on loopback (default: 0)")
     flags.add_argument("--lost", type=int, default=0, help="schedules of lost islands (default: 0)")
     flags.add_argument("--bed", type=int, default=0, help="schedules on the bed (default: 0)")
+    flags.add_argument(
+        "--bed-lost", type=int, default=0, help="schedules of lost islands there (default: 0)"
+    )
     flags.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
     flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     flags.add_argument(
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     numbers = range(given.first, given.first + given.loopback)
     rows = [_on_loopback(given.seed, number) for number in numbers]
     rows += [_of_lost(given.seed, n) for n in range(given.first, given.first + given.lost)]
-    rows += _on_bed(given.seed, range(given.first, given.first + given.bed))
+    rows += _on_bed("bed", given.seed, range(given.first, given.first + given.bed))
+    rows += _on_bed("bed lost", given.seed, range(given.first, given.first + given.bed_lost))
     summary = summarize(rows)
     if given.out is not None:
         facts = machine() | {"commit": commit(ROOT), "date": str(datetime.date.today())}
@@ -67,7 +71,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     without_s = sorted(
         row["recover_s"]
         for row in rows
-        if row.get("part") == "lost" and row["recover_s"] is not None
+        if row.get("part") in ("lost", "bed lost") and row["recover_s"] is not None
     )
     typed_s = sorted(row["typed_s"] for row in rows if row.get("typed_s") is not None)
     return {
@@ -110,16 +114,17 @@ def _of_lost(seed: int, number: int) -> dict[str, Any]:
     return row
 
 
-def _on_bed(seed: int, numbers: range) -> list[dict[str, Any]]:
-    rows = []
+def _on_bed(part: str, seed: int, numbers: range) -> list[dict[str, Any]]:
+    rows, has_lost = list[dict[str, Any]](), part == "bed lost"
+    draw, play = (bed_lost.draw, bed_lost.play) if has_lost else (bed_schedule.draw, bed.play)
     with tempfile.TemporaryDirectory() as inputs:
         if numbers:
             bed_schedule.write_inputs(Path(inputs))
         for number in numbers:
-            schedule = bed_schedule.draw(seed, number)
+            schedule = draw(seed, number)
             with tempfile.TemporaryDirectory() as folder:
-                verdict = bed.play(schedule, Path(inputs), Path(folder))
-            row = {"part": "bed", "number": number} | dataclasses.asdict(schedule)
+                verdict = play(schedule, Path(inputs), Path(folder))
+            row = {"part": part, "number": number} | dataclasses.asdict(schedule)
             rows.append(row | dataclasses.asdict(verdict))
             _say(rows[-1])
     return rows
@@ -129,7 +134,7 @@ def _say(row: dict[str, Any]) -> None:
     """One line for people; all that is known where it is no good end."""
     bad = row["end"] in ("hung", "untyped") or row.get("diverged") or row.get("lost_gradient")
     shown = row if bad else {k: row[k] for k in ("part", "number", "end")}
-    if row["part"] == "bed":
+    if row["part"].startswith("bed"):
         shown |= {
             k: row[k] for k in ("deed", "host", "hosts", "supervised", "recover_s", "typed_s")
         }

@@ -33,6 +33,9 @@ def page(rows: Sequence[dict[str, Any]], command: str, facts: dict[str, Any]) ->
     on_bed = [row for row in rows if row["part"] == "bed"]
     if on_bed:
         parts.append(_bed(on_bed))
+    lost_on_bed = [row for row in rows if row["part"] == "bed lost"]
+    if lost_on_bed:
+        parts.append(_lost_on_bed(lost_on_bed))
     return "\n".join(parts)
 
 
@@ -104,6 +107,26 @@ def _bed(rows: Sequence[dict[str, Any]]) -> str:
             counts = " | ".join(str(ends[end]) for end in ENDS)
             by = "launch/supervise.py" if supervised else "hand"
             lines.append(f"| {deed} | {by} | {len(having)} | {counts} | {_spread(seconds)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _lost_on_bed(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "## Islands that are lost on the bed\n",
+        "Three hosts with a rank of `launch/train.py` each, `min_islands` 1 and `timeout_s` 10. "
+        "Nothing is started again. A run has finished when all ranks that can be reached have made "
+        "all steps, and the lost one has ended with an error if it lives. Seconds are the longest "
+        "time between two steps from the deed on: median (smallest to largest).\n",
+        "| deed | at host | schedules | finished | typed error | hung | untyped | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for deed in dict.fromkeys(row["deed"] for row in rows):
+        for host in sorted({row["host"] for row in rows if row["deed"] == deed}):
+            having = [r for r in rows if (r["deed"], r["host"]) == (deed, host)]
+            ends = Counter(row["end"] for row in having)
+            counts = " | ".join(str(n) for n in (len(having), *(ends[end] for end in ENDS)))
+            seconds = _spread(row["recover_s"] for row in having)
+            lines.append(f"| {deed} | {host} | {counts} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.residual import Residuals
-from labs.faults import bed_schedule, loopback
+from labs.faults import bed_lost, bed_schedule, loopback
 from labs.faults.command import summarize
 from labs.faults.schedules import KINDS, Event, Schedule, draw
 
@@ -34,6 +34,23 @@ def test_a_seed_gives_the_same_schedules_again() -> None:
     beds = [bed_schedule.draw(3, number) for number in range(30)]
     assert {one.deed for one in beds} == set(bed_schedule.DEEDS)
     assert {one.supervised for one in beds} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("deed", "host", "left"),
+    [
+        ("kill", 0, {1, 2}),
+        ("down", 1, {0, 2}),
+        ("down", 0, {0}),  # which keeps the store
+        ("one way", 1, {0, 1}),
+        ("one way", 2, {0, 1}),
+        ("outage", 0, {0, 1, 2}),
+    ],
+)
+def test_who_can_still_be_reached_must_go_on(deed: str, host: int, left: set[int]) -> None:
+    drawn = [bed_lost.draw(5, number) for number in range(30)]
+    assert {one.deed for one in drawn} == set(bed_lost.DEEDS)
+    assert bed_lost.left(dataclasses.replace(drawn[0], deed=deed, host=host)) == left
 
 
 @pytest.mark.parametrize("prune", ["update", "gradient"])
