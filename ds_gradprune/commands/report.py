@@ -91,7 +91,7 @@ def totals_text(run: Run) -> str:
     parts = [f"{total.steps} steps", f"{duration(total.seconds)} of training"]
     if total.wire_bytes:
         parts.append(
-            f"{total.wire_bytes / 1e6:.4g} MB sent instead of {total.dense_bytes / 1e6:.4g}"
+            f"{total.wire_bytes / 1e6:,.2f} MB sent instead of {total.dense_bytes / 1e6:,.2f}"
         )
     if total.last_loss is not None:
         parts.append(f"{run.loss_name} {total.last_loss:.4f} at the end")

@@ -105,7 +105,9 @@ def test_report_in_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder = write_run(tmp_path / "first")
     assert cli.main(["report", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("first: 200 steps, 119 s of training, 87.58 MB sent instead of 800")
+    assert lines[0].startswith(
+        "first: 200 steps, 119 s of training, 87.58 MB sent instead of 800.00"
+    )
     assert "own training loss" in lines[0]
     assert lines[2].split()[:2] == ["step", "density"]
     assert len(lines) == 3 + 7
