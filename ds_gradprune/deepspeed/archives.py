@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ds_gradprune.deepspeed.agree import raise_together
+from ds_gradprune.deepspeed.agree import gather_texts, raise_together
 from ds_gradprune.deepspeed.checkpoint import FILE_NAME
 from ds_gradprune.deepspeed.zipped import zip_fault
 from ds_gradprune.errors import CheckpointError
 from ds_gradprune.wire.transport import Transport
 
 _MAGIC = b"PK\x03\x04"
+_PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 _PLACES = (
     ("LOCAL_RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
     ("OMPI_COMM_WORLD_LOCAL_RANK", ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
@@ -19,27 +23,63 @@ _PLACES = (
 """Where launchers say which of so many ranks of its host this one is."""
 
 
-def check_files(folder: str, ranks: Transport) -> None:
+def check_files(folder: str, ranks: Transport, parts: int | None = None) -> None:
     """Read DeepSpeed's files of a checkpoint; ours have a checksum over everything.
 
     Args:
         folder: of the tag.
         ranks: all of them.
+        parts: into so many DeepSpeed divides the optimizer now, if it is to be loaded; None: it is
+            not, or in whatever parts it lies.
 
     Raises:
-        CheckpointError: names a damaged file, on all ranks alike.
+        CheckpointError: names a damaged file, or a run without pruning has saved other parts; on
+            all ranks alike.
 
     Collective: all ranks of `ranks`.
     """
-    theirs = [
-        path for path in archives_in(folder) if not FILE_NAME.fullmatch(os.path.basename(path))
-    ]
+    files = archives_in(folder)
+    theirs = [path for path in files if not FILE_NAME.fullmatch(os.path.basename(path))]
+    if parts is not None:
+        _check_parts(folder, parts, ranks, saves_ours=len(theirs) < len(files))
     fault = first_fault(theirs, os.environ)
     error = None
     if fault is not None:
         error = CheckpointError(
             f"{fault}. Nothing was loaded. Resume from another checkpoint: write the name of an "
             "older tag into the file latest."
+        )
+    raise_together(ranks, error)
+
+
+def latest_file(engine: Any) -> str:
+    """The name of the file from which an engine takes the newest tag. Local."""
+    return "latest_universal" if engine.load_universal_checkpoint() else "latest"
+
+
+def parts_of(engine: Any) -> int | None:
+    """Into so many parts DeepSpeed divides an optimizer, which it reads in no others. Local.
+
+    None: it divides none, or reads a universal checkpoint.
+    """
+    if not engine.zero_optimization() or engine.load_universal_checkpoint():
+        return None
+    return int(engine.seq_dp_world_size)
+
+
+def _check_parts(folder: str, parts: int, ranks: Transport, *, saves_ours: bool) -> None:
+    """A run without us divides an optimizer among all ranks, which islands do not."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    mine = [int(match[1]) for match in map(_PART.fullmatch, names) if match]
+    told = [json.loads(text) for text in gather_texts(ranks, json.dumps([saves_ours, mine]))]
+    saved = 1 + max((part for _, found in told for part in found), default=-1)
+    error = None
+    if saved not in (0, parts) and not any(ours for ours, _ in told):
+        error = CheckpointError(
+            f"checkpoint {folder} was saved without gradient pruning, by {saved} ranks that divide "
+            f"the optimizer among them. Now {parts} do so, with islands those of one. "
+            "Load it with load_optimizer_states=False to go on from its weights, or convert it "
+            "with DeepSpeed's ds_to_universal.py and set checkpoint.load_universal."
         )
     raise_together(ranks, error)
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, resize
 from ds_gradprune.deepspeed.agree import gather_texts
+from ds_gradprune.deepspeed.archives import latest_file
 from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.hooks import Hooks
 from ds_gradprune.deepspeed.shards import make_shards
@@ -84,7 +85,7 @@ class Carried:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        tag = checkpoint.agree_tag(load_dir, tag, self._seat)
+        tag = checkpoint.agree_tag(load_dir, tag, self._seat, latest_file(self._engine))
         saved = None
         if tag is not None and _resumes(*args, **kwargs) and self._has_state(load_dir, tag):
             saved = checkpoint.load(load_dir, tag, self._seat)

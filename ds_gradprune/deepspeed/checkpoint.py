@@ -178,8 +178,8 @@ def agree_on(error: GradPruneError | None, seat: Seat) -> None:
 # ---- which tag -----------------------------------------------------------------------------------
 
 
-def agree_tag(load_dir: str, tag: Any, seat: Seat) -> str | None:
-    """The tag to load, equal on all ranks: the one given, or what `latest` says.
+def agree_tag(load_dir: str, tag: Any, seat: Seat, latest: str = "latest") -> str | None:
+    """The tag to load, equal on all ranks: the one given, or what the file `latest` says.
 
     A host without a `latest` takes what rank 0's says.
 
@@ -194,7 +194,7 @@ def agree_tag(load_dir: str, tag: Any, seat: Seat) -> str | None:
     """
     found, fault = None, None
     try:
-        found = latest_tag(load_dir) if tag is None else check_tag(str(tag), "the tag")
+        found = check_tag(str(tag), "the tag") if tag is not None else latest_tag(load_dir, latest)
     except CheckpointError as exc:
         fault = str(exc)
     ranks = _tell(seat, {"fault": fault, "tag": found})

@@ -7,16 +7,20 @@ import os
 from ds_gradprune.errors import CheckpointError
 
 
-def latest_tag(folder: str) -> str | None:
+def latest_tag(folder: str, file: str = "latest") -> str | None:
     """The tag that DeepSpeed's `latest` file names; None if there is no such file.
+
+    Args:
+        folder: of the checkpoints.
+        file: its name; `latest_universal` names one that DeepSpeed's ds_to_universal.py has made.
 
     Raises:
         CheckpointError: the file cannot be read, or names no folder inside `folder`.
     """
-    path = os.path.join(folder, "latest")
+    path = os.path.join(folder, file)
     try:
-        with open(path, encoding="utf-8") as file:
-            return check_tag(file.read(4096).strip(), path)
+        with open(path, encoding="utf-8") as opened:
+            return check_tag(opened.read(4096).strip(), path)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeError) as exc:

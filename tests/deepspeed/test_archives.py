@@ -5,11 +5,20 @@ from __future__ import annotations
 import contextlib
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from ds_gradprune.deepspeed.archives import archives_in, check_files, fault_of, first_fault
+from ds_gradprune.deepspeed.archives import (
+    archives_in,
+    check_files,
+    fault_of,
+    first_fault,
+    latest_file,
+    parts_of,
+)
 from ds_gradprune.errors import CheckpointError
 from tests.helpers.loopback_ranks import on_ranks
 
@@ -74,3 +83,38 @@ def test_damage_that_one_rank_sees_is_told_on_all(saved: Path) -> None:
     assert all(isinstance(answer, CheckpointError) for answer in answers)
     assert "is damaged: File is not a zip file. Nothing was loaded." in str(answers[0])
     assert str(answers[1]) == f"rank 0: {answers[0]}"
+
+
+def test_an_optimizer_in_other_parts_is_refused_where_a_plain_run_divided_it(
+    tmp_path: Path,
+) -> None:
+    """Hosts without a shared disk: each has two of the four parts."""
+    disks = [tmp_path / "a", tmp_path / "b"]
+    for number, disk in enumerate(disks):
+        disk.mkdir()
+        for part in (2 * number, 2 * number + 1):
+            (disk / f"bf16_zero_pp_rank_{part}_mp_rank_00_optim_states.pt").write_bytes(b"x")
+
+    def load(parts: int | None) -> list[object]:
+        return on_ranks(2, lambda t: check_files(str(disks[t.rank]), t, parts))
+
+    assert load(4) == [None, None]
+    assert load(None) == [None, None]
+    answers = load(2)
+    assert all(isinstance(answer, CheckpointError) for answer in answers)
+    assert all("by 4 ranks that divide the optimizer" in str(answer) for answer in answers)
+    # What islands have saved has a check of its own, which knows their number.
+    (disks[1] / "gradient_pruning_island_00001_shard_00000.pt").write_bytes(b"x")
+    assert load(2) == [None, None]
+
+
+def test_an_engine_names_its_files() -> None:
+    engine: Any = SimpleNamespace(seq_dp_world_size=2)
+    for has_zero, is_universal, expected in (
+        (False, False, ("latest", None)),
+        (True, False, ("latest", 2)),
+        (True, True, ("latest_universal", None)),
+    ):
+        engine.zero_optimization = lambda has_zero=has_zero: has_zero
+        engine.load_universal_checkpoint = lambda is_universal=is_universal: is_universal
+        assert (latest_file(engine), parts_of(engine)) == expected

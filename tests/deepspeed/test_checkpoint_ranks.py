@@ -242,6 +242,9 @@ def test_the_latest_tag_is_that_of_the_file(tmp_path: Path) -> None:
     assert agreed([tmp_path] * 2) == ["step10", "step10"]
     assert agreed([tmp_path] * 2, "best/one") == ["best/one"] * 2
     assert agreed([tmp_path] * 2, 7) == ["7", "7"]
+    assert checkpoint.latest_tag(str(tmp_path), "latest_universal") is None
+    (tmp_path / "latest_universal").write_text("step10_universal")
+    assert checkpoint.latest_tag(str(tmp_path), "latest_universal") == "step10_universal"
 
 
 @pytest.mark.parametrize(

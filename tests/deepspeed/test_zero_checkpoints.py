@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.fork_ranks import run_forked
 from tests.helpers.zero_answers import Found, kinds, of_all, of_one
-from tests.helpers.zero_files import CONVERTED, RESIZED, RESUMED, SAVED
+from tests.helpers.zero_files import BEGUN, CONVERTED, RESIZED, RESUMED, SAVED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300)]
 
@@ -42,6 +42,15 @@ def test_plain_deepspeed_reads_the_checkpoints(saved: Any, kind: str) -> None:
         assert found[kind]["weights"]
         assert found[kind]["steps"] == 7
         assert 0.0 < found[kind]["loss"] < 13.0
+
+
+@pytest.mark.parametrize("kind", kinds(BEGUN))
+def test_islands_go_on_from_the_weights_of_a_plain_run(saved: Any, kind: str) -> None:
+    """Its optimizer lies in four parts, and an island reads two."""
+    for found in of_all(saved[0], kind, "begins"):
+        assert "without gradient pruning, by 4 ranks that divide the optimizer" in found["refused"]
+        assert found["weights"]
+        assert found["crcs"][:2] == found["crcs"][2:]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_gradprune.errors import CheckpointError
 from tests.helpers.shard_bench import batch, start_deepspeed, weights_of
 from tests.helpers.zero_bench import PRUNED, everywhere, make, masters, train
 from tests.helpers.zero_cases import KINDS, collect
@@ -21,6 +22,10 @@ SAVED = ("0-bf16", "1-fp32-sums", "2-fp32", "2-offload", "3-bf16")
 
 CONVERTED = ("2-fp32", "2-offload", "3-bf16")
 """Those that zero_to_fp32.py reads. It refuses those of BF16_Optimizer, plain ones too."""
+
+BEGUN = ("2-fp32",)
+"""Those that go on from a checkpoint of plain DeepSpeed. At stage 3 it reads no frozen parameters
+that lie in other parts."""
 
 RESUMED: dict[str, dict[str, Any]] = {
     "0-fp16": {},
@@ -85,6 +90,26 @@ def views(kind: str, folder: str) -> dict[str, Any]:
     return answers
 
 
+def begins(kind: str, folder: str) -> dict[str, Any]:
+    """Islands go on from a run of plain DeepSpeed, which has divided everything by four."""
+    plain = make(None, **KINDS[kind])
+    train(plain, 1, 2)
+    plain.save_checkpoint(folder, tag="t")
+    before = weights_of(plain)
+    dist.barrier()
+    engine = make(PRUNED, seed=9, **KINDS[kind])
+    try:
+        engine.load_checkpoint(folder)
+        refused = ""
+    except CheckpointError as exc:
+        refused = str(exc)
+    engine.load_checkpoint(folder, load_optimizer_states=False)
+    weights = _same(weights_of(engine), before)
+    train(engine, 3, 6)
+    crcs = everywhere(engine.gradprune.parameters_crc())
+    return {"refused": refused, "weights": weights, "crcs": crcs}
+
+
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
@@ -99,6 +124,8 @@ def run_views(folder: str) -> dict[str, Any]:
 
     def checks(kind: str) -> Any:
         yield "views", views(kind, f"{folder}/{kind}")
+        if kind in BEGUN:
+            yield "begins", begins(kind, f"{folder}/plain_{kind}")
 
     return collect(checks, [*SAVED])
 
