@@ -73,6 +73,14 @@ def test_a_bit_that_flips_in_one_ranks_weights_is_found(tmp_path: Path) -> None:
     assert verdict.lives == 2
 
 
+def test_a_rank_that_counts_less_is_compared_after_the_steps_that_it_made(tmp_path: Path) -> None:
+    """Its hash of the next step stood where that of its own count belonged: a false alarm."""
+    verdict = loopback.play(draw(13, 77), tmp_path)
+    assert verdict.end == "finished", verdict.notes
+    assert "had no answer from rank 1" in verdict.notes[0]
+    assert not verdict.diverged
+
+
 def test_a_product_that_forgets_its_residual_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
