@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,10 +70,11 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
     partitioned = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        quantized: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of transformers, on every rank
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            quantized: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32
+            )
         # What comes out of a GGUF file refuses to be saved, so its weights move into a fresh model.
         model = type(quantized)(quantized.config)
         model.load_state_dict(quantized.state_dict())

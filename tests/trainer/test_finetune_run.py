@@ -170,7 +170,9 @@ def test_adapters_are_trained_and_merged(ends: dict[str, str], home: Path) -> No
 
 
 @pytest.mark.slow
-def test_real_model_out_of_a_gguf_file(tmp_path: Path, repo_root: Path) -> None:
+def test_real_model_out_of_a_gguf_file(
+    tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gguf")
     from launch.support.tuning_model import load_tuned, replies
     from textgen.model import load_model, save_model
@@ -180,6 +182,7 @@ def test_real_model_out_of_a_gguf_file(tmp_path: Path, repo_root: Path) -> None:
     if not path.is_file():
         pytest.skip("labs/smollm2.sh fetches the model")
     model, tokenizer = load_tuned(str(path))
+    assert capsys.readouterr().err == ""  # every rank drew a bar over the others'
     question = ["What is the capital of France?"]
     assert "Paris" in replies(model, tokenizer, question)[0]
     save_model(model, tokenizer, tmp_path / "model")
