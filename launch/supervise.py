@@ -5,7 +5,7 @@
 
 The command is started on the hosts that answer, one process per slot. What ends well ends the
 supervision. Else it is started again on the hosts that answer then, and goes on from its newest
-whole checkpoint. Where the configuration sets min_islands and so many ranks are left, they train
+whole checkpoint. Where the configuration sets min_islands and so many islands are left, they train
 on, and the lost one alone is started again and let in.
 
 Called again, this script goes on in the same way. Ctrl-C, or SIGTERM, lets the ranks end by
@@ -31,7 +31,7 @@ if __name__ == "__main__" and not __package__:
 
 from ds_gradprune.commands.hostfile import read_hostfile
 from ds_gradprune.commands.hosts import SSH
-from ds_gradprune.config import load_block
+from ds_gradprune.config import GradientPruningConfig, load_block
 from ds_gradprune.config.load import read_config
 from ds_gradprune.errors import ConfigError, GradPruneError
 
@@ -125,6 +125,7 @@ def read_task(arguments: Sequence[str]) -> Task:
         raise ConfigError("--out must be in the command, or no checkpoint could be found.")
     folder = RunFolder(Path(out)) if out is not None else None
     beside = Path("supervise.jsonl") if out is None else Path(f"{out.rstrip('/')}.supervise.jsonl")
+    block = _block_of(words) if is_ours else None
     return Task(
         words=words,
         hosts=hosts,
@@ -141,7 +142,8 @@ def read_task(arguments: Sequence[str]) -> Task:
         checkpoints=flags.checkpoints or (folder.checkpoints if folder else None),
         resume=flags.resume_words,
         log=flags.log or beside,
-        min_islands=_min_islands(words) if is_ours else None,
+        min_islands=None if block is None else block.min_islands,
+        island_ranks=None if block is None else block.island.ranks,
     )
 
 
@@ -167,13 +169,13 @@ def command_words(command: Sequence[str]) -> list[str]:
     return [sys.executable, *words] if words[0].endswith(".py") else words
 
 
-def _min_islands(words: Sequence[str]) -> int | None:
+def _block_of(words: Sequence[str]) -> GradientPruningConfig | None:
     """What the command's configuration says; what is wrong in it is told by the command."""
     config = _value_of("--config", words)
     if config is None or not any(Path(word).stem == "train" for word in words):
         return None
     try:
-        return load_block(read_config(config, hjson.loads)).min_islands
+        return load_block(read_config(config, hjson.loads))
     except ConfigError:
         return None
 

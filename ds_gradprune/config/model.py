@@ -254,8 +254,8 @@ class GradientPruningConfig(_Block):
     )
     min_islands: Annotated[int, Field(ge=1, le=2**16 - 1)] | None = Field(
         default=None,
-        description="With update and one rank per island: a lost island is left out while so many "
-        "are left, and the others train on. Null means that a lost rank ends the run.",
+        description="With update: an island that has lost a rank is left out while so many are "
+        "left, and the others train on. Null means that a lost rank ends the run.",
     )
     verify_every_steps: Steps | None = Field(
         default=100,

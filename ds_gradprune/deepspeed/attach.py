@@ -25,7 +25,7 @@ from ds_gradprune.deepspeed.island_handle import IslandHandle
 from ds_gradprune.deepspeed.monitor import show
 from ds_gradprune.deepspeed.opening import opening
 from ds_gradprune.deepspeed.shards import make_shards
-from ds_gradprune.deepspeed.survivors import make_crew, refuse_unfit, with_rest
+from ds_gradprune.deepspeed.survivors import make_survivors, refuse_unfit, with_rest
 from ds_gradprune.deepspeed.waits import bounded, new_group
 from ds_gradprune.deepspeed.zero_gradients import (
     ZeroGradientHandle,
@@ -158,11 +158,11 @@ def _islands(engine: Any, config: GradientPruningConfig, clock: Clock) -> AnyHan
     if config.min_islands is not None:
         refuse_unfit(config, groups)
         facts = with_rest(facts_of(engine, config), engine.module, shards, groups)
-        crew = make_crew(config, groups, lambda inner: _throttled(inner, config, clock), facts)
-        seat = _seat(crew, groups)
-        return IslandHandle(engine, config, AllGather(crew), clock, seat, groups, shards, crew)
-    channel = _channel(config, groups.outer_cpu, clock)
-    return IslandHandle(engine, config, channel, clock, _seat(ranks, groups), groups, shards)
+        left = make_survivors(config, groups, lambda t: _throttled(t, config, clock), facts)
+        seat, channel = _seat(left.everyone, groups), AllGather(left.crew)
+        return IslandHandle(engine, config, channel, clock, seat, groups, shards, left)
+    seat, outer = _seat(ranks, groups), _channel(config, groups.outer_cpu, clock)
+    return IslandHandle(engine, config, outer, clock, seat, groups, shards)
 
 
 def _without_dense(config: GradientPruningConfig, fault: str) -> GradientPruningConfig:

@@ -25,7 +25,7 @@ class PruningBackend(TorchBackend):
     """A `TorchBackend` whose marked reduction is done by us."""
 
     # Own attributes live in slots: __dict__ is the adopted backend's and stays DeepSpeed's alone.
-    __slots__ = ("_adopted", "_alone", "_reduce", "_users")
+    __slots__ = ("_adopted", "_alone", "_inside", "_reduce", "_users")
 
     def __init__(self, adopted: TorchBackend) -> None:
         # No super().__init__: it would open a second process group and build its ops again.
@@ -34,6 +34,7 @@ class PruningBackend(TorchBackend):
         self._reduce: Reduce | None = None
         self._users = 0
         self._alone: Any = None
+        self._inside: Any = None
 
     @contextmanager
     def gradient_bucket(self, reduce: Reduce) -> Iterator[None]:
@@ -57,7 +58,7 @@ class PruningBackend(TorchBackend):
             self._reduce = None
 
     @contextmanager
-    def alone(self, everyone: Any) -> Iterator[None]:
+    def alone(self, everyone: Any, inside: Any = None) -> Iterator[None]:
         """Nothing inside waits for all ranks, as some may be gone: all are taken to say the same.
 
         DeepSpeed 0.19.8 meets all ranks in a save and in a load, to compare the tag, which they
@@ -66,17 +67,21 @@ class PruningBackend(TorchBackend):
 
         Args:
             everyone: the group of all ranks, beside torch's own.
+            inside: the ranks of this island, which are lost together and wait for each other's
+                files; None: there is one.
         """
-        self._alone = everyone
+        self._alone, self._inside = everyone, inside
         try:
             yield
         finally:
-            self._alone = None
+            self._alone = self._inside = None
 
     def barrier(self, group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        """`TorchBackend.barrier`, but for all ranks inside `alone`. Collective: the group."""
+        """`TorchBackend.barrier`; inside `alone` all ranks are the island's. Collective: these."""
         if self._is_alone(group):
-            return None
+            if self._inside is None:
+                return None
+            group = self._inside
         return super().barrier(group, async_op, device_ids)
 
     def all_reduce(

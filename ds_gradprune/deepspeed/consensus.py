@@ -47,7 +47,7 @@ _FIX = (
 )
 
 
-_SIGNALS = 8
+_SIGNALS = 10
 """Numbers of an agreement on signals."""
 
 
@@ -101,8 +101,10 @@ class InsideIsland:
             float(mine.written),
             float(dense_bytes),
             float(mine.agreement),
+            float(mine.stops),
+            float(mine.asks),
         ]
-        losses, computes, codecs, comms, nonfinite, written, dense, histories = (
+        losses, computes, codecs, comms, nonfinite, written, dense, histories, stops, asks = (
             list(column) for column in zip(*self._gather(Occasion.SIGNALS, row), strict=True)
         )
         together = dataclasses.replace(
@@ -113,6 +115,8 @@ class InsideIsland:
             comm_time_s=_most(comms),
             nonfinite=any(nonfinite),
             written=any(written),
+            stops=any(stops),
+            asks=all(asks),
             agreement=mine.agreement if island is None else _history(histories, island),
         )
         return together, int(sum(dense))

@@ -26,7 +26,7 @@ from deepspeed.utils import groups
 from ds_gradprune.deepspeed.crowd import warn_of_crowd
 from ds_gradprune.deepspeed.seats import Seat, gather_seats, ranks_per_island
 from ds_gradprune.deepspeed.waits import everyone, new_group
-from ds_gradprune.wire.stand_in import FAKE, joined_store
+from ds_gradprune.wire.stand_in import FAKE, comrades
 
 _given_up: list[Any] = []
 """Groups of engines that were detached."""
@@ -62,8 +62,8 @@ class Groups:
         self._timeout_s = timeout_s
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
-        self.num_shards = 1  # of an island that may be lost, in whose place this process comes
-        if joined_store() is None:
+        self.num_shards = len(comrades())  # of an island that comes back
+        if not self.num_shards:
             seats = gather_seats(Seat.here())
             while _given_up:  # nobody is in a collective of theirs any more
                 with suppress(ValueError):  # somebody has destroyed all groups meanwhile
@@ -77,16 +77,28 @@ class Groups:
         self._alone = self._mine([[rank] for rank in range(self._world_size)])
         self.inner: Any = None
         self.inner_cpu: Any = None
+        firsts = range(0, self._world_size, self.num_shards)
+        self._inners = [[*range(r, r + self.num_shards)] for r in firsts]
         if self.num_shards > 1:
-            firsts = range(0, self._world_size, self.num_shards)
-            inners = [[*range(r, r + self.num_shards)] for r in firsts]
-            self.inner = self._mine(inners)
+            self.inner = self._mine(self._inners)
             # DeepSpeed's collectives must never meet our agreements.
-            self.inner_cpu = self._mine(inners, backend="gloo")
+            self.inner_cpu = self._mine(self._inners, backend="gloo")
         outers = [[*range(i, self._world_size, self.num_shards)] for i in range(self.num_shards)]
         self.outer: Any = self._mine(outers)
         is_gloo = dist.get_backend(self.outer) in ("gloo", FAKE)
         self.outer_cpu: Any = self.outer if is_gloo else self._mine(outers, backend="gloo")
+
+    def new_inner(self, timeout_s: float) -> Any:
+        """One more group of the ranks of this island, over gloo. Collective: all ranks.
+
+        Args:
+            timeout_s: longest wait in it.
+        """
+        before, self._timeout_s = self._timeout_s, timeout_s
+        try:
+            return self._mine(self._inners, backend="gloo")
+        finally:
+            self._timeout_s = before
 
     def close(self, *, is_mpu: bool) -> None:
         """Give up the groups: their connections and threads. A second call does nothing. Local.

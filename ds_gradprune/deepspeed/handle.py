@@ -42,7 +42,7 @@ from ds_gradprune.law.verdict import FirstVerdict
 from ds_gradprune.train.loop import Loop
 from ds_gradprune.train.report import StepReport, Totals
 from ds_gradprune.wire.channel import Announcement, Channel
-from ds_gradprune.wire.crew import CrewTransport
+from ds_gradprune.wire.everyone import Everyone
 
 
 class Handle:
@@ -75,7 +75,7 @@ class Handle:
     asks_stop = False
     stops = False
     lets_in = False
-    crew: CrewTransport | None = None
+    crew: Everyone | None = None
 
     def __init__(
         self,
@@ -209,10 +209,6 @@ class Handle:
         """
         raise NotImplementedError
 
-    def _sees_one_ask(self) -> bool:
-        """This rank sees another one that asks to take part."""
-        return self.crew is not None and self.crew.members.door.candidate is not None
-
     # ---- hooks ---------------------------------------------------------------------------------
 
     def _replace(self, name: str, doing: str, hook: Callable[..., Any]) -> None:
@@ -261,6 +257,10 @@ class Handle:
         """Kept elements per chunk in the exchange that is next or under way."""
         return kept_per_chunk(self.loop.decision.density)
 
+    def flagged(self, signals: RankSignals) -> RankSignals:
+        """What is announced: signals with what this rank asks. Local."""
+        return dataclasses.replace(signals, stops=self.asks_stop)
+
     def announce(self, signals: RankSignals, sizes: Sequence[int] = ()) -> Announcement:
         """Tell all ranks what this one is about to send. Collective.
 
@@ -272,7 +272,7 @@ class Handle:
             step=self.loop.exchange_step,
             rank=self.channel.rank,
             k=self.k,
-            signals=dataclasses.replace(signals, stops=self.asks_stop, asks=self._sees_one_ask()),
+            signals=self.flagged(signals),
         )
         return self.channel.announce(header, sizes)
 

@@ -16,7 +16,8 @@ Longer than 300 lines: all that is hooked in this mode, with a checkpoint's two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,10 +33,10 @@ from ds_gradprune.deepspeed.island_state import IslandState
 from ds_gradprune.deepspeed.island_weights import IslandWeights
 from ds_gradprune.deepspeed.monitor import StepLog
 from ds_gradprune.deepspeed.rounds import Rounds
-from ds_gradprune.deepspeed.survivors import Roll
-from ds_gradprune.deepspeed.waits import bounded
+from ds_gradprune.deepspeed.survivors import Roll, Survivors
+from ds_gradprune.deepspeed.waits import bounded, told
 from ds_gradprune.deepspeed.warmup import Warmup
-from ds_gradprune.errors import UnsupportedError
+from ds_gradprune.errors import TransportError, UnsupportedError
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.train.islands import Islands
 from ds_gradprune.train.kept import KeptResidual
@@ -44,8 +45,8 @@ from ds_gradprune.train.piece import Shards
 from ds_gradprune.train.scale import sparse_scale
 from ds_gradprune.train.shared_weights import SharedWeights
 from ds_gradprune.wire.channel import Channel
-from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.torchdist import TorchDistTransport
+from ds_gradprune.wire.transport import Transport
 
 _DIVIDED = 3
 """The ZeRO stage that divides the model's own weights."""
@@ -62,7 +63,7 @@ class IslandHandle(Handle):
         seat: this rank's place, for its checkpoint file.
         groups: the islands.
         shards: the fp32 weights of this rank; equal on all islands.
-        crew: the transport of `channel` and `seat`, where islands may be lost; None: none may.
+        survivors: behind `channel` and `seat`, where islands may be lost; None: none may.
 
     Attributes:
         groups: see there.
@@ -86,10 +87,11 @@ class IslandHandle(Handle):
         seat: checkpoint.Seat,
         groups: Groups,
         shards: Shards,
-        crew: CrewTransport | None = None,
+        survivors: Survivors | None = None,
     ) -> None:
         super().__init__(engine, config, channel, clock, seat)
-        self.crew, self._roll = crew, Roll(crew, config.min_islands or 1) if crew else None
+        self.crew = None if survivors is None else survivors.everyone
+        self._roll = None if self.crew is None else Roll(self.crew, config.min_islands or 1)
         self.groups = groups
         self.shards = shards
         shared = SharedWeights(shards, on_cpu=_lies_on_cpu(config.shared_device, shards))
@@ -105,12 +107,16 @@ class IslandHandle(Handle):
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,
             clip=config.clip_to_median,
         )
-        inner = None
-        if groups.inner_cpu is not None:
+        inner: Transport | None = None
+        if survivors is not None:
+            inner = survivors.inside
+        elif groups.inner_cpu is not None:
             inner = TorchDistTransport(groups.inner_cpu, config.timeout_s)
         self.inside = InsideIsland(inner, groups.num_islands)
         self.rounds = Rounds(self)
         self.weights = IslandWeights(engine, self.islands, shards, self.inside, self.rounds.land)
+        if self.crew is not None:
+            self.crew.before = self.weights.land
         self._warmup = Warmup(self)
         if int(engine.zero_optimization_stage()) == _DIVIDED:
             self.hooks.replace("_zero3_consolidated_16bit_state_dict", self._consolidate)
@@ -123,12 +129,6 @@ class IslandHandle(Handle):
         islands = self.islands
         kept = 0 if islands.kept is None else islands.kept.nbytes
         return islands.weights.nbytes + islands.rule.nbytes + kept
-
-    def check_alike(self, values: Mapping[str, Any]) -> None:
-        """See `Handle`. A crew's calls have one order, so what is under way lands first."""
-        if self.crew is not None:
-            self.weights.land()
-        super().check_alike(values)
 
     def residual_norm(self) -> float:
         """See `Handle`."""
@@ -175,8 +175,31 @@ class IslandHandle(Handle):
                 self._log = StepLog(self.config.log_path if self._is_first else None)
         super().finish(ranks, wire_bytes=wire_bytes, dense_bytes=dense_bytes)
 
+    def asking(self, signals: RankSignals) -> RankSignals:
+        """Signals with what this rank asks, or sees another one ask: the island agrees on them."""
+        asks = self.crew is not None and self.crew.sees_one_ask
+        return dataclasses.replace(signals, stops=self.asks_stop, asks=asks)
+
+    def flagged(self, signals: RankSignals) -> RankSignals:
+        """See `Handle`; they are the island's already."""
+        return signals
+
+    def _replace(self, name: str, doing: str, hook: Callable[..., Any]) -> None:
+        """See `Handle`; where this island has lost a rank, nobody need wait for the others."""
+
+        def told_to_all(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with told(doing, self.config.timeout_s):
+                    return hook(*args, **kwargs)
+            except TransportError:
+                if self.crew is not None:
+                    self.crew.give_up()
+                raise
+
+        super()._replace(name, doing, told_to_all)
+
     def _before_detach(self) -> None:
-        self.weights.leave_shared()  # lands what is under way, before any other call
+        self.weights.leave_shared()
         if self.crew is not None:
             self.crew.leave()
         self._warmup.close()

@@ -21,6 +21,7 @@ from ds_gradprune.errors import CheckpointError
 from ds_gradprune.train.parcel import Parcel, opened, readable
 from ds_gradprune.train.stopwatch import Stopwatch
 from ds_gradprune.wire.carry import hand_over, receive
+from ds_gradprune.wire.fate import left_out
 
 if TYPE_CHECKING:
     from ds_gradprune.deepspeed.island_handle import IslandHandle
@@ -39,12 +40,15 @@ def let_in(handle: IslandHandle) -> None:
     Collective: all islands, at the same step.
     """
     assert handle.crew is not None
-    handle.weights.land()
     handle.weights.hold_own()
-    handle.lets_in = False
     newcomer = handle.crew.let_in()
-    if newcomer is not None:
-        hand_over(handle.crew, newcomer, lambda: _parcel(handle))
+    handle.lets_in = False  # an exchange that has landed just now may have said it once more
+    if newcomer is None:
+        return
+    if newcomer.here:
+        make = _parcel if newcomer.everywhere else _refusal
+        hand_over(handle.crew.crew, newcomer.island, lambda: make(handle))
+    handle.crew.roll()
 
 
 def join(handle: IslandHandle) -> Any:
@@ -60,19 +64,40 @@ def join(handle: IslandHandle) -> Any:
     Collective: all islands, which call `let_in`.
     """
     assert handle.crew is not None
-    handle.crew.join()
-    state = opened(*receive(handle.crew, _most_bytes(handle.engine.module)))
+    with handle.inside.together():
+        state, crc, told = _received(handle)
+    with handle.inside.together():
+        _take(handle, state)
+        if handle.parameters_crc() != crc:
+            raise CheckpointError(
+                f"the weights that island {handle.groups.island} was handed over must be those of "
+                "the run, but their checksums differ. Start it again; test the memory of its host."
+            )
+    if handle.groups.island not in handle.crew.roll():
+        raise left_out(handle.groups.island)
+    return told
+
+
+def _received(handle: IslandHandle) -> tuple[dict[str, Any], int, Any]:
+    """The state, the checksum of its weights, and what a script is told."""
+    assert handle.crew is not None
+    crew = handle.crew.crew
+    crew.join()
+    state: dict[str, Any] = opened(*receive(crew, _most_bytes(handle.engine.module)))
     with readable():
         crc, told = (0, None) if "fault" in state else (int(state["crc"]), state["told"])
     if "fault" in state:
         raise CheckpointError(state["fault"])
-    _take(handle, state)
-    if handle.parameters_crc() != crc:
-        raise CheckpointError(
-            f"the weights that island {handle.groups.island} was handed over must be those of the "
-            "run, but their checksums differ. Start it again; test the memory of its host."
-        )
-    return told
+    return state, crc, told
+
+
+def _refusal(handle: IslandHandle) -> Parcel:
+    return Parcel(
+        {
+            "fault": f"all {handle.groups.num_shards} ranks of an island must be let in together, "
+            "but another one of this island was not reached. Start all of them again."
+        }
+    )
 
 
 def _most_bytes(module: torch.nn.Module) -> int:

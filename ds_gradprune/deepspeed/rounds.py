@@ -140,14 +140,12 @@ class Rounds:
         if self._learning is not None:
             loop.note_learning(self._learning.end_round())
         is_dense = loop.decision.density == 1.0 and not loop.decision.unpruned
-        signals, dense_bytes = handle.inside.agree(
-            loop.signals(
-                handle.losses.take(),
-                nonfinite=is_dense and not islands.weights.is_finite(),
-                written=bool(handle.weights.written),
-            ),
-            islands.dense_bytes(),
+        signals = loop.signals(
+            handle.losses.take(),
+            nonfinite=is_dense and not islands.weights.is_finite(),
+            written=bool(handle.weights.written),
         )
+        signals, dense_bytes = handle.inside.agree(handle.asking(signals), islands.dense_bytes())
         pruned = loop.decision.density < 1.0
         hides = pruned and handle.config.delay_of(loop.interval) > 0
         goes_ahead = hides and islands.kept is None

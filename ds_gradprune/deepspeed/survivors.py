@@ -18,11 +18,16 @@ from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.train.crc import crc_of
 from ds_gradprune.train.piece import Shards
+from ds_gradprune.wire.alike import Alike
 from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.crew import CrewTransport
 from ds_gradprune.wire.epochs import gloo_opener
+from ds_gradprune.wire.everyone import Everyone
+from ds_gradprune.wire.fate import Fate, store_of
 from ds_gradprune.wire.members import Epoch, Members
-from ds_gradprune.wire.stand_in import CREW, joined_store
+from ds_gradprune.wire.patient import Patient
+from ds_gradprune.wire.stand_in import CREW, joined_store, life
+from ds_gradprune.wire.torchdist import TorchDistTransport
 from ds_gradprune.wire.transport import Transport
 
 T = TypeVar("T")
@@ -34,17 +39,12 @@ _numbers = itertools.count()
 
 
 def refuse_unfit(config: GradientPruningConfig, groups: Groups) -> None:
-    """Which islands cannot be lost one by one. Local, the same on all ranks.
+    """Where no island can be lost. Local, the same on all ranks.
 
     Raises:
         UnsupportedError: these.
     """
     field, least = f"{BLOCK}.min_islands", config.min_islands
-    if groups.num_shards > 1:
-        raise UnsupportedError(
-            f"{field} must be null where an island has {groups.num_shards} ranks, got {least}: its "
-            "ranks could not be lost together. Leave it out, or start one rank per host."
-        )
     if least is not None and least > groups.num_islands:
         raise UnsupportedError(
             f"{field} must be at most the number of islands, {groups.num_islands}, got {least}."
@@ -68,22 +68,37 @@ def with_rest(facts: Facts, module: torch.nn.Module, shards: Shards, groups: Gro
     return Facts({**facts.values, **more}, facts.lists)
 
 
-def make_crew(
+@dataclasses.dataclass(frozen=True)
+class Survivors:
+    """How a rank reaches the others, of which some may be lost.
+
+    Attributes:
+        crew: the ranks of its index on all islands.
+        everyone: all ranks.
+        inside: the ranks of its island; None: there is one.
+    """
+
+    crew: CrewTransport
+    everyone: Everyone
+    inside: Transport | None
+
+
+def make_survivors(
     config: GradientPruningConfig,
     groups: Groups,
     wrap: Callable[[Transport], Transport],
     facts: Facts,
-) -> CrewTransport:
-    """A transport between islands of which some may be lost.
+) -> Survivors:
+    """Transports between islands of which some may be lost.
 
     Args:
         config: with `min_islands`.
-        groups: the islands; one rank each.
+        groups: the islands.
         wrap: what an epoch's transport is put into, an emulated link perhaps.
         facts: what must be equal on all; the store keeps them for islands that come back.
 
     Returns:
-        One that has begun; or must `join`, where this process comes in the place of a lost one.
+        They have begun; or must `join`, where this process comes in the place of a lost one.
 
     Raises:
         RankMismatchError: this one does not fit into the run.
@@ -91,37 +106,52 @@ def make_crew(
     Collective: all ranks; local, where it must join.
     """
     assert config.min_islands is not None
-    store = joined_store()
-    if store is not None:
-        check_beside(facts, Bounded(store).get("facts"))
-    else:
+    run, shard = joined_store(), groups.shard
+    if run is None:
         world = dist.distributed_c10d._get_default_store()
-        store = dist.PrefixStore(f"{CREW}/{next(_numbers)}", world)  # type: ignore[attr-defined]
+        run = dist.PrefixStore(f"{CREW}/{next(_numbers)}", world)  # type: ignore[attr-defined]
+    store = store_of(run, shard)
+    if joined_store() is not None:
+        check_beside(facts, Bounded(store).get("facts"))
     opens = gloo_opener(store, groups.island, config.timeout_s)
 
     def opens_wrapped(epoch: Epoch) -> Transport:
         return wrap(opens(epoch))
 
-    members = Members(store, groups.island, opens_wrapped, config.timeout_s, config.min_islands)
+    fate = Fate(Bounded(run), shard, groups.num_shards)
+    limits = (config.timeout_s, config.min_islands)
+    members = Members(store, groups.island, opens_wrapped, *limits, fate=fate, life=life())
+    told, inside = (_inside(groups, members) for _ in range(2))
     if joined_store() is None:
         if groups.island == 0:
             Bounded(store).set("facts", facts_text(facts))
+            Bounded(store).set("shards", str(groups.num_shards))
         members.begin(range(groups.num_islands))
-    return CrewTransport(members)
+    alike = None if told is None else Alike(told, groups.num_islands, config.min_islands)
+    crew = CrewTransport(members, alike)
+    return Survivors(crew, Everyone(crew, told), inside)
+
+
+def _inside(groups: Groups, members: Members) -> Transport | None:
+    """A way of its own to the other ranks of the island, which may be late. Collective."""
+    if groups.num_shards == 1:
+        return None
+    group = groups.new_inner(members.patience_s)
+    return Patient(TorchDistTransport(group, members.patience_s), members)
 
 
 class Roll:
     """Who is left, as one engine has seen it.
 
     Args:
-        crew: the islands' transport.
+        everyone: all ranks that are left.
         least: `min_islands`, for messages.
     """
 
-    def __init__(self, crew: CrewTransport, least: int) -> None:
-        self._crew = crew
+    def __init__(self, everyone: Everyone, least: int) -> None:
+        self._everyone = everyone
         self._least = least
-        self._before = crew.took_part
+        self._before = everyone.islands
 
     def is_first(self, step: int) -> bool:
         """Tell of islands that are gone, or back; whether this one does what is done once. Local.
@@ -129,13 +159,13 @@ class Roll:
         Args:
             step: that the last exchange followed.
         """
-        now = self._crew.took_part
+        now, is_first = self._everyone.islands, self._everyone.place == 0
         # A newcomer has seen nobody before.
-        before = self._before or tuple(i for i in now if i != self._crew.rank)
+        before = self._before or tuple(i for i in now if i != self._everyone.island)
         self._before = now
         lost = ", ".join(str(island) for island in before if island not in now)
         back = ", ".join(str(island) for island in now if island not in before)
-        if lost and self._crew.place == 0:
+        if lost and is_first:
             logger.warning(
                 "step %d: %d go on without island %s, which did not answer (gradient_pruning."
                 "min_islands %d). Start its ranks again with the same command to have it back.",
@@ -144,9 +174,9 @@ class Roll:
                 lost,
                 self._least,
             )
-        if back and self._crew.place == 0:
+        if back and is_first:
             logger.warning("step %d: island %s takes part again: %d train", step, back, len(now))
-        return self._crew.place == 0
+        return is_first
 
     def save(self, seat: Seat, save: Callable[[Seat], T]) -> T:
         """Save again and again, until nobody was lost in it. Collective: those that are left.
@@ -155,10 +185,10 @@ class Roll:
             seat: of this rank.
             save: as an island of those that are left.
         """
-        there = self._crew.roll()
+        there = self._everyone.roll()
         while True:
-            island = there.index(self._crew.rank)
+            island = there.index(self._everyone.island)
             result = save(dataclasses.replace(seat, island=island, num_islands=len(there)))
-            before, there = there, self._crew.roll()
+            before, there = there, self._everyone.roll()
             if there == before:
                 return result

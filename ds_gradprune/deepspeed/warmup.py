@@ -80,7 +80,7 @@ class Warmup:
         """DeepSpeed waits for nobody inside, where ranks may be gone. Local."""
         if self._handle.crew is None:
             return nullcontext()
-        return self._backend.alone(self._groups.everyone)
+        return self._backend.alone(self._groups.everyone, self._groups.inner)
 
     # ---- stage 0 -------------------------------------------------------------------------------
 
@@ -121,20 +121,24 @@ class Warmup:
         groups, stopwatch = self._groups, self._handle.loop.stopwatch
         with stopwatch.phase("wire"):
             if groups.inner is None:
-                work = self._handle.channel.start_all_reduce(vector)
-                work.wait()
-                if self._lacks(work):  # DeepSpeed divides by all that there were
-                    vector.mul_(groups.num_islands / self._count(work))
+                self._sum_outside(vector)
                 return
             dist.all_reduce(vector, group=groups.inner)
             shares = _equal_shares(vector, groups.num_shards)
             with self._handle.inside.together():
                 if shares[groups.shard].numel():
-                    self._handle.channel.start_all_reduce(shares[groups.shard]).wait()
+                    self._sum_outside(shares[groups.shard])
             for shard, share in enumerate(shares):
                 if share.numel():
                     source = dist.get_global_rank(groups.inner, shard)
                     dist.broadcast(share, src=source, group=groups.inner)
+
+    def _sum_outside(self, share: torch.Tensor) -> None:
+        work = self._handle.channel.start_all_reduce(share)
+        work.wait()
+        num_islands, count = self._groups.num_islands, self._count(work)
+        if count < num_islands:  # DeepSpeed divides by all that there were
+            share.mul_(num_islands / count)
 
     # ---- stages 1 to 3 -------------------------------------------------------------------------
 
@@ -163,9 +167,6 @@ class Warmup:
         """Islands whose gradients are in a sum: some may have been lost."""
         return self._groups.num_islands if work.took_part is None else len(work.took_part)
 
-    def _lacks(self, work: Work) -> bool:
-        return self._count(work) < self._groups.num_islands
-
     def _announce(self, *, nonfinite: bool, gradient_bytes: int) -> None:
         handle = self._handle
         handle.channel.advance(handle.loop.exchange_step)
@@ -173,7 +174,7 @@ class Warmup:
         mine = ring_all_reduce_bytes(gradient_bytes, self._groups.num_islands)
         if not self._is_partitioned and self._groups.inner is not None:
             mine //= self._groups.num_shards  # its share of every bucket
-        signals, dense_bytes = handle.inside.agree(signals, mine)
+        signals, dense_bytes = handle.inside.agree(handle.asking(signals), mine)
         self._dense_bytes += dense_bytes
         self._announcement = handle.announce(signals)
         with handle.loop.stopwatch.phase("wire"), handle.inside.together():

@@ -96,7 +96,7 @@ class Announcement:
             dtype=torch.uint8,
         )
         self._rows = torch.empty((transport.world_size, ROW_BYTES), dtype=torch.uint8)
-        self._work = transport.start_all_gather(torch.cat((header, tail)), self._rows)
+        self._work = transport.start_common_gather(torch.cat((header, tail)), self._rows)
         self._headers: list[codec.Header] | None = None
 
     def headers(self) -> list[codec.Header]:

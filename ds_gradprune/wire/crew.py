@@ -27,6 +27,7 @@ from collections import deque
 import torch
 
 from ds_gradprune.errors import TransportError
+from ds_gradprune.wire.alike import Alike, AlikeCall
 from ds_gradprune.wire.crew_call import CrewCall
 from ds_gradprune.wire.door import TICKET_CHARS, Candidate
 from ds_gradprune.wire.hand_on import bytes_of
@@ -39,18 +40,21 @@ _ASK = struct.Struct(f"<BI{TICKET_CHARS}s")
 
 
 class CrewTransport(Transport):
-    """One island's end of a run whose islands may be lost. Has one rank per island.
+    """One island's end of a run whose islands may be lost, for one rank of it.
 
     Args:
         members: who takes part; it has begun. Else `join` must be the first call.
+        alike: how the ranks of this island, each in a crew, go on with the same islands.
 
     Attributes:
         rank: number of this island; others that are lost do not change it.
         took_part: islands of the last finished call, rising; equal on all islands.
     """
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Members, alike: Alike | None = None) -> None:
         self.rank = members.island
+        self._alike = alike
+        self._islands: tuple[int, ...] | None = None
         self.took_part = members.epoch.islands
         self.members = members
         self._step: int | None = None
@@ -81,6 +85,16 @@ class CrewTransport(Transport):
         check_all_gather(payload, out, len(out))
         return self._start(CrewCall(self, payload, out))
 
+    @property
+    def islands(self) -> tuple[int, ...]:
+        """Islands that have taken part, as all ranks of this one know it."""
+        return self.took_part if self._islands is None else self._islands
+
+    def start_common_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
+        """See `Transport.start_common_gather`. Collective: all islands, and the ranks of this."""
+        call = self.start_all_gather(payload, out)
+        return call if self._alike is None else AlikeCall(call, out, self._alike, self._agreed)
+
     def start_all_to_all(self, send: torch.Tensor, out: torch.Tensor) -> Work:
         """Not here: what was meant for a lost island is nobody's. Raises TransportError."""
         raise TransportError("islands that may be lost exchange with all_gather alone")
@@ -102,8 +116,8 @@ class CrewTransport(Transport):
     def roll(self) -> tuple[int, ...]:
         """Who is there; a barrier. Collective."""
         rows = torch.empty(self.world_size, 1, dtype=torch.uint8)
-        self.all_gather(torch.zeros(1, dtype=torch.uint8), rows)
-        return self.took_part
+        self.start_common_gather(torch.zeros(1, dtype=torch.uint8), rows).wait()
+        return self.islands
 
     def leave(self) -> None:
         """All work is done: others must not find this island gone in a call that it has finished.
@@ -123,10 +137,17 @@ class CrewTransport(Transport):
 
         Collective: all islands; no other call may be under way.
         """
+        candidate = self.who_asks()
+        return candidate.island if candidate is not None and self.admit(candidate) else None
+
+    def who_asks(self) -> Candidate | None:
+        """Which island asks to be let in. Collective: all islands; nothing may be under way."""
         candidate = self._who_asks(self.members.door.candidate, self.world_size)
         self.members.door.candidate = None
-        if candidate is None:
-            return None
+        return candidate
+
+    def admit(self, candidate: Candidate) -> bool:
+        """Let it in, if all that are there find it alive. Collective: all islands."""
         with self._lock:
             self._check()
             self.members.waits = True
@@ -139,7 +160,7 @@ class CrewTransport(Transport):
                 raise
             finally:
                 self.members.waits = False
-        return candidate.island if self.members.answered[1] else None
+        return self.members.answered[1]
 
     def join(self) -> None:
         """Take part in a run that goes on, from its next call on.
@@ -149,7 +170,7 @@ class CrewTransport(Transport):
 
         Collective: all islands of the run, which call `let_in`.
         """
-        candidate = Candidate(self.rank)
+        candidate = self.members.candidate()
         epoch = self.members.join(candidate)
         self._done = epoch.done[self.rank]
         assert self.members.transport is not None
@@ -183,6 +204,9 @@ class CrewTransport(Transport):
         self.members.close()
 
     # ---- calls, one after the other ------------------------------------------------------------
+
+    def _agreed(self, islands: tuple[int, ...]) -> None:
+        self._islands = islands
 
     def _start(self, call: CrewCall) -> Work:
         with self._lock:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from ds_gradprune.errors import RankMismatchError, TransportError, TransportTimeout
@@ -27,6 +27,9 @@ from ds_gradprune.wire.entries import count_of, islands_of, ticket_of
 TICKET_CHARS = 16
 ASK_S = 0.1
 """From one sign of life of who asks to the next."""
+
+LIFE_S = 1.0
+"""So long a sign of life holds."""
 
 ALIVE_BEATS = 4
 """Signs of life of an island's process while another one asks in its place: it is not lost."""
@@ -65,9 +68,10 @@ class Door:
         self.candidate: Candidate | None = None
         self._store = store
         self._seen = ("", "")
+        self._lived_s = -LIFE_S
 
     def look(self, inside: Collection[int]) -> None:
-        """Look who asks. Who has shown life between two looks is a candidate. Local.
+        """Look who asks. Who has shown life between two looks, just now, is a candidate. Local.
 
         Args:
             inside: the islands of the epoch; a number that is theirs is not free yet.
@@ -77,8 +81,12 @@ class Door:
             self.candidate = None
             return
         candidate = Candidate(*ticket_of(asks))
-        seen, self._seen = self._seen, (asks, self._count(candidate))
-        lives = seen[0] == asks and seen[1] != self._seen[1]
+        seen, self._seen, now_s = self._seen, (asks, self._count(candidate)), time.monotonic()
+        if seen[0] != asks:
+            self._lived_s = -LIFE_S
+        elif seen[1] != self._seen[1]:
+            self._lived_s = now_s
+        lives = now_s - self._lived_s < LIFE_S
         self.candidate = candidate if lives and candidate.island not in inside else None
 
     def shows_life(self, candidate: Candidate, limit_s: float) -> bool:
@@ -98,13 +106,22 @@ class Door:
         return self._store.text(f"asks/{candidate.ticket}")
 
 
-def ask(store: Bounded, candidate: Candidate, patience_s: float) -> int:
+def ask(
+    store: Bounded,
+    candidate: Candidate,
+    patience_s: float,
+    look: Callable[[], object] = lambda: None,
+    has_turn: Callable[[str], bool] | None = None,
+) -> int:
     """Wait to be let in.
 
     Args:
         store: of the run.
         candidate: this island.
         patience_s: so long none of the islands inside may show life.
+        look: called again and again; raises where the wait is in vain.
+        has_turn: whether another rank of this island asks, with this text, at its door; so all of
+            an island ask together. None: this one is the first of its island.
 
     Returns:
         The epoch that it is a member of.
@@ -124,8 +141,12 @@ def ask(store: Bounded, candidate: Candidate, patience_s: float) -> int:
                 f"the run has ended before island {candidate.island} was let in. Its checkpoints "
                 "and its model are complete; start all again with --resume to go on."
             )
+        look()
         store.add(f"asks/{candidate.ticket}", 1)
-        _take_turn(store, candidate)
+        if has_turn is None:
+            _take_turn(store, candidate)
+        elif has_turn(candidate.as_json()):
+            store.set("ask", candidate.as_json())
         inside = {i: store.text(f"beat/{i}") for i in islands_of(store.text("now") or "[]")}
         others.add(inside.get(candidate.island, ""))
         if len(others) > ALIVE_BEATS:

@@ -9,6 +9,7 @@ from typing import Any
 from ds_gradprune.errors import TransportError
 
 _SHOWN_CHARS = 60
+_PROPOSAL = {"done", "ticket", "newcomer", "lives"}
 
 
 def count_of(text: str) -> int:
@@ -56,7 +57,7 @@ def ticket_of(text: str) -> tuple[int, str]:
 
 
 def proposal_of(text: str) -> dict[str, Any]:
-    """Who takes part in an epoch: `done`, `ticket` and `newcomer`.
+    """Who takes part in an epoch: `done`, `ticket`, `newcomer` and `lives`.
 
     Raises:
         TransportError: it is none.
@@ -66,9 +67,9 @@ def proposal_of(text: str) -> dict[str, Any]:
 
 
 def _is_proposal(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"done", "ticket", "newcomer"}:
+    if not isinstance(value, dict) or value.keys() != _PROPOSAL:
         return False
-    done, newcomer = value["done"], value["newcomer"]
+    done, newcomer, lives = value["done"], value["newcomer"], value["lives"]
     return (
         isinstance(value["ticket"], str)
         and isinstance(done, dict)
@@ -76,6 +77,9 @@ def _is_proposal(value: Any) -> bool:
         and all(name.isascii() and name.isdigit() and len(name) < 10 for name in done)
         # One that is let in before the first call is a call behind.
         and all(type(calls) is int and calls >= -1 for calls in done.values())
+        and isinstance(lives, dict)
+        and lives.keys() == done.keys()
+        and all(isinstance(ticket, str) for ticket in lives.values())
         and (newcomer is None or (_is_count(newcomer) and str(newcomer) in done))
     )
 

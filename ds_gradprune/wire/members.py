@@ -27,52 +27,19 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ds_gradprune.errors import TransportError, TransportTimeout
+from ds_gradprune.errors import TransportError
 from ds_gradprune.wire.bounded import Bounded
 from ds_gradprune.wire.door import Candidate, Door, ask
 from ds_gradprune.wire.entries import count_of, proposal_of
+from ds_gradprune.wire.epoch import Epoch, Pace, epoch_of
+from ds_gradprune.wire.fate import Fate, LeftOut, left_out, too_few
 from ds_gradprune.wire.transport import Transport
 
+__all__ = ["Epoch", "LeftOut", "Members", "Pace"]
+
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.005, 0.25
-
-
-class LeftOut(TransportError):
-    """The others go on without this island."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """A set of islands.
-
-    Attributes:
-        number: from 0.
-        islands: who takes part, rising.
-        done: island -> the calls that it has finished.
-        newcomer: the island that was let in; None: there is none.
-    """
-
-    number: int
-    islands: tuple[int, ...]
-    done: Mapping[int, int]
-    newcomer: int | None = None
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How often islands show life, and how long they are waited for; seconds.
-
-    Attributes:
-        beat_s: from one sign of life to the next.
-        silent_s: an island that has shown no life for so long is not waited for.
-        late_s: one that shows life may come so much later than a time-out: gloo connects for long.
-    """
-
-    beat_s: float = 0.5
-    silent_s: float = 5.0
-    late_s: float = 30.0
 
 
 class Members:
@@ -85,6 +52,8 @@ class Members:
         timeout_s: so long a call may wait for an island that is alive.
         least: with fewer islands the run ends.
         pace: see there.
+        fate: what the crews of the islands' other ranks have found; None: there are none.
+        life: ticket of this island's processes, where they come back.
 
     Attributes:
         island: see there.
@@ -106,10 +75,14 @@ class Members:
         timeout_s: float,
         least: int = 1,
         pace: Pace | None = None,
+        fate: Fate | None = None,
+        life: str = "",
     ) -> None:
         self.island = island
         self.least = least
         self._store = Bounded(store)
+        self._fate = fate or Fate(self._store)
+        self._own_life = life
         self._opens = opens
         self.timeout_s = timeout_s
         self._pace = pace or Pace()
@@ -139,11 +112,34 @@ class Members:
 
         Collective: the epoch's islands, which call `regroup`.
         """
-        number = ask(self._store, candidate, self.timeout_s + self._pace.silent_s)
-        epoch = _epoch(number, proposal_of(self._store.get(f"{number}/members")))
+        patience_s = self.timeout_s + self._pace.silent_s
+        turn = self._fate.has_turn()
+        number = ask(self._store, candidate, patience_s, self.vigil(), turn)
+        epoch = epoch_of(number, proposal_of(self._store.get(f"{number}/members")))
         self._begin_to_beat()
         self._enter(epoch)
         return epoch
+
+    @property
+    def patience_s(self) -> float:
+        """So long a call may keep a rank at most."""
+        return 2 * self.timeout_s + self._pace.late_s + self._pace.silent_s
+
+    def candidate(self) -> Candidate:
+        """This island, as it asks to be let in. Local."""
+        return Candidate(self.island, self._own_life) if self._own_life else Candidate(self.island)
+
+    def refuse(self, candidate: Candidate) -> None:
+        """Not all ranks of this one could be let in, so none takes part. Local."""
+        self._fate.put_out(candidate.island, candidate.ticket)
+
+    def vigil(self) -> Callable[[], None]:
+        """See `Fate.vigil`. Local."""
+        return self._fate.vigil(self.island, self._life(self.island), self.timeout_s)
+
+    def give_up(self) -> None:
+        """This island is lost: the crews of its other ranks need not wait for it. Local."""
+        self._fate.give_up(self.island, self._life(self.island))
 
     @property
     def is_called(self) -> bool:
@@ -197,45 +193,45 @@ class Members:
     ) -> Epoch:
         """Say that this island is there, and find out with whom it goes on."""
         self._close_transport()
+        if self._is_out(self.island):
+            raise left_out(self.island)
         members = f"{number}/members"
         self._store.set(f"{number}/{self.island}", str(done))
         self._store.set(f"{number}/called", "")
-        present = self._await(number, expected, members)
+        present = [i for i in self._await(number, expected, members) if not self._is_out(i)]
         if len(present) == len(expected):  # all live, so who could not connect are apart
             apart = [i for i in present if self._store.check([f"{number - 1}/failed/{i}"])]
             present = [i for i in present if i not in apart[-1:]]
         counts = {i: count_of(self._store.get(f"{number}/{i}")) for i in present}
         mine = json.dumps(self._proposal(counts, candidate))
         found = proposal_of(self._store.compare_set(members, "", mine))
-        epoch = _epoch(number, found)
+        epoch = epoch_of(number, found)
         if found["ticket"]:
             self.answered = (found["ticket"], epoch.newcomer is not None)
             if epoch.newcomer is not None:
                 self.door.let_in(found["ticket"], number)
         agreed = epoch.done
+        for island in self.epoch.islands:
+            if island not in agreed:
+                self._fate.put_out(island, self._life(island))
         if self.island not in agreed:
-            raise LeftOut(
-                f"islands {_listed(agreed)} have gone on without island {self.island}, which did "
-                f"not answer within gradient_pruning.timeout_s. Its progress since its last "
-                "exchange is lost. Start it again with the same command."
-            )
+            raise left_out(self.island, f"islands {_listed(agreed)}")
         if len(agreed) < self.least:
-            raise TransportTimeout(
-                f"gradient_pruning.min_islands {self.least} must be alive to go on, but only "
-                f"island{'' if len(agreed) == 1 else 's'} {_listed(agreed)} answered. Start the "
-                "others again, and resume from the last checkpoint."
-            )
+            raise too_few(self.least, agreed)
         return epoch
 
     def _proposal(self, done: Mapping[int, int], candidate: Candidate | None) -> dict[str, Any]:
         """Who takes part in an epoch, as it lies in the store."""
+        lives = {island: self._life(island) for island in done}
+        found = {"done": done, "ticket": "", "newcomer": None, "lives": lives}
         if candidate is None:
-            return {"done": done, "ticket": "", "newcomer": None}
+            return found
         if not self.door.shows_life(candidate, self._pace.silent_s):
-            return {"done": done, "ticket": candidate.ticket, "newcomer": None}
+            return found | {"ticket": candidate.ticket}
         # As if a call behind: it is given the last one's result, so it knows where they are.
-        done = {**done, candidate.island: max(done.values()) - 1}
-        return {"done": done, "ticket": candidate.ticket, "newcomer": candidate.island}
+        newcomer, ticket = candidate.island, candidate.ticket
+        done, lives = {**done, newcomer: max(done.values()) - 1}, lives | {newcomer: ticket}
+        return {"done": done, "ticket": ticket, "newcomer": newcomer, "lives": lives}
 
     def _await(self, number: int, expected: Sequence[int], members: str) -> list[int]:
         """Those that are there, when all are that live, when somebody has decided, or in the end.
@@ -246,11 +242,19 @@ class Members:
         while True:
             is_late = time.monotonic() >= deadline_s
             present = [i for i in expected if self._store.check([f"{number}/{i}"])]
-            awaited = [i for i in expected if i not in present and self._is_alive(i)]
+            absent = [i for i in expected if i not in present and not self._is_out(i)]
+            awaited = [i for i in absent if self._is_alive(i)]
             if not awaited or is_late or self._store.check([members]):
                 return present
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+
+    def _life(self, island: int) -> str:
+        before = self._own_life if island == self.island else ""
+        return self.epoch.lives.get(island, before)
+
+    def _is_out(self, island: int) -> bool:
+        return self._fate.is_out(island, self._life(island))
 
     def _is_alive(self, island: int) -> bool:
         """Whether an island has shown life, as far as this one has looked."""
@@ -283,17 +287,13 @@ class Members:
                     self._seen.clear()  # nobody has looked: what was seen tells nothing
                 if self.island in self.epoch.islands[:1]:
                     self.door.look(self.epoch.islands)
-                if self._store.check([f"{number + 1}/called"]) and number == self.epoch.number:
-                    self._called.set()
+                called = self._store.check([f"{number + 1}/called"])
+                if called or any(map(self._is_out, self.epoch.islands)):
+                    if number == self.epoch.number:
+                        self._called.set()
             except TransportError:  # told where the store is needed; it may come back before
                 pass
             self._closed.wait(self._pace.beat_s)
-
-
-def _epoch(number: int, found: Mapping[str, Any]) -> Epoch:
-    """What lies in the store of an epoch."""
-    done = {int(island): int(calls) for island, calls in found["done"].items()}
-    return Epoch(number, tuple(sorted(done)), done, found["newcomer"])
 
 
 def _listed(islands: Any) -> str:

@@ -12,6 +12,7 @@ import importlib
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch.distributed as dist
 
 from ds_gradprune.errors import TransportError
 from ds_gradprune.wire.bounded import STORE_S, Bounded
-from ds_gradprune.wire.entries import islands_of
+from ds_gradprune.wire.entries import count_of, islands_of
+from ds_gradprune.wire.meeting import meet
 
 FAKE = "fake"
 CREW = "ds_gradprune/crew"
@@ -29,8 +31,23 @@ CREW = "ds_gradprune/crew"
 LOOK_S, PROBE_S = 1.6, 1.0
 """Three signs of life of an island; the time that a host takes to let a connection in."""
 
-_inside: list[Any] = []
-"""The store of the run whose lost rank this process stands in for."""
+
+@dataclass(frozen=True)
+class _Inside:
+    """The run whose lost rank this process stands in for.
+
+    Attributes:
+        store: of the run.
+        ticket: of this life of its island.
+        ranks: of the island.
+    """
+
+    store: Any
+    ticket: str
+    ranks: tuple[int, ...]
+
+
+_inside: list[_Inside] = []
 
 
 def run_that_goes_on(address: str, port: int) -> Any:
@@ -66,39 +83,61 @@ def run_that_goes_on(address: str, port: int) -> Any:
 
 
 def stand_in(store: Any, rank: int, world_size: int, timeout_s: float) -> None:
-    """Open torch's world in the place of a lost rank. Local.
+    """Open torch's world in the place of a lost rank, which comes with its whole island.
 
     Args:
         store: what `run_that_goes_on` gave.
         rank: of this process.
         world_size: ranks that the run began with.
         timeout_s: of what torch makes later.
+
+    Raises:
+        TransportTimeout: other ranks of its island did not come.
+
+    Collective: the ranks of the island.
     """
+    num_shards = count_of(Bounded(store).text("shards") or "1")
+    island, shard = divmod(rank, num_shards)
+    ticket = meet(Bounded(store), island, shard, num_shards, timeout_s)
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
     limit = timedelta(seconds=timeout_s)
-    world = dist.HashStore()  # type: ignore[attr-defined] # torch
+    # Here the ranks of the island find each other when they make a group.
+    world = dist.PrefixStore(f"back/{ticket}", store)  # type: ignore[attr-defined] # torch
     dist.init_process_group(FAKE, store=world, rank=rank, world_size=world_size, timeout=limit)
-    _inside[:] = [store]
+    ranks = tuple(range(island * num_shards, (island + 1) * num_shards))
+    _inside[:] = [_Inside(store, ticket, ranks)]
 
 
 def first_store() -> Any:
     """The store of the first engine's islands. Local."""
     if _inside:
-        return _inside[0]
+        return _inside[0].store
     world = dist.distributed_c10d._get_default_store()
     return dist.PrefixStore(f"{CREW}/0", world)  # type: ignore[attr-defined] # torch
 
 
 def joined_store() -> Any:
     """The store of the run that this process is to join; None: it began with the others."""
-    return _inside[0] if _inside else None
+    return _inside[0].store if _inside else None
+
+
+def life() -> str:
+    """The ticket of the island that this process comes back with; empty where it is the first."""
+    return _inside[0].ticket if _inside else ""
+
+
+def comrades() -> tuple[int, ...]:
+    """The ranks that come back with this process, itself included; empty where it began so."""
+    return _inside[0].ranks if _inside else ()
 
 
 def backend(name: str | None, ranks: Sequence[int]) -> str | None:
     """What a group of ranks over `name` is over in this process; None: as the world."""
-    if not _inside or len(ranks) > 1:
-        return FAKE if _inside else name
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if not _inside:
+        return name
+    if len(ranks) > 1 and tuple(ranks) != _inside[0].ranks:
+        return FAKE
+    return name or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def _goes_on(store: Bounded) -> bool:

@@ -95,6 +95,10 @@ class Transport(abc.ABC):
         Collective: all ranks start it in the same order.
         """
 
+    def start_common_gather(self, payload: torch.Tensor, out: torch.Tensor) -> Work:
+        """`start_all_gather` whose rows are alike on all ranks of an island. Collective: these."""
+        return self.start_all_gather(payload, out)
+
     @abc.abstractmethod
     def start_all_to_all(self, send: torch.Tensor, out: torch.Tensor) -> Work:
         """Hand row r of `send` to rank r and collect the rows that the ranks have for this one.

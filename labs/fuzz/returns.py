@@ -23,7 +23,9 @@ MOST_BYTES = 2**20
 SEALED_SHARE = 0.7
 """Parcels with a checksum that fits: from a faulty sender, and not from a bad cable."""
 
-PROPOSAL = json.dumps({"done": {"0": 4, "2": 4}, "ticket": "0123456789abcdef", "newcomer": 2})
+_TICKET = "0123456789abcdef"
+_PROPOSAL = {"done": {"0": 4, "2": 4}, "ticket": _TICKET, "newcomer": 2}
+PROPOSAL = json.dumps(_PROPOSAL | {"lives": {"0": "", "2": _TICKET}})
 ENTRIES = {
     "ask": (Candidate(1, "0123456789abcdef").as_json(), entries.ticket_of),
     "now": ("[0, 2]", entries.islands_of),

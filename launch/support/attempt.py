@@ -193,7 +193,7 @@ class Attempt:
                 self._deadline_s = time.monotonic() + max(self._limits.grace_s, _LAST_S)
             return
         if self._comebacks is not None and self._trains_on():
-            self._comebacks.later((host.name, rank))
+            self._comebacks.rank_later(host.name, rank)
             return
         if not self._outcome.code:
             self._outcome.code = code if code > 0 else SIGNALLED - code
@@ -206,7 +206,7 @@ class Attempt:
         self._note("lost", host=host.name, why=why)
         if self._comebacks is not None and self._trains_on():
             free_s = host.beaten_s + self._limits.host_s + BEAT_S
-            self._comebacks.later(host.name, free_s)
+            self._comebacks.host_later(host.name, free_s)
             ssh = {name: ssh for name, ssh, _ in self._makes}[host.name]
             self._absent[host.name] = Absent(
                 {host.name: ssh}, self._comebacks.every_s, self._note

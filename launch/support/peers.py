@@ -23,10 +23,10 @@ import torch.distributed as dist
 from ds_gradprune.deepspeed.agree import gather_texts
 from ds_gradprune.errors import GradPruneError, RankMismatchError
 from ds_gradprune.wire.bounded import Bounded
-from ds_gradprune.wire.crew import CrewTransport
+from ds_gradprune.wire.everyone import Everyone
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.silence import within
-from ds_gradprune.wire.stand_in import first_store
+from ds_gradprune.wire.stand_in import comrades, first_store
 
 from .place import Place
 
@@ -64,8 +64,9 @@ class Peers:
         place: of this process. With more than one, torch.distributed must be initialised.
         timeout_s: longest wait for another rank.
         apart: ranks may be lost, and come back.
-        joins: this one takes the place of a lost rank in a run that goes on. It asks nobody before
-            it is let in; what it was given is compared with what the run's store keeps.
+        joins: this one takes the place of a lost rank in a run that goes on. It asks only those of
+            its island before it is let in; what it was given is compared with what the run's store
+            keeps.
 
     Attributes:
         joins: see there.
@@ -92,15 +93,23 @@ class Peers:
         self.host = socket.gethostname()
         self.doing = "starting"
         self.standing: Callable[[], str] = str
-        self.crew: CrewTransport | None = None
+        self.crew: Everyone | None = None
         self.on_adopt: Callable[[], None] = lambda: None
         self._group = self.new_group()
 
     def new_group(self) -> Any:
-        """One more gloo group of all ranks; None with one process. Collective."""
-        if self.world_size == 1 or self.joins:
+        """One more gloo group of all ranks that this one talks to; None: there are no others.
+
+        A rank that joins talks to those of its island alone. Collective: these.
+        """
+        ranks = self._ranks()
+        if len(ranks) == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        return dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+
+    def _ranks(self) -> list[int]:
+        """Whom this one talks to, itself included, while nobody may be lost. Local."""
+        return list(comrades() or [self.rank]) if self.joins else list(range(self.world_size))
 
     @property
     def is_first(self) -> bool:
@@ -128,10 +137,10 @@ class Peers:
         """
         if self.crew is not None:
             return [json.loads(text) for text in gather_texts(self.crew, json.dumps(value))]
-        if self.world_size == 1 or self.joins:
+        if self._group is None:
             return [value]
         text = torch.tensor(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(sizes, torch.tensor([text.numel()]), group=self._group)
         longest = max(int(size) for size in sizes)
         if not all(0 <= int(size) <= MAX_TEXT_BYTES for size in sizes):
@@ -165,9 +174,9 @@ class Peers:
         except GradPruneError as exc:
             fault = str(exc)
         messages = self.gather(fault)
-        ranks: Iterable[int] = range(self.world_size)
-        if self.crew is not None or self.joins:
-            ranks = [self.rank] if self.crew is None else self.crew.took_part
+        ranks: Iterable[int] = self._ranks()
+        if self.crew is not None:
+            ranks = self.crew.took_part
         for rank, message in zip(ranks, messages, strict=True):
             if message is not None:
                 raise AgreedFault(message, rank)
@@ -179,7 +188,7 @@ class Peers:
         The others wait as long as those ranks show life, from a thread beside their work. Ctrl-C
         ends the wait. Collective.
         """
-        if self.world_size == 1 or self.joins:
+        if self._group is None:
             return self.together(work)
         finished = threading.Event()
         failures: list[BaseException] = []

@@ -209,9 +209,6 @@ class Run(AnyRun):
             "val_losses": list(result.val_losses),
         }
         with self.peers.during("saving a checkpoint"):
-            if self.handle is not None and self.peers.crew is not None:
-                # An exchange under way must not call the crew in between.
-                self.handle.weights.land()
             save_checkpoint(self.engine, self.folder, self.peers, result.steps, state)
 
     def _log_step(self, record: Any) -> None:
@@ -236,7 +233,7 @@ class Run(AnyRun):
             "val_loss": result.val_losses[-1][1],
             "val_loss_start": result.val_losses[0][1],
             **totals_of(self.handle),
-            "islands_left": None if self.peers.crew is None else self.peers.crew.world_size,
+            "islands_left": None if self.peers.crew is None else len(self.peers.crew.islands),
             "stopped": result.stopped,
             "parameters": self.num_parameters,
             "val_losses": result.val_losses,

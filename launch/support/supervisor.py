@@ -49,7 +49,8 @@ class Task:
         checkpoints: where the file `latest` appears; None: the command knows how to go on.
         resume: words that make the command go on from there.
         log: where events are written.
-        min_islands: the run goes on without lost ranks while so many are left; None: it does not.
+        min_islands: the run goes on without lost islands while so many are left; None: it does not.
+        island_ranks: see `island.ranks` of the configuration.
     """
 
     words: Sequence[str]
@@ -68,6 +69,7 @@ class Task:
     resume: Sequence[str]
     log: Path
     min_islands: int | None = None
+    island_ranks: int | None = None
 
 
 class Supervisor:
@@ -172,15 +174,15 @@ class Supervisor:
             self._note,
             lambda: len(self._asked),
             absent.are_back,
-            self._comebacks(),
+            self._comebacks(hosts),
         )
         with absent:
             outcome = attempt.run()
         self._note("stopped", code=outcome.code, lost=outcome.lost)
         return outcome
 
-    def _comebacks(self) -> Comebacks | None:
-        """Ranks of this attempt are started again alone, each time counted as a restart."""
+    def _comebacks(self, hosts: Sequence[HostLine]) -> Comebacks | None:
+        """Islands of this attempt are started again alone, each time counted as a restart."""
         task = self._task
         if task.min_islands is None:
             return None
@@ -194,7 +196,9 @@ class Supervisor:
         assert task.folder is not None
         logged, before = task.folder.logged, task.folder.logged()
         every_s = task.rejoin_s or LONGEST_PAUSE_S
-        return Comebacks(task.min_islands, lambda: logged() != before, may, every_s)
+        # As the run itself divides ranks into islands.
+        ranks = task.island_ranks or (hosts[0].slots if len(hosts) > 1 else 1)
+        return Comebacks(ranks * task.min_islands, lambda: logged() != before, may, every_s, ranks)
 
     def _job(self, words: Sequence[str], hosts: Sequence[HostLine], number: int) -> dict[str, Any]:
         """What the keeper of one host is to do."""

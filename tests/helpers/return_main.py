@@ -1,4 +1,4 @@
-"""A script of one's own whose last rank is lost, and comes back into the run that goes on."""
+"""A script of one's own whose last island is lost, and comes back into the run that goes on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ds_gradprune.errors import GradPruneError
 from tests.helpers.ds_main import TinyLM, batch, ds_config
 
 BLOCK = {
-    "min_islands": 2,
+    "min_islands": 1,
     "warmup_steps": 3,
     "ramp_steps": 0,
     "window_size": 4,
@@ -19,28 +20,42 @@ BLOCK = {
     "verify_every_steps": 1,
     "density": {"initial": 0.05, "min": 0.05, "max": 0.05},
 }
-LOST, AT, STEPS = 2, 5, 6
-"""Rank 2 is lost after step 5; so many steps it makes when it is back."""
+AT, STEPS = 5, 6
+"""The last rank is lost after step 5; so many steps its island makes when it is back."""
 
 
-def train(block: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Train; the lost rank forks the one that comes back, and waits for what it tells."""
-    rank = int(os.environ["RANK"])
-    if rank == LOST:
+def train(block: dict[str, Any], ranks: int = 1, **options: Any) -> dict[str, Any]:
+    """Train; each rank of the last island forks its first life, and then comes back.
+
+    Args:
+        block: beside `BLOCK`.
+        ranks: of an island.
+        options: of the engine.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    is_lost = rank >= size - ranks
+    block = block | {"island": {"ranks": ranks}}
+    if is_lost:
         reader, writer = os.pipe()
         if not os.fork():
             os.close(reader)
-            return _first_life(block, writer, options)
+            _first_life(block, options)
         os.close(writer)
         os.read(reader, 1)  # until the first life has ended
-    return _live(block, options, comes_back=rank == LOST)
+    return _live(block, options, comes_back=is_lost)
 
 
-def _first_life(block: dict[str, Any], writer: int, options: dict[str, Any]) -> Any:
+def _first_life(block: dict[str, Any], options: dict[str, Any]) -> None:
     engine = _engine(block, options)
-    for step in range(AT):
-        _step(engine, step)
-    os._exit(0)
+    try:
+        for step in range(2 * AT):
+            if step == AT and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                break
+            _step(engine, step)
+    except GradPruneError as exc:  # the other rank of its island is gone
+        print(exc)
+    finally:
+        os._exit(0)
 
 
 def _live(block: dict[str, Any], options: dict[str, Any], *, comes_back: bool) -> dict[str, Any]:
@@ -54,11 +69,12 @@ def _live(block: dict[str, Any], options: dict[str, Any], *, comes_back: bool) -
     while end is None or step < end:
         _step(engine, step)
         step += 1
-        senders[step] = handle.crew.world_size
+        senders[step] = len(handle.crew.islands)
         crcs[step] = handle.parameters_crc()
-        if end is None and senders[step] == 3 and (comes_back or 2 in senders.values()):
+        is_whole = senders[step] == handle.groups.num_islands
+        if end is None and is_whole and (comes_back or len({*senders.values()}) > 1):
             end = step + STEPS
-        if senders[step] == 2:
+        if not is_whole:
             time.sleep(0.05)
     told |= {"senders": senders, "crcs": crcs, "rate": engine.get_lr()}
     states = engine.basic_optimizer.state.values()

@@ -121,6 +121,9 @@ class Bench:
     def k(self) -> int:
         return kept_per_chunk(self.loop.decision.density)
 
+    def asking(self, signals: RankSignals) -> RankSignals:
+        return signals
+
     def announce(self, signals: RankSignals, sizes: Sequence[int] = ()) -> Any:
         header = codec.encode_signals(
             step=self.loop.exchange_step, rank=self.channel.rank, k=self.k, signals=signals

@@ -24,14 +24,21 @@ BLOCK = {
 
 
 def train_on(
-    block: dict[str, Any], lost: int, at: int, steps: int, folder: str, **options: Any
+    block: dict[str, Any],
+    lost: int,
+    at: int,
+    steps: int,
+    folder: str,
+    before: str = "",
+    **options: Any,
 ) -> dict[str, Any]:
     """Train, and save after the last step; the lost island ends after a step.
 
     Args:
         block: beside `BLOCK`.
-        lost: an island.
+        lost: a rank.
         at: its last step.
+        before: a call of its channel in that step, which it does not make; else it ends it.
         steps: of the others.
         folder: for checkpoints and the log.
         options: of the engine.
@@ -44,6 +51,8 @@ def train_on(
     log = {"log_path": str(Path(folder) / f"steps_{rank}.jsonl")}
     engine = make_engine(BLOCK | log | block, "islands", **options)
     handle = engine.gradprune
+    if before and rank == lost:
+        _end_before(handle, before, at)
     try:
         for step in range(1, steps + 1):
             began_s = time.monotonic()
@@ -52,6 +61,7 @@ def train_on(
                 engine.step()
             told["longest_s"] = max(told["longest_s"], time.monotonic() - began_s)
             told["crc"].append(handle.parameters_crc())
+            told["law"] = handle.loop.decision
             told["senders"].append(None if handle.report is None else handle.report.senders)
             if (rank, step) == (lost, at):
                 return told
@@ -60,9 +70,26 @@ def train_on(
         told["latest"] = (Path(folder) / "latest").read_text()
         told["weight"] = float(torch.cat([p.view(-1) for p in _shared(engine)]).double().sum())
         handle.detach()
-    except GradPruneError as exc:
+    except (GradPruneError, _Gone) as exc:
         told["fault"] = f"{type(exc).__name__}: {exc}"
+        told["ended_s"] = time.monotonic() - began_s
     return told
+
+
+class _Gone(BaseException):
+    """The process has ended."""
+
+
+def _end_before(handle: Any, name: str, step: int) -> None:
+    """A call of the channel is the last that this rank comes to."""
+    original = getattr(handle.channel, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if handle.loop.exchange_step == step:
+            raise _Gone
+        return original(*args, **kwargs)
+
+    setattr(handle.channel, name, call)
 
 
 def _shared(engine: Any) -> list[torch.Tensor]:

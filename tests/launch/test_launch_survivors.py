@@ -110,6 +110,44 @@ def test_two_come_back_at_once_and_one_freezes_in_its_first_save(
     assert (out / "checkpoints" / "latest").read_text() == "step00000090"
 
 
+PAIRS: dict[str, Any] = {"island": {"ranks": 2}, "min_islands": 1}
+
+
+def test_a_frozen_rank_takes_its_island_of_two_along(
+    nursery: Nursery, here: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = {"config": config(tmp_path, **PAIRS), "save_every": "6", "steps": "14"}
+    endings = run(nursery, arguments(here, out, **flags), 4, Doom(3, STEP, 7, "stop"))
+    assert [endings[rank].code for rank in (0, 1, 2)] == [0, 0, 2], [end.told for end in endings]
+    [error] = endings[2].errors
+    assert "rank 2 of 4" in error
+    assert "gradient_pruning.timeout_s" in error
+    result = json.loads((out / "result.json").read_text())
+    assert (result["steps"], result["islands_left"]) == (14, 1)
+    assert (out / "checkpoints" / "latest").read_text() == "step00000014"
+
+
+def test_an_island_of_two_comes_back(nursery: Nursery, here: Path, tmp_path: Path) -> None:
+    """One rank is killed, the other one ends, and both are started again."""
+    out = tmp_path / "out"
+    throttle = {"schedule": [{"step": 0, "rate_mbit": 1000, "latency_s": 0.03}]}
+    path = config(tmp_path, throttle=throttle, verify_every_steps=1, warmup_steps=3, **PAIRS)
+    given = arguments(here, out, config=path, eval_every="40", save_every="40", steps="100")
+    lives = [Doom(2, STEP, 0, "none"), Doom(3, STEP, 0, "none")]
+    case = Case([given] * 4, [Doom(3, STEP, 9, "kill")], {"MASTER_PORT": scripts.free_port()})
+    endings = nursery.run(dataclasses.replace(case, lives=lives))
+    assert [ending.code for ending in endings] == [0] * 4, [end.told for end in endings]
+    for rank in (2, 3):
+        assert f"rank {rank} takes part again after step" in endings[rank].told
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 101))
+    senders = [line["senders"] for line in lines]
+    back = senders.index(2, 20)
+    assert senders == [2] * 8 + [1] * (back - 8) + [2] * (100 - back)
+    assert json.loads((out / "result.json").read_text())["islands_left"] == 2
+
+
 def test_saves_meet_hidden_exchanges(nursery: Nursery, here: Path, tmp_path: Path) -> None:
     """A save asks all ranks over the transport that an exchange under way uses in its thread."""
     out = tmp_path / "out"
