@@ -81,15 +81,12 @@ def read(options: argparse.Namespace) -> tuple[Any, torch.Tensor]:
         )
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return LlamaForCausalLM(config), data.long()
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-    from transformers.models.auto.tokenization_auto import AutoTokenizer
+    from launch.support.tuning_model import load_tuned
 
-    given: dict[str, Any] = {}
-    if not (options.model / "config.json").is_file():
-        given = {"gguf_file": next(options.model.glob("*.gguf")).name}
-    tokenizer = AutoTokenizer.from_pretrained(str(options.model), **given)
+    folder: Path = options.model
+    is_plain = (folder / "config.json").is_file()
+    model, tokenizer = load_tuned(str(folder if is_plain else next(folder.glob("*.gguf"))))
     numbers = tokenizer(text, add_special_tokens=False)["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(str(options.model), **given)
     return model, torch.tensor(numbers, dtype=torch.int64)
 
 

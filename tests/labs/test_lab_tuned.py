@@ -75,3 +75,14 @@ def test_a_run_ends_in_gaps_to_dense_training(
     assert rounds["method"] == "every 10"
     assert 0 < rounds["bits"] < 0.2
     assert rounds["gap_percent"] != 0.0
+
+
+def test_runs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--text", "x", "--out", "y"]
+    (job,) = command.parse([*files, "--runs", "lora: every step"]).runs
+    assert (job.kind, job.methods, job.factors) == ("lora", ("every step",), (1.0,))
+    with pytest.raises(SystemExit, match="2"):
+        command.parse([*files, "--runs", "half: every step"])
+    assert "must be 'full: METHOD' or 'lora: METHOD', got 'half: every step'" in (
+        capsys.readouterr().err
+    )
