@@ -110,10 +110,8 @@ class Passed(NamedTuple):
     """An exchange as the next one's signals tell of it.
 
     Attributes:
-        interval: steps since the exchange before it.
-        k: kept elements per chunk.
-        comm_s: the exchange itself.
-        computes_s: every host's computation of these steps.
+        interval: steps since the exchange before it; `k`: kept elements per chunk.
+        comm_s: the exchange itself; `computes_s`: every host's computation of these steps.
     """
 
     interval: int
@@ -257,8 +255,10 @@ def signals_of(
     """What all hosts know after an exchange: these steps' loss, and the times of the one before.
 
     Args:
+        plant: of the run.
         losses: of every step so far.
-        first: the first step since the exchange before, counted from 0, and `step` the last one.
+        first: the first step since the exchange before, counted from 0.
+        step: the last one.
         last: the exchange before; None: there was none.
         config: the law's.
     """
