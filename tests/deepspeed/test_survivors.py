@@ -45,7 +45,8 @@ def test_the_others_train_on_and_save(
     assert (first["senders"][at - 1], first["senders"][-1]) == (3, 2)
     assert (first["latest"], second["saved"]) == ("end", first["saved"])
     assert sum(name.startswith("gradient_pruning_island") for name in first["saved"]) == 2
-    assert f"2 go on without island {lost}, which did not answer" in first["warnings"][0]
+    [warning] = [text for text in first["warnings"] if "did not answer" in text]
+    assert f"2 go on without island {lost}, which did not answer" in warning
     assert not any("did not answer" in text for text in second["warnings"])
     # Silence of 5 s decides; then two exchanges at most.
     assert max(first["longest_s"], second["longest_s"]) < 10.0
@@ -88,7 +89,8 @@ def test_a_lost_rank_takes_its_island_along_and_no_other(
     assert {rank["latest"] for rank in left} == {"end"}
     files = [name for name in left[0]["saved"] if name.startswith("gradient_pruning_island")]
     assert len(files) == 4
-    assert f"2 go on without island {lost // 2}, which did not" in left[0]["warnings"][0]
+    [warning] = [text for text in left[0]["warnings"] if "did not answer" in text]
+    assert f"2 go on without island {lost // 2}, which did not" in warning
     assert not any("did not answer" in text for rank in left[1:] for text in rank["warnings"])
     assert max(rank["longest_s"] for rank in left) < 15.0
 
