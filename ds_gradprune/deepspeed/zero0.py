@@ -55,6 +55,8 @@ class Zero0:
         for name, tensor in zip(self._tensor_names(), self._tensors(), strict=True):
             _require_contiguous(name, tensor)
         require_fp32(self._tensor_names(), self._tensors())
+        self._seen_at: tuple[int, ...] = ()
+        self._seen: dict[tuple[bool, ...], list[Piece]] = {}
         self._trained: set[int] = set()
         self._note_trained()
         self._shares = self._divide()
@@ -72,12 +74,21 @@ class Zero0:
         pieces stay.
         """
         self._note_trained()
-        now = [s for s in self._own if self.has_masters or s.parameter.requires_grad]
-        return pieces_of(now, self._flats())
+        return self._views(tuple(self.has_masters or s.parameter.requires_grad for s in self._own))
 
     def every_piece(self) -> list[Piece]:
         """See `Shards.every_piece`."""
-        return pieces_of(self._own, self._flats())
+        return self._views((True,) * len(self._own))
+
+    def _views(self, wanted: tuple[bool, ...]) -> list[Piece]:
+        """Of the own spans that are wanted; those of before, if no weight has moved since."""
+        places = tuple(tensor.data_ptr() for tensor in self._tensors())
+        if places != self._seen_at:
+            self._seen_at, self._seen = places, {}
+        if wanted not in self._seen:
+            spans = [span for span, is_wanted in zip(self._own, wanted, strict=True) if is_wanted]
+            self._seen[wanted] = pieces_of(spans, self._flats())
+        return self._seen[wanted]
 
     def rest(self) -> Rest:
         """See `Shards.rest`."""

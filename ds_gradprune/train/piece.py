@@ -63,7 +63,8 @@ class Shards(Protocol):
     def pieces(self) -> list[Piece]:
         """What the optimizer steps now, in an order that is the same on all islands. Local.
 
-        Views are made anew by every call: DeepSpeed may have moved the weights in between.
+        Ask anew whenever DeepSpeed may have moved the weights. A list that is returned again holds
+        the same pieces, in the same memory.
         """
 
     def every_piece(self) -> list[Piece]:

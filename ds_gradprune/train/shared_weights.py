@@ -103,6 +103,7 @@ class SharedWeights:
         self._bucket_numel = bucket_numel or bucket_numel_on(devices[0])
         self._on_cpu = on_cpu
         self._places: dict[Hashable, _Place] = {}
+        self._bound: tuple[list[Piece], list[Bound]] = ([], [])
         self._cuts: dict[tuple[Hashable, ...], tuple[tuple[int, Bucket], ...]] = {}
         self.join()
 
@@ -154,8 +155,11 @@ class SharedWeights:
 
         The same on the same-index ranks of all islands.
         """
+        trained = self._shards.pieces()
+        if trained is self._bound[0]:
+            return self._bound[1]
         self.join()
-        pieces = [p for p in self._shards.pieces() if p.own.numel()]
+        pieces = [p for p in trained if p.own.numel()]
         keys = tuple(piece.key for piece in pieces)
         cuts = self._cuts.get(keys)
         if cuts is None:
@@ -165,6 +169,7 @@ class SharedWeights:
             own = tuple(pieces[p.piece].own[p.start : p.stop] for p in bucket.parts)
             shared = self.stores[number][bucket.start : bucket.stop]
             bounds.append(Bound(number, bucket.start, bucket.layout, own, shared))
+        self._bound = trained, bounds
         return bounds
 
     def pieces_crc(self) -> int:
