@@ -170,8 +170,8 @@ class GradientPruningConfig(_Block):
     warmup: Literal["auto", "dense", "unpruned"] = Field(
         default="auto",
         description="With update: in the warm-up all ranks average their gradients as DeepSpeed "
-        "does, or islands exchange their whole updates. Auto begins dense, and goes on unpruned "
-        "where dense exchanges take longer than the computation.",
+        "does, or islands exchange their whole updates. Auto tries the link first, and is "
+        "unpruned where dense exchanges take longer than the computation.",
     )
     warmup_steps: Step = Field(
         default=200, description="Nothing is pruned in the first so many optimizer steps."

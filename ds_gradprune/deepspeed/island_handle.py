@@ -198,6 +198,11 @@ class IslandHandle(Handle):
 
         super()._replace(name, doing, told_to_all)
 
+    def tell_beginning(self) -> None:
+        """The link was tried, and the warm-up is unpruned from its first step on. Local."""
+        if self._is_first:
+            self._decisions.begin(self.loop.decision)
+
     def _before_detach(self) -> None:
         self.weights.leave_shared()
         if self.crew is not None:
@@ -265,6 +270,7 @@ class IslandHandle(Handle):
             return super()._backward(original, *args, **kwargs)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._warmup.before_step()
         if self.is_warmup:
             return self._warmup.step(original, *args, **kwargs)
         self.weights.hold_own()

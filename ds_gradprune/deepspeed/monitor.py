@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.law.decision import Cause
+from ds_gradprune.law.decision import Cause, Decision
 from ds_gradprune.law.verdict import Verdict
 from ds_gradprune.train.report import StepReport
 
@@ -271,6 +271,11 @@ class DecisionLog:
         self._advice = (
             " or lower" if config.sync_every == "auto" else ", raise sync_every, or lower"
         )
+
+    def begin(self, decision: Decision) -> None:
+        """The warm-up is unpruned from step 1 on, because of a trial of the link."""
+        self._is_unpruned = True
+        show(f"step {decision.step}: {decision.reason}")
 
     def tell(self, report: StepReport) -> None:
         """Look at one exchange and the decision after it."""

@@ -9,6 +9,7 @@ between the islands before the optimizer steps.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ from ds_gradprune.errors import UnsupportedError
 from ds_gradprune.wire.channel import Announcement
 from ds_gradprune.wire.traffic import ring_all_reduce_bytes
 from ds_gradprune.wire.transport import Work
+from ds_gradprune.wire.trial import dense_seconds
 
 if TYPE_CHECKING:
     from ds_gradprune.deepspeed.island_handle import IslandHandle
@@ -52,6 +54,41 @@ class Warmup:
     def close(self) -> None:
         """Give DeepSpeed its backend back. Local."""
         backends.uninstall(self._backend)
+
+    def before_step(self) -> None:
+        """`engine.step` is about to begin. Collective: all ranks."""
+        if self._is_partitioned and self._handle.engine.is_gradient_accumulation_boundary():
+            self._try_link()
+
+    def _try_link(self) -> None:
+        """Before the first exchange of a run: is the link fit for dense ones?
+
+        Where it is not, the step under way is no dense one any more. Collective: all ranks.
+        """
+        handle = self._handle
+        loop = handle.loop
+        if not (handle.is_warmup and loop.asks_for_trial):
+            return
+        with loop.stopwatch.stopped():
+            compute_s, lasts_s = loop.stopwatch.compute_s, 0.0
+            handle.channel.advance(loop.exchange_step)
+            with handle.inside.together():
+                lasts_s = dense_seconds(handle.channel, self._gradient_bytes(), handle.clock.now_s)
+            mine = dataclasses.replace(
+                loop.signals(None), compute_time_s=compute_s, comm_time_s=lasts_s
+            )
+            island, _ = handle.inside.agree(mine, 0)
+            with handle.inside.together():
+                headers = handle.announce(island).headers()
+            if loop.begin([header.signals for header in headers]):
+                handle.tell_beginning()
+
+    def _gradient_bytes(self) -> int:
+        """Of what this rank carries in a dense exchange. Local."""
+        if self._is_partitioned:
+            return sum(g.numel() * g.element_size() for g in self._handle.shards.gradients())
+        dtype: torch.dtype = self._handle.engine.communication_data_type
+        return self._handle.islands.weights.numel * dtype.itemsize
 
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A whole `engine.step` in the warm-up. Collective: all ranks."""
@@ -91,6 +128,7 @@ class Warmup:
         elements_per_buffer: int = 500_000_000,
     ) -> Any:
         handle = self._handle
+        self._try_link()
         if handle.is_warmup:
             with handle.loop.stopwatch.phase("codec"):
                 if grads is None:

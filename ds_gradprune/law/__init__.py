@@ -12,6 +12,7 @@ and measures again; "predictive", the default, moves to where the link model say
     learning, outliers     P(t) of the losses
     alarm, link_cost, codec_cost, network, prices     what a step costs at a density
     progress_model         how many steps a density costs
+    warmup, opening        how a run begins
     schedule, interval, plan, loss_arm      parts of the decision
     predictive, stepwise   the laws
     decision               what they decide
@@ -20,22 +21,31 @@ and measures again; "predictive", the default, moves to where the link model say
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.errors import CheckpointError
-from ds_gradprune.law import predictive, stepwise
+from ds_gradprune.law import opening, predictive, stepwise
 from ds_gradprune.law import state as plain
 from ds_gradprune.law.arithmetic import fingerprint
 from ds_gradprune.law.decision import Decision
 from ds_gradprune.law.predictive import PredictiveState
-from ds_gradprune.law.signals import StepSignals
+from ds_gradprune.law.signals import RankSignals, StepSignals
 from ds_gradprune.law.stepwise import StepwiseState
 
 State: TypeAlias = PredictiveState | StepwiseState
 
-__all__ = ["State", "fingerprint", "restore", "start", "to_plain", "update"]
+__all__ = [
+    "State",
+    "asks_for_trial",
+    "begin",
+    "fingerprint",
+    "restore",
+    "start",
+    "to_plain",
+    "update",
+]
 
 _STATES: dict[str, type[PredictiveState] | type[StepwiseState]] = {
     "predictive": PredictiveState,
@@ -53,6 +63,31 @@ def start(config: GradientPruningConfig) -> tuple[State, Decision]:
         State of the configured law, and decision.
     """
     return stepwise.start(config) if config.controller == "stepwise" else predictive.start(config)
+
+
+def asks_for_trial(config: GradientPruningConfig, state: State) -> bool:
+    """Whether a trial of the link before the first exchange would decide something."""
+    return opening.is_open(config, state)
+
+
+def begin(
+    config: GradientPruningConfig,
+    state: State,
+    decision: Decision,
+    ranks: Sequence[RankSignals],
+) -> tuple[State, Decision]:
+    """State and decision for step 1 after the link was tried; see `opening.begin`.
+
+    Args:
+        config: the validated block.
+        state: as `start` gave it.
+        decision: as `start` gave it.
+        ranks: what all ranks said, in rank order; equal everywhere. `comm_time_s` is what a dense
+            exchange would take there, `compute_time_s` forward and backward of the first step.
+    """
+    if isinstance(state, StepwiseState):
+        return state, decision
+    return opening.begin(config, state, decision, ranks) or (state, decision)
 
 
 def update(

@@ -1,10 +1,10 @@
 """How a run begins: dense or unpruned, and in which rounds.
 
-With `"warmup": "auto"` the first steps are DeepSpeed's own. Where their exchanges take longer than
-the computation, islands step alone from then on, and the rest of the warm-up is unpruned. Else it
-stays dense. One exchange that takes five times as long suffices, or two of 2.5 times, and after
-five that are shorter the form is settled. So on a slow link two steps are dense: times ride one
-exchange late.
+With `"warmup": "auto"` a trial of the link may begin it unpruned (`opening`). Else the first steps
+are DeepSpeed's own. Where their exchanges take longer than the computation after all, islands step
+alone from then on, and the rest of the warm-up is unpruned. Else it stays dense. One exchange that
+takes five times as long suffices, or two of 2.5 times, and after five that are shorter the form is
+settled. Times ride one exchange late.
 
 An unpruned exchange has 4.25 bits a parameter, many times those of a pruned one. So it comes so
 seldom that a step is hardly longer for it: every 1, 2, 4 or 8 steps, the fewest at which what is

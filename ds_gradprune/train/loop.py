@@ -49,7 +49,7 @@ class Loop:
         self._config = config
         self.stopwatch = Stopwatch(clock)
         self.step = self.last_exchange = self._reported = self._measured = self._agreement = 0
-        self._has_stepped = False
+        self._has_stepped = self._is_tried = False
         self.totals = Totals()
         self.report: StepReport | None = None
         self._timed: Timed | None = None
@@ -59,6 +59,7 @@ class Loop:
         """As before the first step: nothing is known."""
         state, decision = law.start(self._config)
         empty = Stopwatch(lambda: 0.0).state_dict()
+        self._is_tried = False
         self.take(LoopState(0, 0, 0, 0, 0, state, decision, None, Totals(), empty))
 
     @property
@@ -78,6 +79,25 @@ class Loop:
         if every == "auto" or self.decision.unpruned:
             return self.decision.interval
         return every
+
+    @property
+    def asks_for_trial(self) -> bool:
+        """Before its first exchange the run wants to know the link."""
+        return not (self.step or self._is_tried) and law.asks_for_trial(self._config, self._law)
+
+    def begin(self, ranks: Sequence[RankSignals]) -> bool:
+        """The link was tried before the first exchange: decide how the run begins.
+
+        Args:
+            ranks: what all ranks said, see `law.begin`.
+
+        Returns:
+            Something other was decided than before.
+        """
+        self._is_tried, before = True, self.decision
+        self._law, self.decision = law.begin(self._config, self._law, before, ranks)
+        self._agree_on(self.decision)
+        return self.decision != before
 
     def begin_step(self) -> None:
         """The step's first forward begins; further calls in the same step change nothing."""
@@ -160,10 +180,7 @@ class Loop:
         self._law, self.decision = law.update(self._config, self._law, signals)
         steps, self._reported = step - self._reported, step
         self._timed, self._measured = timed, finished
-        decided = self.decision
-        self._agree(
-            struct.pack("<IdI?", decided.step, decided.density, decided.interval, decided.unpruned)
-        )
+        self._agree_on(self.decision)
         self.report = StepReport(
             step=step,
             steps=steps,
@@ -256,6 +273,11 @@ class Loop:
 
     def _agree(self, data: bytes) -> None:
         self._agreement = zlib.crc32(data, self._agreement)
+
+    def _agree_on(self, decided: Decision) -> None:
+        self._agree(
+            struct.pack("<IdI?", decided.step, decided.density, decided.interval, decided.unpruned)
+        )
 
     def _aggregate(
         self, step: int, ranks: Sequence[RankSignals], before: Timed | None

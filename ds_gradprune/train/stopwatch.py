@@ -73,6 +73,22 @@ class Stopwatch:
         finally:
             self._enter(outer)
 
+    @property
+    def compute_s(self) -> float | None:
+        """Computation since the last lap, up to the last change of phase; None: it was not seen."""
+        return self._times.compute_s if self._is_seen else None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens inside belongs to no step."""
+        runs = self._since_s is not None
+        self.pause()
+        try:
+            yield
+        finally:
+            if runs:
+                self.start()
+
     def add_hidden(self, seconds: float) -> None:
         """An exchange took so long beside the computation."""
         self._times = replace(self._times, hidden_s=self._times.hidden_s + seconds)

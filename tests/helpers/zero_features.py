@@ -300,6 +300,13 @@ def between(stage: int) -> dict[str, Any]:
     return {"same": found}
 
 
+TRIED: dict[str, Any] = {
+    "warmup": "auto",
+    "warmup_steps": 60,
+    "throttle": {"schedule": [{"step": 0, "rate_mbit": 0.05}]},
+}
+"""A link so slow that nothing is sent dense: exchanges come after steps 1, 3 and 7."""
+
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unpruned": ({"stage": 2}, {"warmup": "unpruned"}),
     "every-4": ({"stage": 3}, {"sync_every": 4, "residual_decay": 0.9}),
@@ -330,6 +337,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"stage": 3, "zero": {"sub_group_size": 600, "stage3_param_persistence_threshold": 0}},
         {},
     ),
+    **{f"slow-{stage}": ({"stage": stage}, TRIED) for stage in STAGES},
 }
 
 
