@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -113,10 +114,19 @@ def arguments(here: Path, out: Path, **changes: str | None) -> list[str]:
 
 
 def free_port() -> str:
-    """A port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nobody listens on right now.
+
+    It lies below those that Linux gives to outgoing connections: one of another test could take it
+    before the ranks listen.
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return str(port)
 
 
 def script_environ() -> dict[str, str]:
