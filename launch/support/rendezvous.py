@@ -88,10 +88,10 @@ def open_store(place: Place, environ: Mapping[str, str], timeout_s: float) -> An
             master_listen_fd=None if listener is None else listener.detach(),
         )
     except dist.DistNetworkError as exc:
-        reason = str(exc).strip().splitlines()[0]
+        reason = str(exc).strip().splitlines()[0].rstrip(".")
         raise TransportError(
             f"rank {place.rank} must be able to {'listen on' if keeps else 'use'} port {port} of "
-            f"{'its host' if keeps else address}: {reason} End what uses it, or say --master_port."
+            f"{'its host' if keeps else address}: {reason}. End what uses it, or say --master_port."
         ) from exc
 
 
