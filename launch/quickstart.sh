@@ -75,7 +75,7 @@ if [ "$kind" = finetune ]; then
   python -m launch.support.questions docs/faq.md "$inputs"
   say "fine-tuning it on two ranks, into $run"
   "${start[@]}" launch/finetune.py --model "$model" --data "$inputs/questions.jsonl" \
-    --prompts "$inputs/prompts.txt" --config ds_configs/finetune_laptop.json --steps 40 \
+    --prompts "$inputs/prompts.txt" --config ds_configs/finetune_laptop.json --steps 60 \
     --out "$run" "$@"
   show
   python -m launch.support.questions --replies "$run/result.json"
