@@ -218,10 +218,11 @@ def verdict_text(outlook: Outlook) -> str:
     best, column = outlook.best, outlook.column
     where = "This link" if column.is_measured else f"On {column.label}"
     faster = outlook.dense_s / outlook.pruned_s(best)
-    edge = rate(outlook.break_even_mbit(best))
+    edge_mbit = outlook.break_even_mbit(best)
+    edge = "at any rate" if edge_mbit is None else f"{rate(edge_mbit)} Mbit/s"
     facts = (
         f"dense {seconds(outlook.dense_s)} a step, pruned {seconds(outlook.pruned_s(best))} with "
-        f"{best.name}, break-even {edge} Mbit/s"
+        f"{best.name}, break-even {edge}"
     )
     if column.is_measured:
         where = f"{where} carries {column.rate_mbit:.4g} Mbit/s"
