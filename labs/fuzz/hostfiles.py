@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 from ds_gradprune.commands.hostfile import read_hostfile
+from labs.fuzz.damage import damaged
 from launch.support.place import export_place, find_place
 from launch.support.rendezvous import hosts_of_launcher, port_of
 
@@ -59,18 +60,7 @@ def attempt(rng: random.Random, path: Path) -> None:
 
 
 def _mutated(rng: random.Random, data: bytes) -> bytes:
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(4)
-        if kind == 0:
-            data = data[:at]
-        elif kind == 1:
-            data = data[:at] + rng.choice(SCRAPS) + data[at:]
-        elif kind == 2:
-            data = data[:at] + data[at + rng.randint(1, 8) :]
-        else:
-            data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
-    return data
+    return damaged(rng, data, SCRAPS, 4, kinds=4)
 
 
 def _words(rng: random.Random) -> str:

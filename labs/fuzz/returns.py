@@ -18,6 +18,7 @@ from ds_gradprune.wire.carry import receive
 from ds_gradprune.wire.door import Candidate, Door
 from ds_gradprune.wire.hand_on import bytes_of
 from ds_gradprune.wire.transport import Transport, Work
+from labs.fuzz.damage import damaged
 
 MOST_BYTES = 2**20
 SEALED_SHARE = 0.7
@@ -133,17 +134,4 @@ def _frames(rng: random.Random) -> None:
 
 
 def _mutated(rng: random.Random, data: bytes) -> bytes:
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(5)
-        if kind == 0:
-            data = data[:at]
-        elif kind == 1:
-            data = data[:at] + rng.choice(SCRAPS) + data[at:]
-        elif kind == 2:
-            data = data[:at] + data[at + rng.randint(1, 8) :]
-        elif kind == 3:
-            data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
-        else:
-            data = data[:at] + rng.choice(SCRAPS) + data[at + rng.randint(1, 4) :]
-    return data
+    return damaged(rng, data, SCRAPS, 3)
