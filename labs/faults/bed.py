@@ -213,10 +213,8 @@ class BareRun(_Run):
     def play(self) -> BedVerdict:
         """Run it to its end."""
         schedule = self.schedule
-        for number in range(schedule.hosts):
-            self.start(number)
-        if not self.until(lambda: self.logged() >= schedule.step, LIMIT_S / 2):
-            return BedVerdict("untyped", notes=["never began", *self.told()])
+        if fault := self.begin():
+            return fault
         before = self.logged()
         self.do()
         if schedule.deed not in LASTING:
@@ -225,6 +223,14 @@ class BareRun(_Run):
             if went_on and self.until(self.ended, LIMIT_S) and not self.whole():
                 return BedVerdict("finished", recover_s)
         return self._survivors()
+
+    def begin(self) -> BedVerdict | None:
+        """Start all ranks, and wait for the step of the deed; what went wrong, if it did."""
+        for number in range(self.schedule.hosts):
+            self.start(number)
+        if self.until(lambda: self.logged() >= self.schedule.step, LIMIT_S / 2):
+            return None
+        return BedVerdict("untyped", notes=["never began", *self.told()])
 
     def start(self, number: int) -> None:
         """Start the rank of a host."""

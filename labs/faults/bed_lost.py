@@ -67,10 +67,8 @@ def play(schedule: BedSchedule, inputs: Path, folder: Path) -> BedVerdict:
 class _LostRun(BareRun):
     def play(self) -> BedVerdict:
         schedule = self.schedule
-        for number in range(schedule.hosts):
-            self.start(number)
-        if not self.until(lambda: self.logged() >= schedule.step, LIMIT_S / 2):
-            return BedVerdict("untyped", notes=["never began", *self.told()])
+        if fault := self.begin():
+            return fault
         seen = self._watch_log(began_s=time.monotonic())
         expected = left(schedule)
         codes = [process.poll() for process in self.processes]
@@ -85,8 +83,8 @@ class _LostRun(BareRun):
         is_typed = all(codes[r] == 2 and "error: " in told[r] for r in lost)
         if done != expected or not is_typed or any("Traceback" in text for text in told):
             return BedVerdict("untyped", notes=notes)
-        if fault := self.whole():
-            return BedVerdict("untyped", notes=[fault, *notes])
+        if torn := self.whole():
+            return BedVerdict("untyped", notes=[torn, *notes])
         assert is_frozen or all(code is not None for code in codes)
         return BedVerdict("finished", recover_s=seen)
 
