@@ -75,10 +75,14 @@ def test_a_bit_that_flips_in_one_ranks_weights_is_found(tmp_path: Path) -> None:
 
 def test_a_rank_that_counts_less_is_compared_after_the_steps_that_it_made(tmp_path: Path) -> None:
     """Its hash of the next step stood where that of its own count belonged: a false alarm."""
-    verdict = loopback.play(draw(13, 77), tmp_path)
-    assert verdict.end == "finished", verdict.notes
+    # Both ranks wait for each other, and the threads decide whose time-out is told.
+    for attempt in range(8):
+        verdict = loopback.play(draw(13, 77), tmp_path / str(attempt))
+        assert verdict.end == "finished", verdict.notes
+        assert not verdict.diverged
+        if "had no answer from rank 1" in verdict.notes[0]:
+            break
     assert "had no answer from rank 1" in verdict.notes[0]
-    assert not verdict.diverged
 
 
 def test_a_product_that_forgets_its_residual_is_found(
