@@ -126,9 +126,15 @@ def crowded() -> str:
     return "accepted"
 
 
-def run_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Run cases one after the other; a failure ends the list, the ranks may be out of step."""
+def run_all(cases: dict[str, tuple[str, dict[str, Any]]], ranks: int = RANKS) -> dict[str, Any]:
+    """Run cases one after the other; a failure ends the list, the ranks may be out of step.
+
+    Args:
+        cases: name -> (name of a function, its arguments).
+        ranks: of an island. `dense` and `pruned` alone take another number.
+    """
     start_deepspeed()
+    ISLANDS["island"] = {"ranks": ranks}
     PRUNED.update(ISLANDS)  # of the other module's cases, too
     KINDS.update(STAGE_0)
     everywhere = vars(zero_gradient_cases) | globals()

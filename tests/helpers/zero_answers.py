@@ -7,10 +7,33 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.zero_cases import KINDS
+from tests.helpers.zero_cases import KINDS, STEPS
 
 Found = list[dict[str, Any]]
 """Of every rank: kind -> check -> answer."""
+
+
+ROUNDED = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Largest relative error of rounding a number."""
+
+
+def rounding_limit(found: dict[str, Any], kind: str, roundings: int, ranks: int = 4) -> float:
+    """How far two runs of SGD may be apart that sum in different orders.
+
+    Gradients of N ranks are added and scaled, with 2 N roundings in the two runs together. The fp32
+    weights are rounded a few times per step; copies of lower precision may round to the other
+    neighbour, once. Twice all that, because gradients follow the weights.
+
+    Args:
+        found: what `zero_cases.warms_up` has found.
+        kind: of engine.
+        roundings: of a weight, per step.
+        ranks: N.
+    """
+    dtype = KINDS[kind].get("dtype", "fp32")
+    unit = ROUNDED[dtype]
+    times = STEPS * roundings if dtype == "fp32" else 1
+    return 2 * unit * (2 * ranks * STEPS * found["step"] + times * found["weight"])
 
 
 def kinds(names: Iterable[str]) -> list[Any]:
