@@ -22,6 +22,7 @@ if __name__ == "__main__" and not __package__:
 
 from .support.any_run import bring_up, train_in
 from .support.peers import Peers
+from .support.resumed import resumed_tag
 from .support.run import Run
 from .support.script import run_script
 from .support.settings import Settings, parser, read_settings
@@ -39,10 +40,11 @@ def _train(settings: Settings, peers: Peers) -> None:
     """Everything between a command line and result.json. Collective."""
     peers.check_alike(settings.facts())
     text = peers.patiently(lambda: settings.check_inputs(comes_back=peers.joins))
-    resumed = settings.folder.newest() if settings.flags.resume else None
-    peers.check_alike({"text": text, "checkpoint": resumed})
+    peers.check_alike({"text": text})
+    resumes = settings.flags.resume and not peers.joins
+    tag = resumed_tag(peers, settings.folder) if resumes else None
     world_config = bring_up(settings, peers)
-    train_in(settings, peers, lambda: Run(settings, peers, world_config, text))
+    train_in(settings, peers, lambda: Run(settings, peers, world_config, text, tag))
 
 
 if __name__ == "__main__":

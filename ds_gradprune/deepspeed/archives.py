@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,31 @@ _PLACES = (
 """Where launchers say which of so many ranks of its host this one is."""
 
 
-def check_files(folder: str, ranks: Transport, parts: int | None = None) -> None:
+def check_loadable(
+    engine: Any, load_dir: str, tag: str, ranks: Transport, *, resumes: bool
+) -> None:
+    """See `check_files`, for what an engine is about to load.
+
+    Args:
+        engine: of DeepSpeed.
+        load_dir: folder of the checkpoints.
+        tag: of the one that is loaded.
+        ranks: all of them.
+        resumes: the optimizer's state is loaded, too.
+
+    Raises:
+        CheckpointError: see there.
+
+    Collective: all ranks of `ranks`.
+    """
+    folder = os.path.join(load_dir, tag)
+    parts = parts_of(engine) if resumes else None
+    check_files(folder, ranks, parts, needed_by(engine, load_dir, tag, resumes=resumes))
+
+
+def check_files(
+    folder: str, ranks: Transport, parts: int | None = None, needed: Sequence[str] = ()
+) -> None:
     """Read DeepSpeed's files of a checkpoint; ours have a checksum over everything.
 
     Args:
@@ -31,10 +56,11 @@ def check_files(folder: str, ranks: Transport, parts: int | None = None) -> None
         ranks: all of them.
         parts: into so many DeepSpeed divides the optimizer now, if it is to be loaded; None: it is
             not, or in whatever parts it lies.
+        needed: files without which DeepSpeed leaves this rank alone with an error.
 
     Raises:
-        CheckpointError: names a damaged file, or a run without pruning has saved other parts; on
-            all ranks alike.
+        CheckpointError: names a damaged file, or one that is on other hosts only, or a run without
+            pruning has saved other parts; on all ranks alike.
 
     Collective: all ranks of `ranks`.
     """
@@ -42,6 +68,7 @@ def check_files(folder: str, ranks: Transport, parts: int | None = None) -> None
     theirs = [path for path in files if not FILE_NAME.fullmatch(os.path.basename(path))]
     if parts is not None:
         _check_parts(folder, parts, ranks, saves_ours=len(theirs) < len(files))
+    _check_needed(folder, needed, ranks)
     fault = first_fault(theirs, os.environ)
     error = None
     if fault is not None:
@@ -65,6 +92,30 @@ def parts_of(engine: Any) -> int | None:
     if not engine.zero_optimization() or engine.load_universal_checkpoint():
         return None
     return int(engine.seq_dp_world_size)
+
+
+def needed_by(engine: Any, load_dir: str, tag: str, *, resumes: bool) -> list[str]:
+    """The files that DeepSpeed 0.19.8 reads on this rank. Local."""
+    if engine.load_universal_checkpoint():
+        return []
+    needed = [str(engine._get_ckpt_name(load_dir, tag))]
+    if resumes and engine.zero_optimization():
+        needed.append(str(engine._get_zero_ckpt_name(load_dir, tag)))
+    return needed
+
+
+def _check_needed(folder: str, needed: Sequence[str], ranks: Transport) -> None:
+    """What no rank has, DeepSpeed tells on all of them; what some lack, on those alone."""
+    absent = next((path for path in needed if not os.path.isfile(path)), None)
+    mine = [socket.gethostname(), absent and os.path.basename(absent)]
+    told = [json.loads(text) for text in gather_texts(ranks, json.dumps(mine))]
+    lacking = [f"{name} on {host} (rank {rank})" for rank, (host, name) in enumerate(told) if name]
+    if 0 < len(lacking) < len(told):
+        raise CheckpointError(
+            f"checkpoint {folder} must be whole on every host, but DeepSpeed's file is missing: "
+            f"{', '.join(lacking[:4])}. Nothing was loaded. Resume from another checkpoint: write "
+            "the name of an older tag into the file latest of every host."
+        )
 
 
 def _check_parts(folder: str, parts: int, ranks: Transport, *, saves_ours: bool) -> None:

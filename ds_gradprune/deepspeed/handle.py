@@ -27,7 +27,7 @@ from ds_gradprune.bucket.layout import kept_per_chunk
 from ds_gradprune.config import GradientPruningConfig
 from ds_gradprune.deepspeed import checkpoint, disks, monitor
 from ds_gradprune.deepspeed.agree import Facts, check_ranks, check_weights
-from ds_gradprune.deepspeed.archives import check_files, latest_file, parts_of
+from ds_gradprune.deepspeed.archives import check_loadable, latest_file
 from ds_gradprune.deepspeed.clock import Clock, after_device
 from ds_gradprune.deepspeed.facts import tell_changes
 from ds_gradprune.deepspeed.hooks import Hooks
@@ -366,8 +366,7 @@ class Handle:
         tag = checkpoint.agree_tag(load_dir, tag, self.seat, latest_file(self.engine))
         resumes = load_optimizer_states and not load_module_only and tag is not None
         if tag is not None:
-            parts = parts_of(self.engine) if resumes else None
-            check_files(os.path.join(load_dir, str(tag)), self.seat.transport, parts)
+            check_loadable(self.engine, load_dir, str(tag), self.seat.transport, resumes=resumes)
         # Ours is read, checked and agreed on first: what cannot be resumed changes nothing.
         saved = checkpoint.load(load_dir, str(tag), self.seat) if resumes else None
         take, fault = None, None

@@ -88,8 +88,13 @@ def whole_or_nothing(folder: RunFolder, tag: Callable[[], str]) -> Iterator[None
         ) from exc
 
 
-def load_checkpoint(engine: Any, folder: RunFolder) -> dict[str, Any]:
-    """Restore the checkpoint that the folder's file `latest` names.
+def load_checkpoint(engine: Any, folder: RunFolder, tag: str) -> dict[str, Any]:
+    """Restore a checkpoint.
+
+    Args:
+        engine: of DeepSpeed.
+        folder: of the run.
+        tag: see `resumed_tag`; nothing outside the folder is read.
 
     Returns:
         The state that was saved with it.
@@ -98,17 +103,15 @@ def load_checkpoint(engine: Any, folder: RunFolder) -> dict[str, Any]:
         CheckpointError: it is not there, or damaged.
         GradPruneError: whatever else the engine refuses by name.
     """
-    tag = folder.newest()
     advice = f"Write the name of an older one into {folder.checkpoints / 'latest'}."
-    if tag is not None:
-        check_tag(tag, str(folder.checkpoints / "latest"))
-    if tag is None or not (folder.checkpoints / tag).is_dir():
+    check_tag(tag, str(folder.checkpoints / "latest"))
+    if not (folder.checkpoints / tag).is_dir():
         raise CheckpointError(
             f"{folder.checkpoints} must hold the checkpoint that its file latest names, but has "
             f"no folder {tag}. {advice}"
         )
     try:
-        path, client_state = engine.load_checkpoint(str(folder.checkpoints))
+        path, client_state = engine.load_checkpoint(str(folder.checkpoints), tag=tag)
     except GradPruneError:
         raise
     # A damaged file raises whatever its reader raises. It is told, never passed over.

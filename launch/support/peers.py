@@ -43,7 +43,7 @@ MAX_TEXT_BYTES = 64 * 2**20
 
 SHOWN_DIFFERENCES = 6
 
-OF_A_START = {"--resume", "checkpoint"}
+OF_A_START = {"--resume"}
 """What a rank that comes back may have otherwise."""
 
 _TOLD = "ds_gradprune/told"

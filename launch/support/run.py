@@ -17,9 +17,19 @@ from .shown import Validations, live_fields, say
 
 
 class Run(AnyRun):
-    """One run from its data to its result."""
+    """One run from its data to its result.
 
-    def __init__(self, settings: Settings, peers: Peers, world_config: Any, text: str) -> None:
+    Args:
+        settings: flags and configuration.
+        peers: all ranks.
+        world_config: DeepSpeed's reading of it.
+        text: what tells it from another.
+        tag: of the checkpoint that the run goes on from; None: it begins.
+    """
+
+    def __init__(
+        self, settings: Settings, peers: Peers, world_config: Any, text: str, tag: str | None
+    ) -> None:
         super().__init__(settings, peers)
         self._begin(settings, world_config, text)
         model = self._prepare(settings, world_config)
@@ -37,8 +47,8 @@ class Run(AnyRun):
             self.since, self.val_losses, self.steps_done = START, list[tuple[int, float]](), 0
             if peers.joins:
                 self._join()
-            elif self.flags.resume:
-                self._resume()
+            elif tag is not None:
+                self._resume(tag)
             # Where pruning runs it writes the log itself; elsewhere it gets the plain numbers.
             is_plain = self.handle is None and peers.rank == 0
             self._plain_log = StepLog(str(self.folder.log) if is_plain else None)
@@ -113,9 +123,9 @@ class Run(AnyRun):
         self.steps_done = int(self.engine.global_steps)
         say(f"rank {self.peers.rank} takes part again after step {self.steps_done}")
 
-    def _resume(self) -> None:
-        """Load the newest checkpoint. Collective."""
-        state = load_checkpoint(self.engine, self.folder)
+    def _resume(self, tag: str) -> None:
+        """Load a checkpoint. Collective."""
+        state = load_checkpoint(self.engine, self.folder, tag)
         self.since = Position(*state["position"])
         self.steps_done = self.since.step
         self.val_losses = [(int(step), float(loss)) for step, loss in state["val_losses"]]

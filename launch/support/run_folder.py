@@ -141,14 +141,9 @@ class RunFolder:
             Identity and notes of the run.
 
         Raises:
-            CheckpointError: there is no checkpoint.
+            CheckpointError: it is no folder of a run.
             ConfigError: the run is still alive, or lists every setting that differs.
         """
-        if self.newest() is None:
-            raise CheckpointError(
-                f"--resume must find a checkpoint, but {self.checkpoints} has none. Train without "
-                "--resume into a new folder."
-            )
         try:
             self._lock = os.open(self._identity, os.O_RDWR)
             self._facts = self._identity.read_text(encoding="utf-8")

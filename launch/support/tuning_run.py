@@ -17,6 +17,7 @@ from .any_run import AnyRun, totals_of
 from .checkpoints import whole_or_nothing, whole_weights
 from .peers import Peers, StopSwitch
 from .place import Place
+from .resumed import resumed_tag
 from .run_folder import KEPT_CHECKPOINTS, write_json
 from .tuning_data import TuningData, collate, read_data
 from .tuning_model import add_adapters, load_tuned, pad_id_of, replies
@@ -42,6 +43,8 @@ class TuningRun(AnyRun):
     def __init__(self, settings: TuningSettings, peers: Peers, prompts: list[str]) -> None:
         super().__init__(settings, peers)
         self._prompts = prompts
+        tag = resumed_tag(peers, self.folder) if self.flags.resume else None
+        self._resumed = None if tag is None else self.folder.checkpoints / tag
         self._begin(settings)
         arguments = peers.together(lambda: _arguments(settings, peers.place))
         self.model, self.tokenizer = peers.patiently(lambda: load_tuned(self.flags.model))
@@ -70,8 +73,7 @@ class TuningRun(AnyRun):
 
     def train(self) -> None:
         """Train, evaluate, and write model and result."""
-        resumed = self.folder.checkpoints / str(self.folder.newest()) if self.flags.resume else None
-        trainer = self.trainer
+        resumed, trainer = self._resumed, self.trainer
         with whole_or_nothing(self.folder, lambda: f"checkpoint-{trainer.state.global_step}"):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         state = trainer.state
@@ -108,9 +110,9 @@ class TuningRun(AnyRun):
 
     def _since(self) -> Since:
         """Where the run begins, or goes on; rank 0's host knows."""
-        if not self.flags.resume:
+        path = self._resumed
+        if path is None:
             return Since()
-        path = self.folder.checkpoints / str(self.folder.newest())
         work = (lambda: vars(read_since(path))) if self.peers.rank == 0 else dict
         return Since(**self.peers.gather(self.peers.together(work))[0])
 

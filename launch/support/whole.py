@@ -34,16 +34,27 @@ def candidates(checkpoints: Path) -> Iterator[str]:
     if not latest:
         return
     yield latest
+    steps, named = tags_in(checkpoints), step_of(latest)
+    for step in sorted(steps, reverse=True):
+        if named is None or step < named:
+            yield steps[step]
+
+
+def tags_in(checkpoints: Path) -> dict[int, str]:
+    """Step -> tag of every checkpoint that has a folder."""
     steps = {}
     with contextlib.suppress(OSError):
         for folder in checkpoints.iterdir():
-            found = _TAG.fullmatch(folder.name)
-            if found and folder.is_dir() and not folder.is_symlink():
-                steps[int(found[1])] = folder.name
-    named = _TAG.fullmatch(latest)
-    for step in sorted(steps, reverse=True):
-        if named is None or step < int(named[1]):
-            yield steps[step]
+            step = step_of(folder.name)
+            if step is not None and folder.is_dir() and not folder.is_symlink():
+                steps[step] = folder.name
+    return steps
+
+
+def step_of(tag: str) -> int | None:
+    """The step that a tag names; None: it names none. Pure."""
+    found = _TAG.fullmatch(tag)
+    return int(found[1]) if found else None
 
 
 def name_latest(checkpoints: Path, tag: str) -> None:

@@ -17,6 +17,7 @@ from ds_gradprune.deepspeed.archives import (
     fault_of,
     first_fault,
     latest_file,
+    needed_by,
     parts_of,
 )
 from ds_gradprune.errors import CheckpointError
@@ -85,6 +86,24 @@ def test_damage_that_one_rank_sees_is_told_on_all(saved: Path) -> None:
     assert str(answers[1]) == f"rank 0: {answers[0]}"
 
 
+def test_a_file_that_one_host_lacks_is_told_on_all(saved: Path, tmp_path: Path) -> None:
+    """On a disk of its own it was gone: that rank alone left, and the others waited for it."""
+    disks = [tmp_path, tmp_path / "elsewhere"]
+
+    def load(needed: list[Path]) -> list[object]:
+        return on_ranks(
+            2, lambda t: check_files(str(disks[t.rank]), t, None, [str(needed[t.rank])])
+        )
+
+    assert load([saved, saved]) == [None, None]
+    answers = load([saved, disks[1] / saved.name])
+    assert all(isinstance(answer, CheckpointError) for answer in answers)
+    assert all(f"missing: {saved.name} on " in str(answer) for answer in answers)
+    assert all("(rank 1)" in str(answer) for answer in answers)
+    # What nobody has, DeepSpeed tells on all alike.
+    assert load([tmp_path / "absent.pt", tmp_path / "absent.pt"]) == [None, None]
+
+
 def test_an_optimizer_in_other_parts_is_refused_where_a_plain_run_divided_it(
     tmp_path: Path,
 ) -> None:
@@ -118,3 +137,8 @@ def test_an_engine_names_its_files() -> None:
         engine.zero_optimization = lambda has_zero=has_zero: has_zero
         engine.load_universal_checkpoint = lambda is_universal=is_universal: is_universal
         assert (latest_file(engine), parts_of(engine)) == expected
+        engine._get_ckpt_name = lambda folder, tag: f"{folder}/{tag}/model"
+        engine._get_zero_ckpt_name = lambda folder, tag: f"{folder}/{tag}/part"
+        names = [] if is_universal else ["d/t/model", *(["d/t/part"] if has_zero else [])]
+        assert needed_by(engine, "d", "t", resumes=True) == names
+        assert needed_by(engine, "d", "t", resumes=False) == names[:1]

@@ -13,6 +13,7 @@ from ds_gradprune.errors import CheckpointError, NonFiniteError, UnsupportedErro
 from launch.support.checkpoints import load_checkpoint, save_checkpoint, whole_weights
 from launch.support.peers import Peers
 from launch.support.place import Place
+from launch.support.resumed import resumed_tag
 from launch.support.run_folder import RunFolder
 
 PEERS = Peers(Place())
@@ -38,7 +39,7 @@ class Engine:
             raise self._fault
         assert not save_latest  # a rank that is killed now must not leave `latest` at this one
 
-    def load_checkpoint(self, folder: str) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
         if self._fault is not None:
             raise self._fault
         return None, {}
@@ -144,7 +145,7 @@ def test_checkpoint_that_cannot_be_loaded_is_told(
 ) -> None:
     save_checkpoint(Engine(), folder, PEERS, 1, {})
     with pytest.raises(kind, match=message):
-        load_checkpoint(Engine(fault), folder)
+        load_checkpoint(Engine(fault), folder, resumed_tag(PEERS, folder))
 
 
 def test_latest_that_names_nothing_says_so(folder: RunFolder) -> None:
@@ -152,7 +153,7 @@ def test_latest_that_names_nothing_says_so(folder: RunFolder) -> None:
     save_checkpoint(Engine(), folder, PEERS, 1, {})
     (folder.checkpoints / "latest").write_text("step00000009")
     with pytest.raises(CheckpointError, match="latest names, but has no folder step00000009"):
-        load_checkpoint(Engine(), folder)
+        load_checkpoint(Engine(), folder, resumed_tag(PEERS, folder))
 
 
 def test_latest_that_leads_out_of_the_folder_is_refused(folder: RunFolder) -> None:
@@ -160,7 +161,7 @@ def test_latest_that_leads_out_of_the_folder_is_refused(folder: RunFolder) -> No
     save_checkpoint(Engine(), folder, PEERS, 1, {})
     (folder.checkpoints / "latest").write_text("../checkpoints/step00000001")
     with pytest.raises(CheckpointError, match="must name a folder inside the checkpoint folder"):
-        load_checkpoint(Engine(), folder)
+        load_checkpoint(Engine(), folder, resumed_tag(PEERS, folder))
 
 
 def test_what_our_own_part_refuses_leaves_no_half_of_a_checkpoint(folder: RunFolder) -> None:

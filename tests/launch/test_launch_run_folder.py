@@ -129,11 +129,6 @@ def test_run_resumes_with_what_it_began_with(ended: RunFolder) -> None:
     ended.release()
 
 
-def test_resume_without_checkpoint_is_refused(ended: RunFolder) -> None:
-    with pytest.raises(CheckpointError, match=r"--resume must find a checkpoint"):
-        ended.resume(IDENTITY)
-
-
 def test_resume_of_another_run_names_every_difference(ended: RunFolder) -> None:
     save(ended, 5)
     with pytest.raises(ConfigError, match=r"--seed must be 1 .* got 2\.\n.*--text must be None"):
