@@ -298,10 +298,15 @@ class GradientPruningConfig(_Block):
         """Optimizer steps from an exchange to its commit; 0: it is waited for."""
         return self.delay_of(self.first_interval)
 
-    def delay_of(self, interval: int) -> int:
-        """The same where exchanges come every `interval` steps."""
+    def delay_of(self, interval: int, *, unpruned: bool = False) -> int:
+        """The same where exchanges come every `interval` steps.
+
+        Args:
+            interval: optimizer steps from one exchange to the next.
+            unpruned: it sends everything, in an unpruned warm-up.
+        """
         hides = self.overlap == "auto" and self.prune == "update"
-        return max(1, interval // 4) if hides else 0
+        return max(1, interval // (2 if unpruned else 4)) if hides else 0
 
     def window_losses(self, interval: int) -> int:
         """`window_size` in losses, where one is told in so many steps."""

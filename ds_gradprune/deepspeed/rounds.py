@@ -147,7 +147,7 @@ class Rounds:
         )
         signals, dense_bytes = handle.inside.agree(handle.asking(signals), islands.dense_bytes())
         pruned = loop.decision.density < 1.0
-        hides = pruned and handle.config.delay_of(loop.interval) > 0
+        hides = pruned and loop.delay_steps > 0
         goes_ahead = hides and islands.kept is None
         begun = _Begun(step, step, signals, dense_bytes, goes_ahead=goes_ahead)
         try:
@@ -168,7 +168,7 @@ class Rounds:
     def _send(self, begun: _Begun) -> _Begun:
         handle = self._handle
         # Its own interval counts: the next one may be another, but is at least half as long.
-        delay_steps = handle.config.delay_of(handle.loop.interval)
+        delay_steps = handle.loop.delay_steps
         hides = delay_steps > 0
         prepared = handle.islands.prepare(
             handle.k,

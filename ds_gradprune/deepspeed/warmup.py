@@ -80,6 +80,7 @@ class Warmup:
             island, _ = handle.inside.agree(mine, 0)
             with handle.inside.together():
                 headers = handle.announce(island).headers()
+            handle.channel.take_wire_bytes()  # they belong to no exchange
             if loop.begin([header.signals for header in headers]):
                 handle.tell_beginning()
 

@@ -2,9 +2,8 @@
 
 With `"warmup": "auto"` the ranks try the link with a small message while the gradients of the first
 step wait (`wire.trial`). Where dense exchanges would take far longer than the computation
-nothing is ever sent dense: the warm-up is unpruned from step 1, exchanges after 1, 2, 4 and 8
-steps, and so on as `warmup` says. Else the run begins dense, and what the first exchanges really
-take decides.
+nothing is ever sent dense: the warm-up is unpruned from step 1, in rounds that the link bears, as
+`warmup` says. Else the run begins dense, and what the first exchanges really take decides.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from ds_gradprune.config import GradientPruningConfig
-from ds_gradprune.law.decision import Decision
+from ds_gradprune.law.decision import Decision, every
 from ds_gradprune.law.predictive import PredictiveState
+from ds_gradprune.law.schedule import next_exchange
 from ds_gradprune.law.signals import RankSignals
 from ds_gradprune.law.stats import is_time, keep_last
-from ds_gradprune.law.warmup import LEAST_S, WarmupState
+from ds_gradprune.law.warmup import LEAST_S, WarmupState, borne_interval
 
 DEAR = 2.5
 """A dense exchange that takes so many times the computation is never begun. Two of them would end
@@ -59,9 +59,15 @@ def begin(
     # A first estimate: two islands send so much less. With more it is too short.
     wire_s = dense_s * config.value_bits / 32
     warm = WarmupState("unpruned", (dense_s,), keep_last((), wire_s, 1), unpruned=True)
+    interval = borne_interval(config, warm, (compute_s,)) or 1
+    first = next_exchange(config, 0, interval, unpruned=True)
     text = (
-        f"warm-up step 1 of {config.warmup_steps}: unpruned, as a dense exchange would take "
-        f"{dense_s:.3g} s beside {compute_s:.3g} s of computation"
+        f"warm-up step {first} of {config.warmup_steps}: unpruned, {every(1, interval)}, as a "
+        f"dense exchange would take {dense_s:.3g} s beside {compute_s:.3g} s of computation"
     )
-    begun = state._replace(warmup=warm, interval=1, compute_times_s=keep_last((), compute_s, 1))
-    return begun, dataclasses.replace(decision, interval=1, unpruned=True, reason=text)
+    begun = state._replace(
+        warmup=warm, interval=interval, compute_times_s=keep_last((), compute_s, 1)
+    )
+    return begun, dataclasses.replace(
+        decision, step=first, interval=interval, unpruned=True, reason=text
+    )

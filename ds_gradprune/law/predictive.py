@@ -128,7 +128,7 @@ def update(
     budget_s = _budget_s(config, state, prices, signals.step)
     warm, arm = warmup.observe(config, state.warmup, signals, computes_s), state.arm
     ways = (interval, planned.interval)
-    beginning = warmup.begin(config, state.warmup, warm, signals.step, computes_s, ways)
+    beginning = warmup.begin(config, state.warmup, warm, signals.step, computes_s, ways, prices)
     if beginning is not None:
         choice = beginning.choice
     else:

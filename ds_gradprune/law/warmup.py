@@ -8,17 +8,20 @@ settled. Times ride one exchange late.
 
 An unpruned exchange has 4.25 bits a parameter, many times those of a pruned one. So it comes so
 seldom that a step is hardly longer for it: every 1, 2, 4 or 8 steps, the fewest at which what is
-not hidden takes a tenth of the computation. The interval moves by one octave at a time. Only where
-both `"warmup": "unpruned"` and a number in `sync_every` are given, that number holds.
+not hidden takes a tenth of the computation. It begins at an estimate, and moves by one octave at a
+time. Only where both `"warmup": "unpruned"` and a number in `sync_every` are given, that number
+holds. The ramp after it is cut by the same rule.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from ds_gradprune.config import INTERVALS, GradientPruningConfig
+from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
+from ds_gradprune.config import FIRST_INTERVAL, INTERVALS, GradientPruningConfig
 from ds_gradprune.law.decision import Cause, Choice, every
 from ds_gradprune.law.interval import inside, nearest
+from ds_gradprune.law.prices import Prices
 from ds_gradprune.law.schedule import next_exchange, scheduled
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Seconds, is_time, keep_last, median
@@ -35,6 +38,9 @@ MOST = 8
 
 SHARE = 0.1
 """What an exchange adds to a step may take this share of the computation."""
+
+_BITS_OF_KEPT = 3.0
+"""A kept element has so many times the bits of one that is sent with all others: its index."""
 
 _WINDOW = 3
 """Unpruned exchanges behind a median."""
@@ -111,6 +117,7 @@ def begin(
     step: int,
     computes_s: tuple[float, ...],
     ways: tuple[int, int],
+    prices: Prices | None,
 ) -> Beginning | None:
     """What the next exchange is by the schedule; None once the law decides.
 
@@ -121,6 +128,7 @@ def begin(
         step: the step that the last exchange followed.
         computes_s: computation of the last steps.
         ways: the interval in force, and the one after the warm-up.
+        prices: what a pruned step costs; None while unknown.
     """
     used, planned = ways
     form = config.warmup_form
@@ -130,12 +138,15 @@ def begin(
     choice = scheduled(config, ahead, unpruned=unpruned)
     if choice is None:
         return None
+    if unpruned and choice.cause is Cause.RAMP:
+        choice = _borne(config, state, choice, computes_s, prices)
     unpruned = unpruned and choice.cause is Cause.WARMUP
     interval, text = planned, choice.text
     if config.sync_every == "auto":
         interval = nearest(planned, used)
     if unpruned:
-        interval = _interval(config, state, computes_s, used)
+        wanted = borne_interval(config, state, computes_s) or used
+        interval = wanted if state.form != before.form else nearest(wanted, used)
         text += "" if interval == used else f", {every(used, interval)}"
     if state.form != before.form:
         dense_s, compute_s = median(state.dense_times_s), median(computes_s)
@@ -150,19 +161,48 @@ def used_interval(config: GradientPruningConfig, state: WarmupState, interval: i
     return max(1, interval) if state.unpruned else inside(config, interval)
 
 
-def _interval(
-    config: GradientPruningConfig, state: WarmupState, computes_s: tuple[float, ...], used: int
-) -> int:
-    """Steps to the next unpruned exchange: as `used`, or an octave away."""
+def borne_interval(
+    config: GradientPruningConfig, state: WarmupState, computes_s: tuple[float, ...]
+) -> int | None:
+    """Steps between unpruned exchanges that the link bears; None: given, or unknown."""
     is_given = config.sync_every != "auto" and config.warmup == "unpruned"
     if is_given or not state.wire_times_s or not computes_s:
-        return used
+        return None
     compute_s = median(computes_s)
 
     def added_s(interval: int) -> float:
-        hidden_s = config.delay_of(interval) * compute_s
+        hidden_s = config.delay_of(interval, unpruned=True) * compute_s
         exposed_s = max(0.0, median(state.wire_times_s) - hidden_s)
         return (exposed_s + sum(state.codec_times_s[-1:])) / interval
 
-    fitting = (i for i in INTERVALS if i == MOST or added_s(i) <= SHARE * compute_s)
-    return nearest(next(fitting), used)
+    return next(i for i in INTERVALS if i == MOST or added_s(i) <= SHARE * compute_s)
+
+
+def _borne(
+    config: GradientPruningConfig,
+    state: WarmupState,
+    choice: Choice,
+    computes_s: tuple[float, ...],
+    prices: Prices | None,
+) -> Choice:
+    """A step of the ramp, at most so dense that what is not hidden takes `SHARE` of computation.
+
+    Where nothing hides it stays above the initial density: the law weighs time against learning.
+    """
+    hides = config.delay_steps > 0
+    least = kept_per_chunk(config.density.min if hides else config.density.initial)
+    least = min(least, choice.k)
+    if prices is not None:
+        budget_s = prices.local_s(choice.k) + SHARE * prices.compute_s
+        k = prices.affordable_k(budget_s, least, choice.k)
+    elif state.wire_times_s and computes_s:
+        # No pruned exchange has been timed yet: by what one of everything has taken.
+        interval = inside(config, FIRST_INTERVAL)
+        borne_s = (config.delay_of(interval) + SHARE * interval) * median(computes_s)
+        share = borne_s / (_BITS_OF_KEPT * median(state.wire_times_s))
+        k = max(least, min(choice.k, kept_per_chunk(min(1.0, share))))
+    else:
+        k = choice.k
+    if k == choice.k:
+        return choice
+    return choice._replace(k=k, text=f"{choice.text}, cut to {k / CHUNK_NUMEL:.4f}")

@@ -2,9 +2,7 @@
 
 The loop does not know what is exchanged, nor how: an algorithm and a channel do that. It gives the
 rank's signals for the headers, takes back the headers of all ranks, and asks the law. What decides
-travelled in the headers, so every rank decides from the same numbers and no rank asks another.
-
-All functions are local.
+travelled in the headers, so every rank decides from the same numbers. All functions are local.
 """
 
 from __future__ import annotations
@@ -57,10 +55,9 @@ class Loop:
 
     def restart(self) -> None:
         """As before the first step: nothing is known."""
-        state, decision = law.start(self._config)
         empty = Stopwatch(lambda: 0.0).state_dict()
         self._is_tried = False
-        self.take(LoopState(0, 0, 0, 0, 0, state, decision, None, Totals(), empty))
+        self.take(LoopState(0, 0, 0, 0, 0, *law.start(self._config), None, Totals(), empty))
 
     @property
     def exchange_step(self) -> int:
@@ -79,6 +76,13 @@ class Loop:
         if every == "auto" or self.decision.unpruned:
             return self.decision.interval
         return every
+
+    @property
+    def delay_steps(self) -> int:
+        """Optimizer steps from the exchange that is next or under way to its commit."""
+        if self.decision.density == 1.0 and not self.decision.unpruned:
+            return 0
+        return self._config.delay_of(self.interval, unpruned=self.decision.unpruned)
 
     @property
     def asks_for_trial(self) -> bool:
@@ -163,11 +167,10 @@ class Loop:
         used, before, step = self.decision, self._timed, self.last_exchange
         times, is_seen = self.stopwatch.lap()
         finished = self.step + self._has_stepped
-        is_dense = used.density == 1.0 and not used.unpruned
         timed = Timed(
             used.density,
             max(1, finished - self._measured),
-            0 if is_dense else self._config.delay_of(self.interval),
+            self.delay_steps,
             times.compute_s if is_seen else None,
             times.codec_s,
             times.wire_s + times.hidden_s,

@@ -94,6 +94,7 @@ def test_auto_lets_the_law_choose_the_interval() -> None:
     config = load({"sync_every": "auto", "overlap": "auto"})
     assert (config.sync_every, config.first_interval, config.residual_form) == ("auto", 4, "reset")
     assert [config.delay_of(every) for every in INTERVALS] == [1, 1, 1, 2, 4, 8]
+    assert [config.delay_of(every, unpruned=True) for every in INTERVALS] == [1, 1, 2, 4, 8, 16]
     assert load({"sync_every": 5}).first_interval == 5
 
 

@@ -238,15 +238,15 @@ def test_resume_at_any_step_equals_the_unbroken_run(tmp_path: Any, kind: str) ->
 
 
 def _check_form(one: Any, other: Any) -> None:
-    """The link was tried and is slow: nothing is sent dense, and rounds grow."""
+    """The link was tried and is slow: nothing is sent dense, and rounds are long."""
     reports = [
         report for report, after in itertools.pairwise([*one["reports"], None]) if report != after
     ]
-    assert [report["step"] for report in reports] == [1, 3, 7, 15]
+    assert [report["step"] for report in reports] == [8, 16]
     assert all(report["decision"]["unpruned"] for report in reports)
     own = zip(one["crcs"], other["crcs"], strict=True)
     equal = [step for step, (first, second) in enumerate(own, 1) if first == second]
-    assert equal == [1, 2, 3, 7, 15]  # two steps have rate 0, and an exchange resets own weights
+    assert equal == [1, 2, 8, 16]  # two steps have rate 0, and an exchange resets own weights
     sent = [report["wire_bytes"] / report["dense_bytes"] for report in reports]
     assert all(0.1 < share < 0.2 for share in sent)
 

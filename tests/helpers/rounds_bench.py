@@ -129,7 +129,7 @@ class Bench:
             step=self.loop.exchange_step, rank=self.channel.rank, k=self.k, signals=signals
         )
         announcement = self.channel.announce(header, sizes)
-        hides = self.config.delay_of(self.loop.interval) > 0
+        hides = self.loop.delay_steps > 0
         return announcement if hides else _Waited(announcement, self.clock)
 
     def finish(self, ranks: Sequence[RankSignals], *, wire_bytes: int, dense_bytes: int) -> None:

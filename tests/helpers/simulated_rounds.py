@@ -126,7 +126,8 @@ class IslandRun:
         computes = [math.exp(0.1 * self.noise * self.rng.gauss(0.0, 1.0)) for _ in range(interval)]
         compute_s = COMPUTE_S * math.fsum(computes)
         codec_s = 0.0 if is_dense else CODEC_S
-        hidden_s = 0.0 if is_dense else self.config.delay_of(interval) * COMPUTE_S
+        delay_steps = self.config.delay_of(interval, unpruned=unpruned)
+        hidden_s = 0.0 if is_dense else delay_steps * COMPUTE_S
         step_s = compute_s + codec_s + max(0.0, wire_s - hidden_s)
         self.steps_s.append((interval, step_s / interval))
         self._timed = {

@@ -30,7 +30,9 @@ def story(seed):
     """A run in which everything happens: jumps of the rate, stalls, stragglers, spikes, a rise."""
     rng = random.Random(seed)
     config = make_config(
-        prune=rng.choice(["gradient", "update"]), step_time_budget_s=rng.choice([None, 0.25, 0.4])
+        prune=rng.choice(["gradient", "update"]),
+        step_time_budget_s=rng.choice([None, 0.25, 0.4]),
+        warmup="dense",
     )
     run = Run(config, seed=seed, noise=0.05, dense_factor=rng.choice([1.0, 2.0]))
     rate = 20 * MBIT

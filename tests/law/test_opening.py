@@ -43,7 +43,8 @@ def test_slowest_rank_says_whether_anything_is_sent_dense(
     ranks: tuple[RankSignals, ...], unpruned: bool
 ) -> None:
     first = tried(*ranks).decisions[0]
-    assert (first.unpruned, first.step, first.density, first.interval) == (unpruned, 1, 1.0, 1)
+    assert (first.unpruned, first.density, first.step) == (unpruned, 1.0, first.interval)
+    assert first.interval == 1 or unpruned
     assert first.cause is Cause.WARMUP
     assert ("a dense exchange would take" in first.reason) is unpruned
 
@@ -54,11 +55,19 @@ def test_short_warm_up_stays_dense() -> None:
 
 
 @pytest.mark.parametrize("sync_every", [1, 3, "auto"])
-def test_rounds_grow_from_one_step_to_what_the_link_bears(sync_every: Any) -> None:
+def test_first_round_is_what_the_link_is_thought_to_bear(sync_every: Any) -> None:
     run = tried(rank(6.4), rank(6.4), sync_every=sync_every).exchanges(7, 5 * MBIT)
-    assert [d.interval for d in run.decisions] == [1, 2, 4, 8, 8, 8, 8, 8]
-    assert [d.step for d in run.decisions[:5]] == [1, 3, 7, 15, 23]
+    assert [d.interval for d in run.decisions] == [8] * 8
+    assert [d.step for d in run.decisions[:5]] == [8, 16, 24, 32, 40]
     assert {d.unpruned for d in run.decisions} == {True}
+    assert "warm-up step 8 of 200: unpruned, every 1 -> 8 steps, as " in run.decisions[0].reason
+    short = tried(rank(6.4), rank(6.4), sync_every=sync_every, warmup_steps=6).decisions[0]
+    assert (short.step, short.interval) == (6, 8)
+
+
+def test_link_that_bears_more_has_shorter_rounds() -> None:
+    firsts = [tried(rank(s), rank(s)).decisions[0].interval for s in (1.7, 1.84, 2.1, 6.4)]
+    assert firsts == [1, 2, 4, 8]
 
 
 def test_what_exchanges_take_corrects_the_trial() -> None:
