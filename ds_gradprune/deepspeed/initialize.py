@@ -15,19 +15,19 @@ import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
-from deepspeed.pipe import PipelineModule
 
 from ds_gradprune.config import BLOCK, GradientPruningConfig, load_block
 from ds_gradprune.config.load import read_config
 from ds_gradprune.deepspeed.agree import check_ranks
+from ds_gradprune.deepspeed.asked import muon_steps_first, refuse_asked
 from ds_gradprune.deepspeed.attach import attach, on_cpu
 from ds_gradprune.deepspeed.build_locks import SHM_OP, refuse_stale_shm_lock, warn_of_locks
 from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
-from ds_gradprune.deepspeed.shards import refused_by
 from ds_gradprune.deepspeed.trainers import join_trainers, leave_trainers
 from ds_gradprune.deepspeed.waits import asking, bounded, everyone
 from ds_gradprune.deepspeed.zero3_setup import confine, repartition
+from ds_gradprune.deepspeed.zero12 import MUON_FAULT
 from ds_gradprune.errors import ConfigError, UnsupportedError
 from ds_gradprune.wire.lost import translated
 from ds_gradprune.wire.stand_in import run_that_goes_on, stand_in
@@ -78,14 +78,17 @@ def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any
     if not config.enabled:
         return _call(given), True
     _refuse_strided(given.arguments["model"])
-    _refuse_other_groups(given.arguments, ds_config, config.prune)
+    refuse_asked(given.arguments, ds_config, config.prune)
     _open_comm(given.arguments, config.timeout_s, comes_back=config.min_islands is not None)
     with bounded("starting the engine", config.timeout_s):
         if comm.get_world_size() > 1:
             _compare(given.arguments, config)
             everyone(config.timeout_s)
         if comm.get_world_size() > 1 and config.prune == "update":
-            _divide(given.arguments, config)
+            groups = _divide(given.arguments, config)
+            is_dense = config.warmup_steps and config.warmup_form == "dense"
+            if groups.num_islands > 1 and is_dense and muon_steps_first(ds_config):
+                raise UnsupportedError(MUON_FAULT)
         with kept():
             return _call(given), True
 
@@ -209,28 +212,6 @@ def _refuse_strided(model: torch.nn.Module) -> None:
         raise UnsupportedError(
             f"parameters must lie contiguously in memory, got {listed}. Make them so before the "
             "engine is made: parameter.data = parameter.data.contiguous()."
-        )
-
-
-def _refuse_other_groups(given: dict[str, Any], ds_config: dict[str, Any], prune: str) -> None:
-    """Models that are divided, and with islands, which bring them along, other process groups."""
-    divided = {
-        "a PipelineModule": isinstance(given.get("model"), PipelineModule),
-        "mesh_param": given.get("mesh_param") is not None,
-        "sequence_parallel_size": "sequence_parallel_size" in ds_config,
-    }
-    found = [name for name, is_present in divided.items() if is_present]
-    by_config = refused_by(ds_config)
-    if prune == "update":
-        found += ["an mpu"] if given.get("mpu") is not None else []
-        found += by_config
-        words = "keeps DeepSpeed inside islands and does not support"
-    else:
-        found += [name for name in by_config if name.startswith("tensor_parallel.")]
-        words = "does not support"
-    if found:
-        raise UnsupportedError(
-            f'{BLOCK}.prune = "{prune}" {words} {", ".join(found)}. Leave that out.'
         )
 
 

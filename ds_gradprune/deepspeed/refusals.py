@@ -54,7 +54,7 @@ REFUSALS = (
     ),
     Refusal("DeepCompile", lambda engine: _calls_true(engine, "is_deepcompile_enabled")),
     Refusal("the hybrid engine", lambda engine: type(engine).__name__ == "DeepSpeedHybridEngine"),
-    Refusal("nn.Embedding(sparse=True)", lambda engine: _has_sparse_embedding(engine.module)),
+    Refusal("nn.Embedding(sparse=True)", lambda engine: has_sparse_embedding(engine.module)),
     Refusal(
         "an engine that is attached already",
         lambda engine: engine.__dict__.get("gradprune") is not None,
@@ -67,7 +67,7 @@ REFUSALS = (
     Refusal(
         '{optimizer} with prune = "update" (its train() and eval() rewrite the weights: use the '
         'optimizer without them and a learning rate schedule, or prune = "gradient")',
-        lambda engine: _has_modes(engine.basic_optimizer),
+        lambda engine: has_modes(engine.basic_optimizer),
         (UPDATE,),
     ),
 )
@@ -93,10 +93,11 @@ def _calls_true(engine: Any, name: str) -> bool:
     return bool(method()) if callable(method) else False
 
 
-def _has_sparse_embedding(module: torch.nn.Module) -> bool:
+def has_sparse_embedding(module: torch.nn.Module) -> bool:
+    """Whether a layer's gradients would be sparse tensors."""
     return any(isinstance(m, torch.nn.Embedding) and m.sparse for m in module.modules())
 
 
-def _has_modes(optimizer: Any) -> bool:
+def has_modes(optimizer: Any) -> bool:
     """Schedule-free optimizers swap what the parameters hold between training and evaluation."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))

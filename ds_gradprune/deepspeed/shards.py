@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,47 +57,3 @@ def make_shards(engine: Any, groups: Groups, min_numel: int) -> Shards:
             "without a word. Set torch_autocast.dtype to bfloat16, or fp16.enabled."
         )
     return kind(engine, groups, Names(engine, min_numel))
-
-
-def refused_by(ds_config: Mapping[str, Any]) -> list[str]:
-    """What a DeepSpeed configuration asks for and islands cannot serve, by name. Local.
-
-    Asked before `deepspeed.initialize`: some of it would create process groups of its own there.
-    """
-    zero = _block(ds_config, "zero_optimization")
-    curriculum = ds_config
-    for name in ("data_efficiency", "data_sampling", "curriculum_learning"):
-        curriculum = _block(curriculum, name)
-    offloads = {name: _block(zero, name) for name in ("offload_optimizer", "offload_param")}
-    checks = {
-        "zero_hpz_partition_size": _number(zero, "zero_hpz_partition_size", 1) > 1,
-        "mics_shard_size": _number(zero, "mics_shard_size", -1) > 0,
-        "zero_quantized_weights": zero.get("zero_quantized_weights") is True,
-        "zero_quantized_gradients": zero.get("zero_quantized_gradients") is True,
-        "zero_quantized_nontrainable_weights": zero.get("zero_quantized_nontrainable_weights")
-        is True,
-        "zenflow": bool(zero.get("zenflow")),
-        "enable_sanity_checks": zero.get("enable_sanity_checks") is True,
-        "pipeline_loading_checkpoint": zero.get("pipeline_loading_checkpoint") is True,
-        **{f"{n}.device nvme": str(o.get("device")) == "nvme" for n, o in offloads.items()},
-        "offload_optimizer.ratio below 1": _number(offloads["offload_optimizer"], "ratio", 1) < 1,
-        "offload_optimizer.super_offload": offloads["offload_optimizer"].get("super_offload")
-        is True,
-    }
-    tensors = _block(ds_config, "tensor_parallel")
-    found = [f"zero_optimization.{name}" for name, is_present in checks.items() if is_present]
-    if curriculum.get("enabled") is True:
-        found.append("data_efficiency.data_sampling.curriculum_learning")
-    if _number(tensors, "autotp_size", 0) > 1:
-        found.append("tensor_parallel.autotp_size")
-    return found
-
-
-def _block(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    block = config.get(name)
-    return block if isinstance(block, Mapping) else {}
-
-
-def _number(config: Mapping[str, Any], name: str, default: float) -> float:
-    value = config.get(name, default)
-    return value if isinstance(value, (int, float)) else default

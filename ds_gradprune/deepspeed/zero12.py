@@ -29,10 +29,11 @@ from ds_gradprune.deepspeed.moments import load_scaler, load_state, scaler_of, s
 from ds_gradprune.deepspeed.spans import Names, Span, pieces_of, require_fp32, rest_of
 from ds_gradprune.train.piece import Piece, Rest
 
-_MUON_FAULT = (
+MUON_FAULT = (
     "at ZeRO stages 1 and 2 Muon turns gradients into updates before ranks of other islands could "
     'average them. Set gradient_pruning.warmup to "unpruned", offload the optimizer, or use stage 3'
 )
+"""Why a dense warm-up is impossible there."""
 
 
 class Zero12:
@@ -54,7 +55,7 @@ class Zero12:
         self._optimizer = engine.optimizer
         self._groups = groups
         self._is_offloaded = bool(getattr(self._optimizer, "cpu_offload", False))
-        self.warmup_fault = _MUON_FAULT if self._muon_comes_first() else None
+        self.warmup_fault = MUON_FAULT if self._muon_comes_first() else None
         self._whole = list(self._lay_out(names))
         self._spans = []
         for span in self._whole:

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer  # noqa: E402
 
-from ds_gradprune.deepspeed.shards import make_shards, refused_by  # noqa: E402
+from ds_gradprune.deepspeed.asked import refused_by  # noqa: E402
+from ds_gradprune.deepspeed.shards import make_shards  # noqa: E402
 from ds_gradprune.deepspeed.spans import balanced  # noqa: E402
 from ds_gradprune.deepspeed.zero12 import Zero12  # noqa: E402
 from ds_gradprune.train.piece import Shards  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ def stages() -> nn.Module:
     return made
 
 
+def sparse() -> nn.Module:
+    """A model whose embedding would have sparse gradients."""
+    model = Odd()
+    model.embed = nn.Embedding(64, 16, sparse=True)
+    return model
+
+
 def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "zero": more}
 
@@ -72,23 +80,51 @@ REFUSED: dict[str, dict[str, Any]] = {
         "client": lambda parameters: Modes(parameters, lr=0.1),
     },
     "must divide the number of ranks, got 3": {"ranks": 3},
+    "compile.deepcompile": {"stage": 2, "compile": {"deepcompile": True}},
+    "hybrid_engine.enabled": {"hybrid_engine": {"enabled": True}},
+    "nn.Embedding(sparse=True)": {"model": sparse},
+    "gradient_allreduce_op": {"gradient_allreduce_op": "sum"},
 }
 """Words of the message -> what is asked for."""
 
 PIPELINE = "a PipelineModule"
-DIVIDED = (PIPELINE, "sequence_parallel_size", "tensor_parallel.autotp_size", "mixture of experts")
+ALIKE = (
+    PIPELINE,
+    "sequence_parallel_size",
+    "tensor_parallel.autotp_size",
+    "mixture of experts",
+    "zenflow",
+    "fp16 under torch_autocast",
+    "compile.deepcompile",
+    "hybrid_engine.enabled",
+    "nn.Embedding(sparse=True)",
+)
 """Those that pruned gradients cannot serve either."""
+GRADIENT_REFUSED = {name: REFUSED[name] for name in ALIKE} | {
+    "zero_optimization.stage 3": {"stage": 3}
+}
 GRADIENT = {"prune": "gradient", "island": {"ranks": 2}, "timeout_s": 60}
 
 
 def run_refusals() -> dict[str, Any]:
-    """Two islands of two ranks."""
+    """Two islands of two ranks: what was said, after how many calls of DeepSpeed's own."""
+    from ds_gradprune.deepspeed import initialize
+
     start_deepspeed()
+    calls: list[Any] = []
+    original = initialize._original
+
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    initialize._original = counted
     found = {}
-    cases = [(name, name, PRUNED) for name in REFUSED]
-    cases += [(f"gradient, {name}", name, GRADIENT) for name in DIVIDED]
+    cases = [(name, asked, PRUNED) for name, asked in REFUSED.items()]
+    cases += [(f"gradient, {name}", asked, GRADIENT) for name, asked in GRADIENT_REFUSED.items()]
     for name, asked, block in cases:
-        options = dict(REFUSED[asked])
+        options = dict(asked)
         model = options.pop("model", Odd)()
         try:
             make(block, model=model, **options)
@@ -97,4 +133,4 @@ def run_refusals() -> dict[str, Any]:
             found[name] = f"{type(exc).__name__}: {exc}"
         except Exception as exc:
             found[name] = f"DeepSpeed's own {type(exc).__name__}: {exc}"
-    return found
+    return found | {"engines": len(calls)}
