@@ -170,12 +170,18 @@ class Absent:
         hosts: name to the words of ssh.
         every_s: seconds between two questions; 0: they are never asked.
         note: writes an event down.
+        usable: of those that answer, the ones that may take part; None: all.
     """
 
     def __init__(
-        self, hosts: Mapping[str, Sequence[str]], every_s: float, note: Callable[..., None]
+        self,
+        hosts: Mapping[str, Sequence[str]],
+        every_s: float,
+        note: Callable[..., None],
+        usable: Callable[[list[str]], list[str]] | None = None,
     ) -> None:
         self._hosts = hosts
+        self._usable = usable or list
         self._every_s = every_s
         self._note = note
         self._over = threading.Event()
@@ -198,7 +204,7 @@ class Absent:
 
     def _ask(self) -> None:
         while not self._over.wait(self._every_s):
-            found = answering(self._hosts)
+            found = self._usable(answering(self._hosts))
             if found and not self._over.is_set():
                 self._note("back", hosts=found)
                 self._back.set()

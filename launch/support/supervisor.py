@@ -1,4 +1,7 @@
-"""Starts a run again on the hosts that answer, from its last whole checkpoint, until it is done."""
+"""Starts a run again on the hosts that answer, from its last whole checkpoint, until it is done.
+
+Longer than 300 lines: one run from its first attempt to its last, and what is told of it.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from ds_gradprune.errors import CheckpointError, DataError, TransportTimeout
 
 from .attempt import SIGNALLED, Attempt, Limits, Outcome
 from .comebacks import FIRST_PAUSE_S, LONGEST_PAUSE_S, Comebacks
+from .cut_links import Links
 from .kept_host import Absent, answering, ssh_to
 from .run_folder import RunFolder
 from .whole import candidates, fault_of, name_latest
@@ -84,6 +88,7 @@ class Supervisor:
         self._asked: list[int] = []
         self._is_own = task.folder is not None and task.folder.is_empty()
         self._restarts = self._starts = 0
+        self._links = Links(exports(os.environ), self._note)
 
     def run(self) -> int:
         """Returns the exit code: that of the ranks in the last attempt.
@@ -116,6 +121,8 @@ class Supervisor:
                 pause_s, fruitless = FIRST_PAUSE_S, 0
             elif not outcome.lost and not outcome.killed:
                 fruitless += 1
+            # What ends by itself on hosts that all answer may have ended for a link between them.
+            self._links.doubted |= not outcome.lost and not outcome.killed
             if self._gives_up(fruitless, outcome):
                 return outcome.code
             self._restarts += 1
@@ -145,12 +152,13 @@ class Supervisor:
             absent = [host.name for host in task.hosts if host.name not in names]
             if absent:
                 self._note("absent", hosts=absent)
+            names = self._links.hearing({name: self._ssh(name) for name in names})
             if len(names) >= task.min_hosts or self._asked:
                 return [host for host in task.hosts if host.name in names]
             if time.monotonic() - began_s > task.wait_s:
                 raise TransportTimeout(
-                    f"--min-hosts {task.min_hosts} must answer within {task.wait_s:g} s, but "
-                    f"{', '.join(absent)} did not: ssh to them by hand, or lower --min-hosts."
+                    f"--min-hosts {task.min_hosts} must answer, and hear each other, within "
+                    f"{task.wait_s:g} s, but {self._links.told(absent)}, or lower --min-hosts."
                 )
             self._nap(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -166,7 +174,12 @@ class Supervisor:
         named = [host.name for host in hosts]
         self._note("started", attempt=self._starts + 1, hosts=named, words=words)
         names = [host.name for host in task.hosts if host not in hosts]
-        absent = Absent({name: self._ssh(name) for name in names}, task.rejoin_s, self._note)
+        absent = Absent(
+            {name: self._ssh(name) for name in names},
+            task.rejoin_s,
+            self._note,
+            lambda back: self._links.beside(named, back, self._ssh),
+        )
         attempt = Attempt(
             {host.name: self._ssh(host.name) for host in hosts},
             [self._job(words, hosts, number) for number in range(len(hosts))],

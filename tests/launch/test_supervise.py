@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ds_gradprune.errors import TransportTimeout
+from launch.supervise import read_task
+from launch.support.cut_links import Cut
+from launch.support.supervisor import Supervisor
 from tests.helpers.supervised import children, is_alive, parent, supervised
 
 
@@ -137,7 +141,27 @@ def test_too_few_hosts_end_in_one_sentence(tmp_path: Path) -> None:
     run = supervised(tmp_path, hosts, "0", "--min-hosts", "2", "--wait", "1")
     code, told = run.end()
     assert code == 2
-    assert "error: --min-hosts 2 must answer within 1 s, but host-b did not" in told
+    assert (
+        "error: --min-hosts 2 must answer, and hear each other, within 1 s, but host-b did" in told
+    )
+
+
+def test_too_few_that_hear_each_other_end_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts whose ranks have ended by themselves, and --min-hosts 2."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("host-a slots=1\nhost-b slots=1\n")
+    own = ["--hostfile", str(hosts), "--min-hosts", "2", "--wait", "0"]
+    supervisor = Supervisor(read_task([*own, "--log", str(tmp_path / "log.jsonl"), "--", "x.py"]))
+    cut = Cut("host-a", "host-b", (("host-b", "host-a"),))
+    monkeypatch.setattr("launch.support.supervisor.answering", list)
+    monkeypatch.setattr("launch.support.cut_links.cut_links", lambda *_: [cut])
+    assert [host.name for host in supervisor._await_hosts()] == ["host-a", "host-b"]
+    supervisor._links.doubted = True
+    message = r"--min-hosts 2 must .* within 0 s, but packets from host-b to host-a are lost: mend"
+    with pytest.raises(TransportTimeout, match=message):
+        supervisor._await_hosts()
 
 
 @pytest.mark.slow
