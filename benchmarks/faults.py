@@ -12,10 +12,10 @@ run that was resumed must end with the bits of an unbroken one.
 
 On the bed (root, iproute2, openssh-server) hosts are network namespaces behind shaped links. A rank
 is killed or frozen, a cable is pulled for good or for seconds, packets of one direction are lost,
-the rate falls. Two thirds of the runs are started by launch/supervise.py, and must finish. It gives
-up, typed, where two hosts do not hear each other and it hears both. The others must end typed, on
-every rank that lives. With --bed-lost three hosts are started with
-`min_islands` and by hand: who can still be reached must train on to the end.
+the rate falls. Two thirds of the runs are started by launch/supervise.py, and must finish. The
+others must end typed, on every rank that lives. With --bed-lost three hosts are started with
+`min_islands` and by hand, with --ranks ranks each: who can still be reached must train on to the
+end.
 
 The last line of stdout is one JSON document: schedules, finished, typed_error, hung, untyped,
 diverged, lost_gradient, recover_s_p95 (from a deed that lasts to the first step of the run that

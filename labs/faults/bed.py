@@ -226,21 +226,24 @@ class BareRun(_Run):
 
     def begin(self) -> BedVerdict | None:
         """Start all ranks, and wait for the step of the deed; what went wrong, if it did."""
-        for number in range(self.schedule.hosts):
+        for number in range(self.schedule.world_size):
             self.start(number)
         if self.until(lambda: self.logged() >= self.schedule.step, LIMIT_S / 2):
             return None
         return BedVerdict("untyped", notes=["never began", *self.told()])
 
     def start(self, number: int) -> None:
-        """Start the rank of a host."""
-        place = {"RANK": str(number), "WORLD_SIZE": str(self.schedule.hosts), "LOCAL_RANK": "0"}
-        place |= {"LOCAL_SIZE": "1", "MASTER_ADDR": self.bed.hosts[0].address}
+        """Start a rank."""
+        schedule = self.schedule
+        host, local_rank = divmod(number, schedule.ranks)
+        place = {"RANK": str(number), "WORLD_SIZE": str(schedule.world_size)}
+        place |= {"LOCAL_RANK": str(local_rank), "LOCAL_SIZE": str(schedule.ranks)}
+        place |= {"MASTER_ADDR": self.bed.hosts[0].address}
         place |= {"MASTER_PORT": "29500", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
         words = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(self.folder / f"pid{number}")]
         with (self.folder / f"told{number}.txt").open("wb") as told:
             self.processes.append(
-                self.bed.hosts[number].popen(
+                self.bed.hosts[host].popen(
                     [*words, sys.executable, *self.words],
                     cwd=ROOT,
                     env=self.bed.environ() | place,
@@ -252,8 +255,8 @@ class BareRun(_Run):
     def _survivors(self) -> BedVerdict:
         """All that live must end, with one typed line each at most and no traceback."""
         schedule = self.schedule
-        victim = schedule.host if schedule.deed in ("kill", "stop") else None
-        alive = [i for i in range(schedule.hosts) if i != victim]
+        victim = schedule.victim if schedule.deed in ("kill", "stop") else None
+        alive = [i for i in range(schedule.world_size) if i != victim]
         processes = [self.processes[i] for i in alive]
         ended = self.until(lambda: all(p.poll() is not None for p in processes), HUNG_S)
         typed_s = time.monotonic() - self.deed_s
@@ -267,13 +270,13 @@ class BareRun(_Run):
 
     def pid(self, host: int) -> int:
         """See `_Run`."""
-        return int((self.folder / f"pid{host}").read_text())
+        return int((self.folder / f"pid{self.schedule.victim}").read_text())
 
     def told(self) -> list[str]:
         """What every rank wrote at last, without the frames of torch's stacks."""
         texts = [
             (self.folder / f"told{number}.txt").read_text(errors="replace")
-            for number in range(self.schedule.hosts)
+            for number in range(self.schedule.world_size)
         ]
         return [
             "\n".join(line for line in text.splitlines() if not line.startswith(STACK))[-600:]

@@ -1,7 +1,7 @@
 """Islands that are lost on the bed, with `min_islands`: a cable, a direction, a process, by hand.
 
-Three hosts have a rank each, and nothing is started again. Who can still be reached must train on
-to the end. Who was lost must end with one typed line, if its process lives.
+Three hosts are an island each, of one rank or several, and nothing is started again. Who can still
+be reached must train on to the end. Who was lost must end typed, if its process lives.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ENDS_S = 45.0
 """A lost rank that lives has said so by then, however late it finds out."""
 
 
-def draw(seed: int, number: int) -> BedSchedule:
-    """Schedule `number` of a seed; the deeds take turns."""
+def draw(seed: int, number: int, ranks: int = 1) -> BedSchedule:
+    """Schedule `number` of a seed; the deeds take turns. So many ranks are on each host."""
     chance = random.Random(f"bed lost {seed}/{number}")
     return BedSchedule(
         hosts=HOSTS,
@@ -35,11 +35,12 @@ def draw(seed: int, number: int) -> BedSchedule:
         step=chance.randint(15, 40),
         for_s=chance.uniform(2.0, TIMEOUT_S / 2),
         steps=STEPS,
+        ranks=ranks,
     )
 
 
 def left(schedule: BedSchedule) -> set[int]:
-    """The ranks that must go on. Pure.
+    """The hosts that must go on. Pure.
 
     Host 0 keeps the store, over which the others agree. Who does not reach it ends.
     """
@@ -52,6 +53,11 @@ def left(schedule: BedSchedule) -> set[int]:
     if schedule.deed == "down" and victim == 0:
         return {0}
     return everybody - {victim}
+
+
+def ranks_on(hosts: set[int], schedule: BedSchedule) -> set[int]:
+    """All ranks of some hosts. Pure."""
+    return {rank for host in hosts for rank in schedule.ranks_of(host)}
 
 
 def play(schedule: BedSchedule, inputs: Path, folder: Path) -> BedVerdict:
@@ -70,7 +76,7 @@ class _LostRun(BareRun):
         if fault := self.begin():
             return fault
         seen = self._watch_log(began_s=time.monotonic())
-        expected = left(schedule)
+        expected = ranks_on(left(schedule), schedule)
         codes = [process.poll() for process in self.processes]
         is_frozen = schedule.deed == "stop"
         done = {rank for rank, code in enumerate(codes) if code == 0}
@@ -78,9 +84,10 @@ class _LostRun(BareRun):
         notes = [f"codes {codes}", *told]
         if any(codes[rank] is None for rank in expected):
             return BedVerdict("hung", notes=notes)
-        gone = {schedule.host} if schedule.deed in ("kill", "stop") else set()
-        lost = set(range(schedule.hosts)) - expected - gone
-        is_typed = all(codes[r] == 2 and "error: " in told[r] for r in lost)
+        gone = {schedule.victim} if schedule.deed in ("kill", "stop") else set()
+        lost = set(range(schedule.world_size)) - expected - gone
+        tells = {rank // schedule.ranks for rank in lost if "error: " in told[rank]}
+        is_typed = all(codes[r] == 2 and r // schedule.ranks in tells for r in lost)
         if done != expected or not is_typed or any("Traceback" in text for text in told):
             return BedVerdict("untyped", notes=notes)
         if torn := self.whole():
@@ -92,9 +99,9 @@ class _LostRun(BareRun):
         """Do the deed, wait for all ends, and return the longest time between two steps."""
         self.do()
         times = [(self.logged(), self.deed_s)]
-        frozen = {self.schedule.host} if self.schedule.deed == "stop" else set()
+        frozen = {self.schedule.victim} if self.schedule.deed == "stop" else set()
         alive = [p for rank, p in enumerate(self.processes) if rank not in frozen]
-        expected = [self.processes[rank] for rank in left(self.schedule)]
+        expected = [self.processes[r] for r in ranks_on(left(self.schedule), self.schedule)]
         deadline_s, over_s = time.monotonic() + LIMIT_S, None
         while any(process.poll() is None for process in alive):
             now_s = time.monotonic()

@@ -19,7 +19,7 @@ class BedSchedule:
     """One run on a bed.
 
     Attributes:
-        hosts: 2 or 3, with a rank each.
+        hosts: 2 or 3.
         mode: "update", "gradient", or "lost": updates with `min_islands`.
         rate: of all links.
         supervised: started by launch/supervise.py.
@@ -28,6 +28,7 @@ class BedSchedule:
         step: after which it is done.
         for_s: how long what passes lasts.
         steps: of the run.
+        ranks: on each host; together they are an island.
     """
 
     hosts: int
@@ -39,6 +40,21 @@ class BedSchedule:
     step: int
     for_s: float
     steps: int = 160
+    ranks: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.hosts * self.ranks
+
+    @property
+    def victim(self) -> int:
+        """The rank that is killed or frozen: the last one of its host."""
+        return (self.host + 1) * self.ranks - 1
+
+    def ranks_of(self, host: int) -> range:
+        """The ranks on a host."""
+        return range(host * self.ranks, (host + 1) * self.ranks)
 
 
 def draw(seed: int, number: int) -> BedSchedule:

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     flags.add_argument(
         "--bed-lost", type=int, default=0, help="schedules of lost islands there (default: 0)"
     )
+    flags.add_argument(
+        "--ranks", type=int, default=1, help="on each host with --bed-lost (default: 1)"
+    )
     flags.add_argument("--first", type=int, default=0, help="number of the first (default: 0)")
     flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     flags.add_argument(
@@ -51,7 +54,8 @@ def main(arguments: Sequence[str] | None = None, description: str | None = None)
     rows = [_on_loopback(given.seed, number) for number in numbers]
     rows += [_of_lost(given.seed, n) for n in range(given.first, given.first + given.lost)]
     rows += _on_bed("bed", given.seed, range(given.first, given.first + given.bed))
-    rows += _on_bed("bed lost", given.seed, range(given.first, given.first + given.bed_lost))
+    numbers = range(given.first, given.first + given.bed_lost)
+    rows += _on_bed("bed lost", given.seed, numbers, given.ranks)
     summary = summarize(rows)
     if given.out is not None:
         facts = machine() | {"commit": commit(ROOT), "date": str(datetime.date.today())}
@@ -114,14 +118,16 @@ def _of_lost(seed: int, number: int) -> dict[str, Any]:
     return row
 
 
-def _on_bed(part: str, seed: int, numbers: range) -> list[dict[str, Any]]:
+def _on_bed(part: str, seed: int, numbers: range, ranks: int = 1) -> list[dict[str, Any]]:
     rows, has_lost = list[dict[str, Any]](), part == "bed lost"
-    draw, play = (bed_lost.draw, bed_lost.play) if has_lost else (bed_schedule.draw, bed.play)
+    play = bed_lost.play if has_lost else bed.play
     with tempfile.TemporaryDirectory() as inputs:
         if numbers:
             bed_schedule.write_inputs(Path(inputs))
         for number in numbers:
-            schedule = draw(seed, number)
+            schedule = (
+                bed_lost.draw(seed, number, ranks) if has_lost else bed_schedule.draw(seed, number)
+            )
             with tempfile.TemporaryDirectory() as folder:
                 verdict = play(schedule, Path(inputs), Path(folder))
             row = {"part": part, "number": number} | dataclasses.asdict(schedule)

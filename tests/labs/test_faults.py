@@ -53,6 +53,15 @@ def test_who_can_still_be_reached_must_go_on(deed: str, host: int, left: set[int
     assert bed_lost.left(dataclasses.replace(drawn[0], deed=deed, host=host)) == left
 
 
+def test_a_host_of_several_ranks_is_one_island() -> None:
+    one, two = (bed_lost.draw(5, 2, ranks) for ranks in (1, 2))
+    assert dataclasses.replace(two, ranks=1) == one
+    assert (one.world_size, one.victim, two.world_size) == (3, one.host, 6)
+    assert two.victim == 2 * two.host + 1  # whose other rank must end with it
+    assert bed_lost.ranks_on({0, 2}, two) == {0, 1, 4, 5}
+    assert bed_lost.ranks_on({0, 2}, one) == {0, 2}
+
+
 @pytest.mark.parametrize("prune", ["update", "gradient"])
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"stop", "delay", "foreign"}))
 def test_every_kind_of_fault_ends_well(kind: str, prune: str, tmp_path: Path) -> None:
