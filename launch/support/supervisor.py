@@ -19,6 +19,7 @@ from typing import Any
 
 from ds_gradprune.commands.hostfile import HostLine
 from ds_gradprune.commands.hosts import exports
+from ds_gradprune.config import BLOCK
 from ds_gradprune.errors import CheckpointError, DataError, TransportTimeout
 
 from .attempt import SIGNALLED, Attempt, Limits, Outcome
@@ -42,7 +43,7 @@ class Task:
         hosts: all, in the order of ranks.
         ssh: the words that reach a host, up to its name.
         ssh_is_given: the user has said so: then this host is reached so as well.
-        min_hosts: with fewer nothing is started.
+        min_hosts: that the user asks for at least.
         max_restarts: so often it is started again.
         wait_s: so long hosts that do not answer are waited for.
         rejoin_s: so often hosts that are left out are asked again; 0: never.
@@ -74,6 +75,15 @@ class Task:
     log: Path
     min_islands: int | None = None
     island_ranks: int | None = None
+
+    @property
+    def least_hosts(self) -> int:
+        """With fewer nothing is started: the run itself would refuse to begin."""
+        if self.min_islands is None:
+            return self.min_hosts
+        slots = self.hosts[0].slots
+        ranks = self.island_ranks or (slots if len(self.hosts) > 1 else 1)
+        return min(len(self.hosts), max(self.min_hosts, -(-ranks * self.min_islands // slots)))
 
 
 class Supervisor:
@@ -153,12 +163,14 @@ class Supervisor:
             if absent:
                 self._note("absent", hosts=absent)
             names = self._links.hearing({name: self._ssh(name) for name in names})
-            if len(names) >= task.min_hosts or self._asked:
+            if len(names) >= task.least_hosts or self._asked:
                 return [host for host in task.hosts if host.name in names]
             if time.monotonic() - began_s > task.wait_s:
+                is_own = task.least_hosts == task.min_hosts
+                asks = "--min-hosts" if is_own else f"{BLOCK}.min_islands"
                 raise TransportTimeout(
-                    f"--min-hosts {task.min_hosts} must answer, and hear each other, within "
-                    f"{task.wait_s:g} s, but {self._links.told(absent)}, or lower --min-hosts."
+                    f"{task.least_hosts} hosts must answer, and hear each other, within "
+                    f"{task.wait_s:g} s, but {self._links.told(absent)}, or lower {asks}."
                 )
             self._nap(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -141,9 +142,21 @@ def test_too_few_hosts_end_in_one_sentence(tmp_path: Path) -> None:
     run = supervised(tmp_path, hosts, "0", "--min-hosts", "2", "--wait", "1")
     code, told = run.end()
     assert code == 2
-    assert (
-        "error: --min-hosts 2 must answer, and hear each other, within 1 s, but host-b did" in told
-    )
+    assert "error: 2 hosts must answer, and hear each other, within 1 s, but host-b did not" in told
+
+
+def test_islands_that_must_be_left_need_their_hosts(tmp_path: Path) -> None:
+    """One host answered where two islands were asked for: the run refused to begin, three times."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"host-{name} slots=2\n" for name in "abc"))
+    task = read_task(["--hostfile", str(hosts), "--", "x.py"])
+    assert task.least_hosts == 1
+    for min_islands, ranks, least in ((2, None, 2), (2, 1, 1), (3, 1, 2), (9, None, 3)):
+        made = dataclasses.replace(task, min_islands=min_islands, island_ranks=ranks)
+        assert made.least_hosts == least
+        assert dataclasses.replace(made, min_hosts=3).least_hosts == 3
+    alone = dataclasses.replace(task, hosts=task.hosts[:1], min_islands=2)
+    assert alone.least_hosts == 1
 
 
 def test_too_few_that_hear_each_other_end_in_one_sentence(
@@ -159,7 +172,7 @@ def test_too_few_that_hear_each_other_end_in_one_sentence(
     monkeypatch.setattr("launch.support.cut_links.cut_links", lambda *_: [cut])
     assert [host.name for host in supervisor._await_hosts()] == ["host-a", "host-b"]
     supervisor._links.doubted = True
-    message = r"--min-hosts 2 must .* within 0 s, but packets from host-b to host-a are lost: mend"
+    message = r"2 hosts must .* within 0 s, but packets from host-b to host-a are lost: mend"
     with pytest.raises(TransportTimeout, match=message):
         supervisor._await_hosts()
 
