@@ -161,9 +161,9 @@ class _Supervised(_Run):
             )
         if not self.until(lambda: self.logged() >= schedule.step, LIMIT_S / 2):
             return BedVerdict("untyped", notes=[f"never reached step {schedule.step}", self.told()])
-        before = self.logged()
+        before, begun = self.logged(), len(self.starts())
         self.do()
-        recovered = self.until(lambda: self._has_recovered(before), LIMIT_S / 2)
+        recovered = self.until(lambda: self._has_recovered(before, begun), LIMIT_S / 2)
         recover_s = time.monotonic() - (self.deed_s if schedule.deed in LASTING else self.over_s)
         ended = self.until(self.ended, max(1.0, LIMIT_S + self.began_s - time.monotonic()))
         notes = [self.told()]
@@ -174,11 +174,10 @@ class _Supervised(_Run):
             return BedVerdict("typed_error" if code == 2 else "untyped", notes=[fault, *notes])
         return BedVerdict("finished", recover_s if recovered else None, notes=notes)
 
-    def _has_recovered(self, before: int) -> bool:
+    def _has_recovered(self, before: int, begun: int) -> bool:
         """A step was made after the deed: by the next attempt, or by this one where it lives on."""
-        events = self.events()
-        starts = [event for event in events if event["event"] == "started"]
-        if len(starts) == 1:
+        events, starts = self.events(), self.starts()
+        if len(starts) == begun:
             return self.schedule.deed not in LASTING and self.logged() > before + 1
         tags = [event["tag"] for event in events if event["event"] == "checkpoint"]
         resumed = int(tags[-1].removeprefix("step")) if tags else 0
@@ -186,6 +185,10 @@ class _Supervised(_Run):
             written_s = (self.out / "log.jsonl").stat().st_mtime
             return written_s > _seconds(starts[-1]) and self.logged() > resumed
         return False
+
+    def starts(self) -> list[dict[str, Any]]:
+        """All attempts so far."""
+        return [event for event in self.events() if event["event"] == "started"]
 
     def events(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError):

@@ -113,20 +113,23 @@ def _bed(rows: Sequence[dict[str, Any]]) -> str:
 def _lost_on_bed(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## Islands that are lost on the bed\n",
-        "Three hosts with a rank of `launch/train.py` each, `min_islands` 1 and `timeout_s` 10. "
+        "Three hosts are an island of `launch/train.py` each, `min_islands` 1 and `timeout_s` 10. "
         "Nothing is started again. A run has finished when all ranks that can be reached have made "
         "all steps, and the lost one has ended with an error if it lives. Seconds are the longest "
         "time between two steps from the deed on: median (smallest to largest).\n",
-        "| deed | at host | schedules | finished | typed error | hung | untyped | seconds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| deed | host | ranks | schedules | finished | typed error | hung | untyped | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for deed in dict.fromkeys(row["deed"] for row in rows):
-        for host in sorted({row["host"] for row in rows if row["deed"] == deed}):
-            having = [r for r in rows if (r["deed"], r["host"]) == (deed, host)]
-            ends = Counter(row["end"] for row in having)
-            counts = " | ".join(str(n) for n in (len(having), *(ends[end] for end in ENDS)))
-            seconds = _spread(row["recover_s"] for row in having)
-            lines.append(f"| {deed} | {host} | {counts} | {seconds} |")
+
+    def of(row: dict[str, Any]) -> tuple[int, str, int]:
+        return row.get("ranks", 1), row["deed"], row["host"]
+
+    for ranks, deed, host in sorted({of(row) for row in rows}):
+        having = [row for row in rows if of(row) == (ranks, deed, host)]
+        ends = Counter(row["end"] for row in having)
+        counts = " | ".join(str(n) for n in (len(having), *(ends[end] for end in ENDS)))
+        seconds = _spread(row["recover_s"] for row in having)
+        lines.append(f"| {deed} | {host} | {ranks} | {counts} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 
