@@ -22,6 +22,7 @@ from ds_gradprune.deepspeed.groups import Groups
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.idle import IdleHandle
 from ds_gradprune.deepspeed.island_handle import IslandHandle
+from ds_gradprune.deepspeed.leftovers import unlink_buffer
 from ds_gradprune.deepspeed.monitor import show
 from ds_gradprune.deepspeed.opening import opening
 from ds_gradprune.deepspeed.shards import make_shards
@@ -85,6 +86,7 @@ def attach(engine: Any, *, clock: Clock | None = None) -> AnyHandle:
         handle = _handle(engine, config, clock or Clock())
     if isinstance(handle, Handle):
         handle.facts = facts_of(engine, config).values
+        unlink_buffer(dist.get_rank())  # all ranks have answered, so all have opened it
     engine.gradprune = handle
     return handle
 
