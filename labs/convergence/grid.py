@@ -187,6 +187,8 @@ class Update(Pruned):
         warmup: see the product.
         warmup_every: steps between exchanges in an unpruned warm-up, which the product's law
             chooses.
+        warmup_doubles: the first intervals of an unpruned warm-up are 1, 2, 4 and so on.
+        warmup_delay: steps from an unpruned exchange to its commit; None: the product's.
         warmup_dense: steps of an unpruned warm-up that are dense nevertheless, its first ones.
         steered: a simulated link, to which the law may answer.
     """
@@ -201,6 +203,8 @@ class Update(Pruned):
     local_lr: Positive = 1.0
     warmup: Literal["dense", "unpruned"] = "dense"
     warmup_every: Count = 1
+    warmup_doubles: bool = False
+    warmup_delay: Annotated[int, pydantic.Field(ge=0)] | None = None
     warmup_dense: Annotated[int, pydantic.Field(ge=0)] = 0
     steered: Steering | None = None
 

@@ -57,6 +57,16 @@ class IslandSimulation(SharedGradient, abc.ABC):
         """Steps between exchanges from then until the warm-up is over."""
         return 1
 
+    @property
+    def warmup_doubles(self) -> bool:
+        """They begin one step apart, and each interval is twice as long as the one before."""
+        return False
+
+    @property
+    def warmup_delay(self) -> int:
+        """Optimizer steps from an unpruned exchange to its commit."""
+        return self.delay_of(self.warmup_every)
+
     def delay_of(self, interval: int) -> int:
         """Optimizer steps from an exchange to its commit, where exchanges come so often."""
         return 0
@@ -141,8 +151,7 @@ class IslandSimulation(SharedGradient, abc.ABC):
     def _begin(self, step: int) -> None:
         self._fetch()
         is_warmup = step <= self.setting.train.warmup_steps
-        interval = self.warmup_every if is_warmup else self.method.sync_every
-        delay_steps = self.delay_of(interval)
+        delay_steps = self.warmup_delay if is_warmup else self.delay_of(self.method.sync_every)
         k = CHUNK_NUMEL if is_warmup else self.k(step)
         self._begun = [
             islands.prepare(k, step=step, signals=SILENT, hides=delay_steps > 0, unscaled=is_warmup)
@@ -188,7 +197,10 @@ class IslandSimulation(SharedGradient, abc.ABC):
     def _is_due(self, step: int) -> bool:
         alone = step + 1 - self.setting.train.warmup_steps
         if alone < 0:
-            return (step + 1 - self.dense_steps) % self.warmup_every == 0
+            since = step + 1 - self.dense_steps
+            if self.warmup_doubles and since < 2 * self.warmup_every:
+                return (since + 1).bit_count() == 1
+            return (since + self.warmup_doubles) % self.warmup_every == 0
         return alone % self.method.sync_every == 0
 
     def _owed(self, number: int) -> torch.Tensor:
@@ -233,6 +245,17 @@ class UpdateSimulation(IslandSimulation):
     def warmup_every(self) -> int:
         """See `IslandSimulation.warmup_every`."""
         return self._method.warmup_every
+
+    @property
+    def warmup_doubles(self) -> bool:
+        """See `IslandSimulation.warmup_doubles`."""
+        return self._method.warmup_doubles
+
+    @property
+    def warmup_delay(self) -> int:
+        """See `IslandSimulation.warmup_delay`: the product's, unless one is given."""
+        given = self._method.warmup_delay
+        return self.config.delay_of(self.warmup_every, unpruned=True) if given is None else given
 
     def delay_of(self, interval: int) -> int:
         """See `IslandSimulation.delay_of`: the product's."""

@@ -132,6 +132,32 @@ def test_an_unpruned_warm_up_exchanges_everything_in_rounds_and_counts_no_bits()
     assert not can_stack(method)
 
 
+@pytest.mark.parametrize(
+    ("more", "moves"),
+    [
+        ({"warmup_doubles": True}, [1, 3, 7, 11, 12]),
+        ({}, [4, 8, 12]),
+        ({"overlap": "auto"}, [6, 10, 14]),  # half the interval later
+        ({"overlap": "auto", "warmup_delay": 3, "warmup_doubles": True}, [3, 6, 10, 12]),
+    ],
+)
+def test_first_exchanges_of_an_unpruned_warm_up(more: dict[str, Any], moves: list[int]) -> None:
+    steps = 15
+    setting = dataclasses.replace(
+        SETTING, train=TRAIN.model_copy(update={"warmup_steps": 12}), steps=steps
+    )
+    fields = {"warmup": "unpruned", "warmup_every": 4, "sync_every": 8, "value_bits": 32}
+    method = Update.model_validate({"kind": "update", "name": "u"} | fields | more)
+    simulation, moved = UpdateSimulation(setting, method), []
+    for step in range(steps - 1):
+        before = simulation.shared[0].clone()
+        simulation.step(step, tokens(step), learning_rate(TRAIN, step, steps))
+        if not torch.equal(before, simulation.shared[0]):
+            moved.append(step + 1)
+    assert moved == moves
+    simulation.close()
+
+
 def test_the_ramp_is_the_products() -> None:
     simulation = update(density=0.01, ramp_steps=3, ramp_from=0.25)
     # 1024, the geometric mean, 41, rounded up; then the pinned density.
