@@ -24,7 +24,7 @@ from ds_gradprune.deepspeed.attach import attach, on_cpu
 from ds_gradprune.deepspeed.build_locks import SHM_OP, refuse_stale_shm_lock, warn_of_locks
 from ds_gradprune.deepspeed.facts import facts_before
 from ds_gradprune.deepspeed.groups import Groups, kept
-from ds_gradprune.deepspeed.trainers import join_trainers, leave_trainers
+from ds_gradprune.deepspeed.trainers import join_trainers, leave_trainers, refuse_miscounted
 from ds_gradprune.deepspeed.waits import asking, bounded, everyone
 from ds_gradprune.deepspeed.zero3_setup import confine, repartition
 from ds_gradprune.deepspeed.zero12 import MUON_FAULT
@@ -81,6 +81,7 @@ def _make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any
     refuse_asked(given.arguments, ds_config, config.prune)
     _open_comm(given.arguments, config.timeout_s, comes_back=config.min_islands is not None)
     with bounded("starting the engine", config.timeout_s):
+        refuse_miscounted(comm.get_world_size())
         if comm.get_world_size() > 1:
             _compare(given.arguments, config)
             everyone(config.timeout_s)

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_gradprune.deepspeed.agree import Facts, check_ranks
 from ds_gradprune.deepspeed.handle import Handle
 from ds_gradprune.deepspeed.rotation import rotate
+from ds_gradprune.errors import UnsupportedError
 
 
 def engine_of(model: Any, optimizer: Any = None) -> Any:
@@ -70,6 +71,29 @@ def compare_trainers(handle: Any, args: Any, max_steps: int, num_examples: int |
     values = {f"TrainingArguments.{n}": str(getattr(args, n, None)) for n in _COMPARED}
     values |= {"steps of the Trainer": str(max_steps), "training examples": str(num_examples)}
     check_ranks(handle.seat.transport, Facts(values))
+
+
+def refuse_miscounted(ranks: int) -> None:
+    """Accelerate, where it drives DeepSpeed, must count the ranks that train. Local.
+
+    accelerate 1.15.0 counts one process where DeepSpeed runs on CPUs and nobody said so.
+
+    Args:
+        ranks: of the engine to come.
+
+    Raises:
+        UnsupportedError: all ranks would read the same data.
+    """
+    states = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    found: Any = getattr(states, "_shared_state", {})
+    if str(getattr(found.get("distributed_type"), "value", "")) != "DEEPSPEED":
+        return
+    if found.get("num_processes", ranks) != ranks:
+        raise UnsupportedError(
+            f"accelerate counts {found['num_processes']} processes where {ranks} ranks train: all "
+            "would read the same data. On CPUs call accelerate.PartialState(cpu=True) before "
+            "Accelerator(), or pass use_cpu=True to TrainingArguments."
+        )
 
 
 def rotate_for(handle: Any, args: Any) -> list[str]:

@@ -168,20 +168,42 @@ _RESOLVED = {
 }
 
 
+def accelerate_miscounts() -> str:
+    """What is said where nobody has told accelerate that it runs on CPUs."""
+    import accelerate  # type: ignore[import-untyped]
+
+    import ds_gradprune
+    from ds_gradprune.errors import UnsupportedError
+
+    ds_gradprune.register()
+    accelerate.state.AcceleratorState._reset_state(True)
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=ds_config({}) | _RESOLVED)
+    accelerator = accelerate.Accelerator(deepspeed_plugin=plugin, cpu=False)
+    model = tiny_model()
+    optimizer = accelerate.utils.DummyOptim(model.parameters(), lr=1e-3)
+    try:
+        accelerator.prepare(model, optimizer)
+    except UnsupportedError as exc:
+        return f"refused: {exc}"
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    return "accepted"
+
+
 def accelerate_loop(folder: str, gas: int = 2) -> dict[str, Any]:
     """A plain Accelerate loop: 3 batches an epoch, so every other step is incomplete."""
-    import accelerate  # type: ignore[import-untyped]
+    import accelerate
 
     import ds_gradprune
 
     ds_gradprune.register()
     accelerate.state.AcceleratorState._reset_state(True)
+    accelerate.PartialState(cpu=True)
     config = ds_config({"warmup_steps": 1}) | _RESOLVED | {"gradient_accumulation_steps": gas}
     plugin = accelerate.DeepSpeedPlugin(hf_ds_config=config)
     accelerator = accelerate.Accelerator(
         deepspeed_plugin=plugin, gradient_accumulation_steps=gas, cpu=False
     )
-    accelerator.state.num_processes = dist.get_world_size()
     model = tiny_model()
     optimizer = accelerate.utils.DummyOptim(model.parameters(), lr=1e-3)
     mine = rows(12)[dist.get_rank() :: 2]

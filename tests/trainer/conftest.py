@@ -82,6 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         "alone": ("callback_alone", {"folder": str(home / "alone")}),
         "integration": ("follow_with_integration", {"folder": str(home / "integration")}),
         "by_hand": ("saved_by_hand", {"folder": str(home / "hand")}),
+        "miscounted": ("accelerate_miscounts", {}),
         "accelerate": ("accelerate_loop", {"folder": str(home / "accelerate")}),
         "preference_0": ("preference", {"stage": 0}),
         "preference_3": ("preference", {"stage": 3}),

@@ -140,6 +140,13 @@ def test_accelerate_loop_with_short_steps(runs: Runs) -> None:
         assert torch.equal(value, other["final"][name])
 
 
+def test_accelerate_that_counts_one_process_is_refused(runs: Runs) -> None:
+    """All ranks read the same data, silently, until `gather` failed in the first evaluation."""
+    said = set(runs["miscounted"])
+    assert len(said) == 1
+    assert said.pop().startswith("refused: accelerate counts 1 processes where 2 ranks train")
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_preference_optimisation_with_a_reference_model(stage: int, runs: Runs) -> None:
     one, other = result(runs, f"preference_{stage}")
