@@ -21,7 +21,7 @@ from tests.helpers.zero_cases import KINDS
 from tests.helpers.zero_features import STAGES, WAYS
 from tests.helpers.zero_refusals import GRADIENT_REFUSED, PIPELINE, REFUSED
 
-pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.zero, pytest.mark.timeout(600)]
 
 INEXACT = {
     "1-fp32-sums": "our mean over islands is fp32, DeepSpeed's sum over all ranks bf16",
@@ -80,7 +80,7 @@ def test_shared_weights_are_equal_after_every_step(pairs: Found, singles: Found,
 @pytest.fixture(scope="module")
 def features() -> Found:
     """Two islands of two ranks."""
-    return run_forked(4, "tests.helpers.zero_features", "run_features", timeout_s=250)
+    return run_forked(4, "tests.helpers.zero_features", "run_features", timeout_s=550)
 
 
 @pytest.mark.parametrize("way", WAYS)
