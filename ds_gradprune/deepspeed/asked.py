@@ -89,6 +89,10 @@ def _of_model(model: torch.nn.Module) -> Iterator[str]:
 def _of_updates(given: Mapping[str, Any], ds_config: Mapping[str, Any]) -> Iterator[str]:
     if str(ds_config.get("gradient_allreduce_op", "")).lower() == "sum":
         yield "gradients that are summed (gradient_allreduce_op)"
+    for kind in ("bf16", "fp16"):
+        name = f"{kind}_master_weights_and_grads"
+        if _block(ds_config, kind).get(name) is True:
+            yield f"{kind}.{name} (no fp32 weights)"
     optimizer = given.get("optimizer")
     if has_modes(optimizer):
         yield (

@@ -83,6 +83,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "compile.deepcompile": {"stage": 2, "compile": {"deepcompile": True}},
     "hybrid_engine.enabled": {"hybrid_engine": {"enabled": True}},
     "nn.Embedding(sparse=True)": {"model": sparse},
+    "bf16_master_weights_and_grads": {
+        "stage": 1,
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
+    },
     "gradient_allreduce_op": {"gradient_allreduce_op": "sum"},
 }
 """Words of the message -> what is asked for."""
