@@ -172,6 +172,7 @@ def test_a_frozen_rank_between_two_exchanges_is_told_in_time(
         ({"config": {"train_micro_batch_size_per_gpu": 1}}, "train_micro_batch_size_per_gpu is 2"),
         ({"text": "other.txt"}, "text is "),
         ({"resume": True}, "--resume is false on rank 0"),
+        ({"out": "elsewhere"}, '"elsewhere" on rank 1'),  # the text was blamed
     ],
     ids=str,
 )
@@ -188,7 +189,8 @@ def test_a_rank_that_was_started_differently_is_named(
         (tmp_path / "other.txt").write_text((here / "text.txt").read_text() + "one line more\n")
         other["text"] = str(tmp_path / "other.txt")
     first = arguments(here, out, config=plain)
-    second = arguments(here, out, **({"config": plain} | other)) + resume
+    folder = Path(other.pop("out", out))
+    second = arguments(here, folder, **({"config": plain} | other)) + resume
     endings = run(nursery, [first, second])
     assert [ending.code for ending in endings] == [2, 2]
     [error] = [error for ending in endings for error in ending.errors]
