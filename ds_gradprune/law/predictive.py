@@ -131,6 +131,8 @@ def update(
     beginning = warmup.begin(config, state.warmup, warm, signals.step, computes_s, ways, prices)
     if beginning is not None:
         choice = beginning.choice
+        if choice.cause is Cause.RAMP:  # the plan begins where a ramp that was cut ends
+            planned = planned._replace(k=min(kept_per_chunk(config.density.initial), choice.k))
     else:
         arm, verdict = _ask_arm(config, state, signals, heard, interval)
         wanted = _plan(config, planned, net, prices, budget_s, arm, signals)
