@@ -18,8 +18,11 @@ if __name__ == "__main__":
 
 from docs.marked_table import ROOT, MarkedTable, markdown, run
 
-NEWEST = "ethernet_cpu_202611_2hosts_budget"
+RACE = "ethernet_cpu_202611_2hosts_micro_start"
 """The page behind the README's result table."""
+
+NEWEST = "ethernet_cpu_202611_2hosts_budget"
+"""The newest page with a pinned density beside the law's."""
 
 PAGES = (
     ("Two hosts", "ethernet_cpu_202611_2hosts"),
@@ -39,9 +42,9 @@ DENSE, PINNED, ADAPTIVE = "dense_fp32", "islands_0.05", "ours_update"
 
 RESULT_METHODS = {
     DENSE: "DeepSpeed alone, fp32",
+    "bf16_hook": "torch's DDP with its bf16 hook",
     "powersgd_4": "PowerSGD rank 4 in DDP",
-    PINNED: "islands, density pinned at 5 %",
-    ADAPTIVE: "islands, density chosen by the law",
+    "ours_update_hidden": "islands, their exchange hidden",
 }
 """Rows of the README's result table."""
 
@@ -117,11 +120,11 @@ def share(value: float | None) -> str:
 
 def result() -> str:
     """Markdown: the README's one result table."""
-    cells = load(NEWEST)
-    rates = rates_of(cells)
+    cells = load(RACE)
+    rates = [*rates_of(cells), None]
     head = ["two hosts", "validation loss"]
     head += [f"MB per step at {rates[0]:g} Mbit/s"]
-    head += [f"s to dense's loss at {rate:g}" for rate in rates]
+    head += [f"s to dense's loss at {rate:g}" for rate in rates[:-1]] + ["unshaped"]
     rows = []
     for method, label in RESULT_METHODS.items():
         own = [cells[method, rate] for rate in rates]
