@@ -299,6 +299,8 @@ class DecisionLog:
             return
         self._is_told = True
         own_s = None if report.compute_time_s is None else report.compute_time_s / report.steps
+        if own_s is not None and own_s >= step_s:  # one slow step, and `step_s` is a typical one
+            own_s = None
         decisions_logger.warning(
             "step %d: the budget of %g s per step cannot be met: at the lowest density, %g, a step "
             "takes %.3g s%s. Raise step_time_budget_s%s density.min.",

@@ -378,6 +378,11 @@ def test_a_budget_that_cannot_be_met_is_warned_of_once() -> None:
     ]
 
 
+def test_computation_of_one_slow_step_is_not_told_as_part_of_a_typical_one() -> None:
+    [(_, text)] = told({"step_time_budget_s": 0.2}, hopeless(compute_time_s=4.0))
+    assert "a step takes 0.5 s. Raise " in text
+
+
 def test_it_is_warned_of_again_after_there_was_room() -> None:
     room = report(density=0.05, decision_density=0.05)
     records = told({"step_time_budget_s": 0.2}, hopeless(), room, hopeless())
