@@ -14,9 +14,8 @@
         v
     density of the next exchange, and how many steps it is away
 
-So missed performance has priority over the budget, but not for ever; a missed budget moves the
-density to where it is met, in one step; and if both hold, nothing moves but for a change of the
-network or a better estimate of it.
+So missed performance has priority over the budget, but not for ever. A missed budget moves the
+density to where it is met, in one step. If both hold, only news of the network moves anything.
 
 Times ride one exchange late. The alarm wants three slow exchanges in a row (two beyond 4 times),
 since stalls of 2 to 4 times come in pairs. So the first exchange at a new rate, its two successors

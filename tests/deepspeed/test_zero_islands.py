@@ -85,7 +85,8 @@ def features() -> Found:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_exchanging(features: Found, way: str) -> None:
-    exchanges = 3 if {"sync_every", "throttle"} & set(WAYS[way][1]) else None
+    rare = {"sync_every": 3, "throttle": 2}
+    exchanges = next((rare[key] for key in WAYS[way][1] if key in rare), None)
     found = of_one(features, way, "shares")
     check_shares(found, 9, exchanges)
     if way.startswith("slow"):  # islands have parted in the first step

@@ -166,7 +166,7 @@ def test_preference_optimisation_with_a_reference_model(stage: int, runs: Runs) 
         ("engine made before", "engine was made without gradient pruning. Call ds_gradprune.tra"),
         ("reference made before", "trainer.ref_model is an engine at ZeRO stage 3 whose weights a"),
         ("miscounted", "counts 1 processes where the launcher started 2"),
-        ("miscounted alone", "On CPUs pass use_cpu=True to TrainingArguments"),
+        ("miscounted alone", "or pass use_cpu=True to TrainingArguments"),
         ("uneven", "RankMismatchError: all ranks must run the same thing, but TrainingArguments.s"),
         ("uneven", "training examples is 64 on rank 0 of "),
     ],
