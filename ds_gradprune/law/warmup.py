@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
-from ds_gradprune.config import FIRST_INTERVAL, INTERVALS, GradientPruningConfig
+from ds_gradprune.config import INTERVALS, GradientPruningConfig
 from ds_gradprune.law.decision import Cause, Choice, every
 from ds_gradprune.law.interval import inside, nearest
 from ds_gradprune.law.prices import Prices
@@ -190,15 +190,14 @@ def _borne(
     Where nothing hides it stays above the initial density: the law weighs time against learning.
     """
     hides = config.delay_steps > 0
-    least = kept_per_chunk(config.density.min if hides else config.density.initial)
-    least = min(least, choice.k)
+    lowest = config.density.min if hides else config.density.initial
+    least = min(kept_per_chunk(lowest), choice.k)
     if prices is not None:
         budget_s = prices.local_s(choice.k) + SHARE * prices.compute_s
         k = prices.affordable_k(budget_s, least, choice.k)
     elif state.wire_times_s and computes_s:
         # No pruned exchange has been timed yet: by what one of everything has taken.
-        interval = inside(config, FIRST_INTERVAL)
-        borne_s = (config.delay_of(interval) + SHARE * interval) * median(computes_s)
+        borne_s = (config.delay_steps + SHARE * config.first_interval) * median(computes_s)
         share = borne_s / (_BITS_OF_KEPT * median(state.wire_times_s))
         k = max(least, min(choice.k, kept_per_chunk(min(1.0, share))))
     else:

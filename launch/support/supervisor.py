@@ -81,9 +81,12 @@ class Task:
         """With fewer nothing is started: the run itself would refuse to begin."""
         if self.min_islands is None:
             return self.min_hosts
-        slots = self.hosts[0].slots
-        ranks = self.island_ranks or (slots if len(self.hosts) > 1 else 1)
+        slots, ranks = self.hosts[0].slots, self.ranks_of_an_island(self.hosts)
         return min(len(self.hosts), max(self.min_hosts, -(-ranks * self.min_islands // slots)))
+
+    def ranks_of_an_island(self, hosts: Sequence[HostLine]) -> int:
+        """As the run itself divides its ranks, started on these hosts."""
+        return self.island_ranks or (hosts[0].slots if len(hosts) > 1 else 1)
 
 
 class Supervisor:
@@ -221,8 +224,7 @@ class Supervisor:
         assert task.folder is not None
         logged, before = task.folder.logged, task.folder.logged()
         every_s = task.rejoin_s or LONGEST_PAUSE_S
-        # As the run itself divides ranks into islands.
-        ranks = task.island_ranks or (hosts[0].slots if len(hosts) > 1 else 1)
+        ranks = task.ranks_of_an_island(hosts)
         return Comebacks(ranks * task.min_islands, lambda: logged() != before, may, every_s, ranks)
 
     def _job(self, words: Sequence[str], hosts: Sequence[HostLine], number: int) -> dict[str, Any]:
