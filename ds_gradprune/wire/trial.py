@@ -1,13 +1,18 @@
 """A trial of the link: what a dense exchange would take, estimated with a few small ones.
 
-One number is summed a few times for the latency, then up to 256 kB in pieces. A piece counts by the
-median of the second half, because a link that rested lends its first bytes, and one of several may
-meet a busy host. On a slow link the trial ends early: every sum carries what the pieces before it
-took, so all ranks of a channel see the same number and none has to ask.
+One number is summed a few times for the latency, then 32 kB in pieces. Where a piece takes less
+than 20 ms the next one is four times as large, up to 16 MiB: a busy host holds up any of them. For
+10 million parameters half a millisecond in 32 kB would count as 0.6 s, and in 8 MiB as 2 ms.
+
+The largest pieces count, with those a size below, by their median: a link that rested lends its
+first bytes, and one of several pieces may meet a busy host. On a slow link the trial ends early.
+Every sum carries what the pieces before it took, so all ranks of a channel see the same numbers and
+none has to ask.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -16,8 +21,15 @@ import torch
 from ds_gradprune.wire.channel import Channel
 
 PIECE_BYTES = 32 * 1024
-MOST_PIECES = 8
-LEAST_PIECES = 2
+MOST_BYTES = 16 * 1024 * 1024
+"""Of the first pieces, and of the largest ones."""
+
+GROWTH = 4
+
+LONG_S = 0.02
+"""A piece that takes so long beyond the latency, mean over ranks, is large enough."""
+
+LEAST_PIECES, MOST_PIECES = 2, 9
 
 MOST_S = 0.1
 """No further piece is sent where those before have taken longer, mean over ranks."""
@@ -46,14 +58,23 @@ def dense_seconds(channel: Channel, nbytes: int, clock: Callable[[], float]) -> 
 
     lasts_s(torch.zeros(1))  # the last rank has come
     latency_s = min(lasts_s(torch.zeros(1)) for _ in range(_KNOCKS))
-    numel = max(1, min(PIECE_BYTES, nbytes) // 4)
-    piece, spent_s = torch.zeros(numel), list[float]()
-    for number in range(MOST_PIECES):
-        piece.zero_()
+    most = max(2, min(MOST_BYTES, nbytes) // 4)
+    numel, spent_s, sizes = min(PIECE_BYTES // 4, most), list[float](), list[int]()
+    while len(sizes) < MOST_PIECES:
+        piece = torch.zeros(numel)
         piece[0] = sum(spent_s)
+        piece[1] = spent_s[-1] - latency_s if spent_s else math.inf
         spent_s.append(lasts_s(piece))
-        if number + 1 >= LEAST_PIECES and float(piece[0]) > MOST_S * channel.world_size:
+        sizes.append(numel)
+        before_s, last_s = (piece[:2] / channel.world_size).tolist()
+        if len(sizes) >= LEAST_PIECES and before_s > MOST_S:
             break
+        if last_s < LONG_S:
+            numel = min(GROWTH * numel, most)
     channel.take_wire_bytes()
-    piece_s = max(0.0, statistics.median(spent_s[len(spent_s) // 2 :]) - latency_s)
-    return latency_s + piece_s * nbytes / (4 * numel)
+    per_element_s = statistics.median_low(
+        max(0.0, lasted_s - latency_s) / size
+        for lasted_s, size in zip(spent_s, sizes, strict=True)
+        if GROWTH * size >= sizes[-1]
+    )
+    return latency_s + per_element_s * nbytes / 4
