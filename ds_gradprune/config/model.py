@@ -310,7 +310,8 @@ class GradientPruningConfig(_Block):
 
     def window_losses(self, interval: int) -> int:
         """`window_size` in losses, where one is told in so many steps."""
-        return max(min(self.window_size, LEAST_LOSSES), -(-self.window_size // interval))
+        losses = -(-self.window_size // interval)
+        return losses if losses >= LEAST_LOSSES else min(self.window_size, LEAST_LOSSES)
 
     def exchange_of(self, num_islands: int) -> Literal["all_gather", "owner_reduce"]:
         """`exchange`, "auto" resolved for so many islands."""

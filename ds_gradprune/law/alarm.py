@@ -35,7 +35,17 @@ import functools
 from typing import Annotated, NamedTuple
 
 from ds_gradprune.law.arithmetic import log
-from ds_gradprune.law.stats import Bytes, Change, Count, Samples, Seconds, Within, is_time, median
+from ds_gradprune.law.stats import (
+    Bytes,
+    Change,
+    Count,
+    Samples,
+    Seconds,
+    Within,
+    clamp,
+    is_time,
+    median,
+)
 
 WINDOW_STEPS = 12
 """Exchanges that a new one is compared with: a median of 12 stands five outliers."""
@@ -147,21 +157,23 @@ def restart(state: AlarmState, samples: Samples = ()) -> AlarmState:
 def _judge(state: AlarmState, time_s: float, wire_bytes: int) -> AlarmState:
     """Append the sample; move the CUSUMs and the row."""
     whole, net = _deviation(state, time_s, wire_bytes)
-    step = max(-_CLIP, min(_CLIP, net))
-    row, least = 0, 0.0
+    step = clamp(net, -_CLIP, _CLIP)
+    row, row_least = 0, 0.0
     if abs(whole) > _NOTABLE:
         goes_on = state.row * whole > 0.0
         row = (state.row if goes_on else 0) + (1 if whole > 0.0 else -1)
-        least = min(state.row_least, abs(whole)) if goes_on else abs(whole)
+        row_least = min(state.row_least, abs(whole)) if goes_on else abs(whole)
+    samples = (*state.samples, (wire_bytes, time_s))[-WINDOW_STEPS:]
+    slower, faster = state.slower + step - _DRIFT, state.faster - step - _DRIFT
     return AlarmState(
-        samples=(*state.samples, (wire_bytes, time_s))[-WINDOW_STEPS:],
-        sizes=state.sizes,
-        overhead_s=state.overhead_s,
-        seen=state.seen + 1,
-        slower=max(0.0, state.slower + step - _DRIFT),
-        faster=max(0.0, state.faster - step - _DRIFT),
-        row=row,
-        row_least=least,
+        samples,
+        state.sizes,
+        state.overhead_s,
+        state.seen + 1,
+        slower if slower > 0.0 else 0.0,
+        faster if faster > 0.0 else 0.0,
+        row,
+        row_least,
     )
 
 
@@ -175,13 +187,14 @@ def _deviation(state: AlarmState, time_s: float, wire_bytes: int) -> tuple[float
     if not state.samples:
         return 0.0, 0.0
     least_s, most_s = _expected(state, wire_bytes)
-    reference_s = min(max(time_s, least_s), most_s)
-    if reference_s == time_s:
+    if least_s <= time_s <= most_s:
         return 0.0, 0.0
+    reference_s = least_s if time_s < least_s else most_s
     whole = log(time_s / reference_s)
-    overhead_s = min(state.overhead_s, _MAX_OVERHEAD_SHARE * min(time_s, reference_s))
-    if overhead_s == 0.0:
+    if state.overhead_s == 0.0:
         return whole, whole
+    shorter_s = time_s if time_s < reference_s else reference_s
+    overhead_s = min(state.overhead_s, _MAX_OVERHEAD_SHARE * shorter_s)
     return whole, log((time_s - overhead_s) / (reference_s - overhead_s))
 
 
@@ -235,9 +248,10 @@ def _fit(state: AlarmState, wire_bytes: int) -> AlarmState:
     for size in state.sizes:
         if size.size_class == size_class and state.seen - size.seen < _REVISE_STEPS:
             return state
-    times_s = []
+    times_s: list[float] = []
+    least, most = wire_bytes / _SIMILAR, wire_bytes * _SIMILAR
     for size_bytes, time_s in reversed(state.samples):
-        if not wire_bytes / _SIMILAR <= size_bytes <= wire_bytes * _SIMILAR:
+        if not least <= size_bytes <= most:
             break
         times_s.append(time_s)
     if len(times_s) < 3:
@@ -248,10 +262,15 @@ def _fit(state: AlarmState, wire_bytes: int) -> AlarmState:
         if size.size_class != size_class and state.seen - size.seen <= _MEMORY_STEPS
     ]
     sizes.append(SizeMedian(size_class, wire_bytes, median(times_s), state.seen))
+    overhead_s = state.overhead_s if len(sizes) == 1 else _overhead_s(state.overhead_s, sizes)
+    return state._replace(sizes=tuple(sizes), overhead_s=overhead_s)
+
+
+def _overhead_s(known_s: float, sizes: list[SizeMedian]) -> float:
+    """The overhead by the line through the smallest and the largest size, or what was known."""
     small = min(sizes, key=lambda size: size.wire_bytes)
     large = max(sizes, key=lambda size: size.wire_bytes)
-    overhead_s = state.overhead_s
-    if large.wire_bytes >= _MIN_SPREAD * small.wire_bytes:
-        slope = (large.time_s - small.time_s) / (large.wire_bytes - small.wire_bytes)
-        overhead_s = min(max(0.0, small.time_s - slope * small.wire_bytes), small.time_s)
-    return state._replace(sizes=tuple(sizes), overhead_s=overhead_s)
+    if large.wire_bytes < _MIN_SPREAD * small.wire_bytes:
+        return known_s
+    slope = (large.time_s - small.time_s) / (large.wire_bytes - small.wire_bytes)
+    return clamp(small.time_s - slope * small.wire_bytes, 0.0, small.time_s)

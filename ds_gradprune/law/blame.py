@@ -46,16 +46,16 @@ class Span(NamedTuple):
         return least_s < time_s < factor * self.most_s + more_s
 
 
-def calmer(calm_s: float | None, computes_s: Sequence[float]) -> float | None:
+def calmer(calm_s: float | None, ordered_s: Sequence[float]) -> float | None:
     """What a computation takes while hosts are calm, after one more exchange; None: unknown.
 
     Args:
         calm_s: before it.
-        computes_s: seconds per step of the last exchanges, the newest last.
+        ordered_s: computation per step of the last exchanges, in rising order.
     """
-    if len(computes_s) < LEAST:
+    if len(ordered_s) < LEAST:
         return calm_s
-    quarter_s = sorted(computes_s)[len(computes_s) // 4]
+    quarter_s = ordered_s[len(ordered_s) // 4]
     return quarter_s if calm_s is None else min(FORGET * calm_s, quarter_s)
 
 
@@ -86,7 +86,7 @@ def words(
 
     Args:
         change: which way; None: they have not.
-        computes_s: see `calmer`.
+        computes_s: seconds per step of the last exchanges, the newest last.
         calm_s: see there.
         former: (bytes, seconds) of the exchanges up to the one before the newest.
         now: those since the change, the newest included.

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.law.decision import KeptElements
-from ds_gradprune.law.stats import Count, Seconds, Within, is_time, keep_last, median
+from ds_gradprune.law.stats import Count, Seconds, Within, clamp, is_time, median
 
 WINDOW_STEPS = 5
 """Codec times behind their median."""
@@ -54,7 +54,7 @@ def observe(codec: CodecTimes, k: int, time_s: float) -> CodecTimes:
         left = (codec.k, median(codec.times_s))
         is_kept = codec.other is None or not are_near(k, codec.k, _FAR)
         codec = codec._replace(k=k, times_s=(), other=left if is_kept else codec.other)
-    times_s = keep_last(codec.times_s, time_s, WINDOW_STEPS)
+    times_s = (*codec.times_s, time_s)[-WINDOW_STEPS:]
     return CodecTimes(codec.k or k, times_s, codec.other, codec.dense_s)
 
 
@@ -66,7 +66,7 @@ def line_of(codec: CodecTimes) -> tuple[float, float]:
     other_k, other_s = codec.other or (k, time_s)
     if are_near(k, other_k, _APART):
         return time_s, 0.0
-    per_k_s = max(0.0, min((time_s - other_s) / (k - other_k), time_s / k))
+    per_k_s = clamp((time_s - other_s) / (k - other_k), 0.0, time_s / k)
     return time_s - per_k_s * k, per_k_s
 
 

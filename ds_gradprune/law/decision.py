@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -91,6 +92,7 @@ def every(before: int, after: int) -> str:
     return f"every {before} -> {after} steps"
 
 
+@functools.lru_cache(maxsize=256)
 def name(k: int) -> str:
     """A density for a user."""
     return "dense" if k == CHUNK_NUMEL else f"{100 * k / CHUNK_NUMEL:.2f} %"

@@ -121,7 +121,7 @@ def choose(
     """Whether the interval should change, and the density with it.
 
     Args:
-        config: the validated block.
+        config: the validated block, with `"sync_every": "auto"`.
         state: where the plan stands.
         network: what is known of the exchanges.
         prices: what a step costs at the plan's interval; None while unknown.
@@ -133,9 +133,7 @@ def choose(
     Returns:
         None: the interval stays.
     """
-    if config.sync_every != "auto" or state.k == CHUNK_NUMEL:
-        return None
-    if prices is None or network.cost is None or budget_s is None:
+    if state.k == CHUNK_NUMEL or prices is None or network.cost is None or budget_s is None:
         return None
     here = _side(config, prices, budget_s, state.interval)
     is_learning = config.step_time_budget_s is None

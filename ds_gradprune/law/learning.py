@@ -40,7 +40,7 @@ import math
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from ds_gradprune.law.arithmetic import log
-from ds_gradprune.law.stats import Within
+from ds_gradprune.law.stats import Within, clamp
 
 Form: TypeAlias = Literal["edge", "literal"]
 
@@ -94,7 +94,7 @@ def observe(
         known. P is 0 where mean - min is below 1e-6 * max(1, |mean|).
     """
     if loss is not None and is_usable(loss):
-        window = LossWindow((*window.losses, loss)[-((most or window_size) + 1) :])
+        window = LossWindow((*window.losses[-(most or window_size) :], loss))
     return window, recent(window, window_size + 1, form=form)
 
 
@@ -141,7 +141,7 @@ def _performance(losses: tuple[float, ...], edge_numel: int) -> float:
     window = losses[1:]
     mean = math.fsum(window) / len(window)
     spread = mean - min(window)
-    if spread < _FLAT * max(1.0, abs(mean)):
+    if spread < _FLAT or spread < _FLAT * abs(mean):
         return 0.0
     fall = (math.fsum(losses[:edge_numel]) - math.fsum(losses[-edge_numel:])) / edge_numel
-    return max(-PERFORMANCE_LIMIT, min(PERFORMANCE_LIMIT, fall / spread))
+    return clamp(fall / spread, -PERFORMANCE_LIMIT, PERFORMANCE_LIMIT)

@@ -23,10 +23,11 @@ CUSUM's rise are forgotten.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, NamedTuple
 
 from ds_gradprune.law.arithmetic import log
-from ds_gradprune.law.stats import Change, Count, Samples, Within
+from ds_gradprune.law.stats import Change, Count, Samples, Within, clamp, median
 
 WINDOW_STEPS = 32
 """Exchanges behind the cost: their median has a fifth of the noise of one."""
@@ -69,8 +70,11 @@ class Cusum(NamedTuple):
 
     def after(self, deviation: float) -> Cusum:
         """With one more deviation in its direction."""
-        height = max(0.0, self.height + deviation - _SLACK)
-        return Cusum(height, self.steps + 1 if height else 0)
+        height = self.height + deviation - _SLACK
+        return Cusum(height, self.steps + 1) if height > 0.0 else _CALM
+
+
+_CALM = Cusum()
 
 
 class LinkCostState(NamedTuple):
@@ -134,13 +138,14 @@ def observe(
     samples = (*state.samples, (wire_bytes, time_s))[-WINDOW_STEPS:]
     if keep is not None:
         samples = samples[-max(1, keep) :]
-        rates = _rates(samples, wire_bytes)
-        return LinkCostState(samples, noise, numel), _cost(rates, wire_bytes, overhead_s, noise)
-    rates = _rates(samples, wire_bytes)
+        cost = _cost(_typical(samples, wire_bytes), wire_bytes, overhead_s, noise)
+        return LinkCostState(samples, noise, numel), cost
+    typical = _typical(samples, wire_bytes)
     slower, faster = state.slower, state.faster
-    if len(rates) > _KNOWN_STEPS:
-        deviation = log(time_s / (_middle(rates) * wire_bytes)) / noise
-        deviation = max(-_CLIP, min(_CLIP, deviation))
+    whole, alike = typical
+    if alike > _KNOWN_STEPS:
+        deviation = log(time_s / (whole * wire_bytes)) / noise
+        deviation = clamp(deviation, -_CLIP, _CLIP)
         slower, faster = slower.after(deviation), faster.after(-deviation)
     drift: Change | None = None
     if slower.height > _ALARM:
@@ -149,9 +154,9 @@ def observe(
         drift, samples = "faster", samples[-faster.steps :]
     if drift is not None:
         slower = faster = Cusum()
-        rates = _rates(samples, wire_bytes)
+        typical = _typical(samples, wire_bytes)
     state = LinkCostState(samples, noise, numel, slower, faster)
-    return state, _cost(rates, wire_bytes, overhead_s, noise, drift)
+    return state, _cost(typical, wire_bytes, overhead_s, noise, drift)
 
 
 def go_back(
@@ -169,7 +174,7 @@ def go_back(
     """
     samples = (*former, *state.samples[-2:])[-WINDOW_STEPS:]
     state, size = LinkCostState(samples, state.noise, state.noise_numel), former[-1][0]
-    return state, _cost(_rates(samples, size), size, overhead_s, state.noise)
+    return state, _cost(_typical(samples, size), size, overhead_s, state.noise)
 
 
 def _noise(state: LinkCostState, time_s: float, wire_bytes: int) -> tuple[float, int]:
@@ -180,31 +185,30 @@ def _noise(state: LinkCostState, time_s: float, wire_bytes: int) -> tuple[float,
     if not size / _SIMILAR <= wire_bytes <= size * _SIMILAR:
         return state.noise, state.noise_numel
     step = _NORMAL * abs(log(time_s * size / (before_s * wire_bytes)))
-    gain = max(_NOISE_GAIN, 1.0 / (state.noise_numel + 1 + _NOISE_PRIOR))
-    noise = state.noise + gain * (min(step, _NOISE_CLIP * state.noise) - state.noise)
-    return max(_NOISE_LEAST, min(_NOISE_MOST, noise)), state.noise_numel + 1
+    noise, numel = state.noise, state.noise_numel + 1
+    if step > _NOISE_CLIP * noise:
+        step = _NOISE_CLIP * noise
+    gain = max(_NOISE_GAIN, 1.0 / (numel + _NOISE_PRIOR))
+    noise += gain * (step - noise)
+    return clamp(noise, _NOISE_LEAST, _NOISE_MOST), numel
 
 
 def _cost(
-    rates: list[float],
+    typical: tuple[float, int],
     wire_bytes: int,
     overhead_s: float,
     noise: float,
     drift: Change | None = None,
 ) -> LinkCost:
-    """From the rates of exchanges about as large as `wire_bytes`."""
-    whole = _middle(rates)
+    """From what is `_typical` of exchanges about as large as `wire_bytes`."""
+    whole, numel = typical
     overhead_s = min(overhead_s, _OVERHEAD_MOST * whole * wire_bytes)
-    return LinkCost(overhead_s, whole - overhead_s / wire_bytes, noise, len(rates), drift)
+    return LinkCost(overhead_s, whole - overhead_s / wire_bytes, noise, numel, drift)
 
 
-def _middle(rates: list[float]) -> float:
-    """The median of what is in order."""
-    half = len(rates) // 2
-    return rates[half] if len(rates) % 2 else 0.5 * (rates[half - 1] + rates[half])
-
-
-def _rates(samples: Samples, wire_bytes: int) -> list[float]:
-    """Seconds over bytes of the exchanges about as large as `wire_bytes`, in rising order."""
-    least, most = wire_bytes / _SIMILAR, wire_bytes * _SIMILAR
-    return sorted([time_s / size for size, time_s in samples if least <= size <= most])
+def _typical(samples: Samples, wire_bytes: int) -> tuple[float, int]:
+    """Median of seconds over bytes of the exchanges about as large, and how many they are."""
+    # Whole bounds, since comparing each size with a float would take twice as long.
+    least, most = math.ceil(wire_bytes / _SIMILAR), math.floor(wire_bytes * _SIMILAR)
+    rates = [time_s / size for size, time_s in samples if least <= size <= most]
+    return median(rates), len(rates)

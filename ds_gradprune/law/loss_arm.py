@@ -96,22 +96,18 @@ def judge(
     Returns:
         The new state, and what was found.
     """
-    text = _known(p, target, len(window.losses), window_size)
+    text = _known(p, target, window, window_size)
     if is_nonfinite:
         return arm._replace(guard=GUARD_STEPS), Verdict(None, text)
-    guard = max(0, arm.guard - steps)
+    guard = arm.guard - steps if arm.guard > steps else 0
     if not is_known:
         return arm if guard == arm.guard else arm._replace(guard=guard), Verdict(None, text)
     if is_spike:
         guard = GUARD_STEPS
-    arm = ArmState(
-        wait=max(0, arm.wait - 1),
-        is_below=arm.is_below,
-        raises=arm.raises,
-        since=arm.since + 1 if arm.raises else 0,
-        rest=max(0, arm.rest - 1),
-        guard=guard,
-    )
+    since = arm.since + 1 if arm.raises else 0
+    wait = arm.wait - 1 if arm.wait else 0
+    rest = arm.rest - 1 if arm.rest else 0
+    arm = ArmState(wait, arm.is_below, arm.raises, since, rest, guard)
     if arm.wait:
         return arm, Verdict(None, text)
     if arm.raises:
@@ -164,7 +160,7 @@ def _half(window_size: int) -> int:
     return max(5, window_size // 2)
 
 
-def _known(p: float | None, target: float, numel: int, window_size: int) -> str:
+def _known(p: float | None, target: float, window: LossWindow, window_size: int) -> str:
     if p is None:
-        return f"P not known yet ({numel} of {window_size + 1})"
+        return f"P not known yet ({len(window.losses)} of {window_size + 1})"
     return f"P {p:.2f}, target {target:g}"

@@ -8,6 +8,7 @@ from one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
@@ -118,25 +119,28 @@ def observe(state: NetworkState, signals: StepSignals) -> Network:
     is_dense = timed == 1.0 and not signals.timed_unpruned
     seen = _measure(state, is_dense, time_s, wire_bytes)
     k = round(timed * CHUNK_NUMEL)
-    dense_cost, pruned_cost, factor = _costs(state, seen, is_dense)
+    codec, sizes, hidden_times_s = state.codec, state.sizes, state.hidden_times_s
+    if not signals.timed_unpruned:
+        codec = codec_cost.observe(codec, k, signals.codec_time_s)
+    if k != CHUNK_NUMEL:
+        sizes = _sizes(sizes, k, wire_bytes)
+    if not is_dense:
+        hidden_times_s = _hidden(hidden_times_s, signals.hidden_time_s)
+    dense_cost, pruned_cost, dense_factor = _costs(state, seen, is_dense)
     after = NetworkState(
-        alarm=seen.alarm,
-        cost=seen.cost_state,
-        is_dense=is_dense,
-        former=seen.former,
-        former_steps=seen.former_steps,
-        as_before=seen.as_before,
-        codec=state.codec
-        if signals.timed_unpruned
-        else codec_cost.observe(state.codec, k, signals.codec_time_s),
-        sizes=state.sizes if k == CHUNK_NUMEL else _sizes(state.sizes, k, wire_bytes),
-        dense_bytes=signals.dense_bytes or state.dense_bytes,
-        dense_cost=dense_cost,
-        pruned_cost=pruned_cost,
-        dense_factor=factor,
-        hidden_times_s=state.hidden_times_s
-        if is_dense
-        else _hidden(state.hidden_times_s, signals.hidden_time_s),
+        seen.alarm,
+        seen.cost_state,
+        is_dense,
+        seen.former,
+        seen.former_steps,
+        seen.as_before,
+        codec,
+        sizes,
+        signals.dense_bytes or state.dense_bytes,
+        dense_cost,
+        pruned_cost,
+        dense_factor,
+        hidden_times_s,
     )
     return Network(after, seen.cost, seen.change)
 
@@ -224,26 +228,24 @@ def _sizes(
 
 
 def prices_of(
-    config: GradientPruningConfig, network: Network, computes_s: tuple[float, ...], interval: int
+    config: GradientPruningConfig, network: Network, ordered_s: Sequence[float], interval: int
 ) -> Prices | None:
     """What things cost now; None while something is unknown.
 
     Args:
         config: the validated block.
         network: what is known of the exchanges.
-        computes_s: computation of the last steps.
+        ordered_s: computation of the last steps, in rising order.
         interval: optimizer steps from one exchange to the next.
     """
     cost, state = network.cost, network.state
-    if cost is None or not computes_s or not state.sizes:
+    if cost is None or not ordered_s or not state.sizes:
         return None
-    ordered = sorted(computes_s)
-    quarter = len(ordered) // 4
+    compute_s = ordered_s[len(ordered_s) // 2]
     spread_s = 0.0
     if config.step_time_budget_s is not None:
         # The lower half alone: stragglers, which no density helps, sit in the upper one.
-        spread_s = (ordered[len(ordered) // 2] - ordered[quarter]) / _QUARTILE
-    compute_s = ordered[len(ordered) // 2]
+        spread_s = (compute_s - ordered_s[len(ordered_s) // 4]) / _QUARTILE
     hide_s = config.delay_of(interval) * compute_s
     if state.hidden_times_s:  # no more than has hidden so far: what else would is not known
         hide_s = median(state.hidden_times_s)
@@ -255,19 +257,19 @@ def prices_of(
     elif state.dense_cost is not None:  # measured on the network as it is: better than a factor
         factor = state.dense_cost / seconds_per_byte
     return Prices(
-        compute_s=compute_s,
-        spread_s=spread_s,
-        codec_s=codec_s,
-        codec_per_k_s=codec_per_k_s,
-        dense_codec_s=codec_cost.dense_s_of(state.codec),
-        overhead_s=cost.overhead_s,
-        seconds_per_byte=seconds_per_byte,
-        noise=cost.noise,
-        fixed_bytes=fixed_bytes,
-        bytes_per_k=bytes_per_k,
-        dense_bytes=float(state.dense_bytes),
-        dense_factor=factor,
-        hide_s=hide_s,
-        interval=interval,
-        hidden_cost=HIDDEN_COST if config.step_time_budget_s is None else 0.0,
+        compute_s,
+        spread_s,
+        codec_s,
+        codec_per_k_s,
+        codec_cost.dense_s_of(state.codec),
+        cost.overhead_s,
+        seconds_per_byte,
+        cost.noise,
+        fixed_bytes,
+        bytes_per_k,
+        float(state.dense_bytes),
+        factor,
+        hide_s,
+        interval,
+        HIDDEN_COST if config.step_time_budget_s is None else 0.0,
     )

@@ -32,7 +32,9 @@ _ROUNDING = 1e-6
 _MEMORY, _MOST_LOW = 8, 4
 """Where so many of the last 8 losses leap down, they are no outliers."""
 
-Lows = Annotated[int, Within(0, 2**_MEMORY - 1)]
+_ALL_LOW = 2**_MEMORY - 1
+
+Lows = Annotated[int, Within(0, _ALL_LOW)]
 """Which of the last 8 losses leapt down, one bit each, the newest lowest."""
 
 
@@ -59,15 +61,20 @@ def clip(losses: tuple[float, ...], lows: int, loss: float) -> Clipped:
         loss: the newest one; what is not finite is returned as it is.
     """
     before = losses[-_NUMEL:]
-    if len(before) < _NUMEL_LEAST or not math.isfinite(loss):
+    numel = len(before)
+    if numel < _NUMEL_LEAST or not math.isfinite(loss):
         return Clipped(loss, False, lows)
-    lows = lows << 1 & 2**_MEMORY - 1
+    lows = lows << 1 & _ALL_LOW
     ordered = sorted(before)
-    middle = ordered[len(ordered) // 2]
-    if middle <= loss <= ordered[-1]:
+    half, quarter = numel // 2, numel // 4
+    middle = ordered[half]
+    # Of the losses at most half lie between the two quartiles. So the median deviation is at least
+    # that of the nearer one, and most losses need no other bound.
+    near = _FAR * min(middle - ordered[half - quarter], ordered[half + quarter] - middle)
+    if middle - near <= loss and (loss <= ordered[-1] or loss <= middle + near):
         return Clipped(loss, False, lows)
     deviations = sorted([abs(x - middle) for x in ordered])  # two runs, which sort fast
-    reach = _FAR * max(deviations[len(before) // 2], _ROUNDING * abs(middle))
+    reach = _FAR * max(deviations[half], _ROUNDING * abs(middle))
     if loss > middle:
         # A loss that rises steadily in small steps leaves its median behind, and does not leap.
         bound = max(middle + reach, ordered[-1])

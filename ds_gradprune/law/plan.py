@@ -23,7 +23,7 @@ from ds_gradprune.law.decision import Cause, Choice, Interval, KeptElements
 from ds_gradprune.law.network import UP_STEPS, Network
 from ds_gradprune.law.prices import Prices
 from ds_gradprune.law.schedule import patience
-from ds_gradprune.law.stats import Change, Count
+from ds_gradprune.law.stats import Change, Count, clamp
 
 UP_SHARE = 1.25
 """So many times the density must fit before it rises: the dead band."""
@@ -151,7 +151,7 @@ def choose(
         With cause HOLD and the reason why where it stays.
     """
     k_min, k_max = kept_per_chunk(config.density.min), kept_per_chunk(config.density.max)
-    k = state.k if state.k == CHUNK_NUMEL else max(k_min, min(k_max, state.k))
+    k = state.k if state.k == CHUNK_NUMEL else clamp(state.k, k_min, k_max)
     if prices is None or network.cost is None or budget_s is None:
         return Choice(k, Cause.HOLD, "no exchange was timed")
     now_s = prices.step_s(k)

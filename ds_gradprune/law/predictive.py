@@ -47,18 +47,12 @@ from ds_gradprune.law.prices import Prices
 from ds_gradprune.law.schedule import (
     first_decision,
     next_exchange,
-    patience,
     target_at,
 )
 from ds_gradprune.law.signals import StepSignals
-from ds_gradprune.law.stats import Seconds, keep_last
+from ds_gradprune.law.stats import Seconds
+from ds_gradprune.law.step_times import compute_times
 from ds_gradprune.law.warmup import WarmupState
-
-COMPUTE_STEPS = 32
-"""Steps whose computation times are behind their median: one in five may have a straggler."""
-
-COMPUTE_LEAST = 5
-"""Times of several steps each that suffice."""
 
 
 class PredictiveState(NamedTuple):
@@ -121,9 +115,10 @@ def update(
     interval = warmup.used_interval(config, state.warmup, state.interval)
     planned = state.plan.at(intervals.inside(config, state.plan.interval))
     net = network.observe(state.network, signals)
-    computes_s = _computes(state, signals, interval)
-    heard = _listen(config, state, signals, interval)
-    prices = network.prices_of(config, net, computes_s, planned.interval)
+    computes_s = compute_times(state.compute_times_s, signals, interval)
+    heard = _listen(config, state, signals, config.window_losses(interval))
+    ordered_s = sorted(computes_s)
+    prices = network.prices_of(config, net, ordered_s, planned.interval)
     budget_s = _budget_s(config, state, prices, signals.step)
     warm, arm = warmup.observe(config, state.warmup, signals, computes_s), state.arm
     ways = (interval, planned.interval)
@@ -143,18 +138,14 @@ def update(
         )
     after = choice.interval or intervals.inside(config, interval)
     unpruned = beginning is not None and beginning.unpruned
-    warm = warm._replace(unpruned=unpruned)
-    samples = (state.network.cost.samples, net.state.cost.samples)
-    rate = "" if prices is None else prices.rate_text
-    calm_s = blame.calmer(state.calm_s, computes_s)
-    said = blame.words(net.change, computes_s, calm_s, *samples, rate)
-    if net.change is None and choice.cause is Cause.OVER_BUDGET:
-        said = blame.busy_words(computes_s, calm_s)
+    if warm.unpruned != unpruned:
+        warm = warm._replace(unpruned=unpruned)
+    calm_s = blame.calmer(state.calm_s, ordered_s)
     decision = Decision(
         step=next_exchange(config, signals.step, after, unpruned=unpruned),
         density=choice.k / CHUNK_NUMEL,
         cause=choice.cause,
-        reason=blame.told(choice.text, said),
+        reason=_reason(choice, state, net, prices, computes_s, calm_s),
         performance=heard.p,
         budget_s=budget_s,
         network_changed=net.change is not None,
@@ -165,6 +156,25 @@ def update(
     )
     heard_of = (heard.window, heard.lows, arm, computes_s, net.state, after, warm, calm_s)
     return PredictiveState(decision.density, planned, *heard_of), decision
+
+
+def _reason(
+    choice: Choice,
+    before: PredictiveState,
+    net: network.Network,
+    prices: Prices | None,
+    computes_s: tuple[float, ...],
+    calm_s: float | None,
+) -> str:
+    """Why a choice was made, with what is said of the network or of busy hosts."""
+    said = ""
+    if net.change is not None:
+        rate = "" if prices is None else prices.rate_text
+        samples = (before.network.cost.samples, net.state.cost.samples)
+        said = blame.words(net.change, computes_s, calm_s, *samples, rate)
+    elif choice.cause is Cause.OVER_BUDGET:
+        said = blame.busy_words(computes_s, calm_s)
+    return blame.told(choice.text, said)
 
 
 def _plan(
@@ -179,33 +189,18 @@ def _plan(
     """What the budget affords: another interval, or another density at this one."""
     if signals.nonfinite and net.change is None:
         return Choice(plan.inside(config, planned.k), Cause.HOLD, "")
-    is_guarded = arm.guard > 0
-    turn = intervals.choose(
-        config,
-        planned,
-        net,
-        prices,
-        budget_s,
-        signals.step,
-        is_guarded=is_guarded,
-        is_missed=arm.raises > 0,
-    )
-    return turn or plan.choose(config, planned, net, prices, budget_s, is_guarded=is_guarded)
-
-
-def _computes(state: PredictiveState, signals: StepSignals, interval: int) -> tuple[float, ...]:
-    """Computation of a step, the last ones, oldest first."""
-    compute_s = signals.compute_time_s
-    if signals.timed_density is None or compute_s is None:
-        return state.compute_times_s
-    most = patience(COMPUTE_STEPS, interval, COMPUTE_LEAST)
-    return keep_last(state.compute_times_s, compute_s / signals.interval, most)
+    is_guarded, is_missed = arm.guard > 0, arm.raises > 0
+    known, turn = (config, planned, net, prices, budget_s), None
+    if config.sync_every == "auto":
+        turn = intervals.choose(*known, signals.step, is_guarded=is_guarded, is_missed=is_missed)
+    return turn or plan.choose(*known, is_guarded=is_guarded)
 
 
 class _Heard(NamedTuple):
     """What the newest loss says."""
 
     window: LossWindow
+    window_size: int
     lows: int
     p: float | None
     is_known: bool
@@ -213,7 +208,7 @@ class _Heard(NamedTuple):
 
 
 def _listen(
-    config: GradientPruningConfig, state: PredictiveState, signals: StepSignals, interval: int
+    config: GradientPruningConfig, state: PredictiveState, signals: StepSignals, window_size: int
 ) -> _Heard:
     """Clip the loss, put it into the window, and look at P."""
     loss, leapt_up, lows = None if signals.nonfinite else signals.loss, False, state.lows
@@ -222,11 +217,11 @@ def _listen(
     window, p = learning.observe(
         state.window,
         loss,
-        window_size=config.window_losses(interval),
+        window_size=window_size,
         form=config.performance_form,
         most=config.window_size,
     )
-    return _Heard(window, lows, p, learning.is_usable(loss), leapt_up)
+    return _Heard(window, window_size, lows, p, learning.is_usable(loss), leapt_up)
 
 
 def _ask_arm(
@@ -245,7 +240,7 @@ def _ask_arm(
         is_spike=heard.leapt_up,
         is_nonfinite=signals.nonfinite,
         target=target_at(config, signals.step),
-        window_size=config.window_losses(interval),
+        window_size=heard.window_size,
         form=config.performance_form,
         steps=interval,
     )

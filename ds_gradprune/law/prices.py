@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL
 from ds_gradprune.law.arithmetic import hypot
+from ds_gradprune.law.stats import clamp
 
 MARGIN = 2.0
 """Standard deviations of a step's time between the plan and the budget."""
@@ -99,15 +100,12 @@ class Prices(NamedTuple):
         interval = self.interval
         if k == CHUNK_NUMEL:
             comm_s = self.overhead_s + self.seconds_per_byte * self.dense_factor * self.dense_bytes
-            return self.compute_s + self.dense_codec_s / interval + max(0.0, comm_s) / interval
+            return self.compute_s + self.dense_codec_s / interval + comm_s / interval
         comm_s = self.overhead_s + self.seconds_per_byte * (self.fixed_bytes + self.bytes_per_k * k)
         local_s = self.compute_s + self.codec_s / interval + self.codec_per_k_s * k / interval
-        return local_s + self._paid_s(comm_s) / interval
-
-    def _paid_s(self, comm_s: float) -> float:
-        """What a pruned exchange adds to its steps."""
         cost = self.hidden_cost
-        return max(cost * comm_s, comm_s - (1.0 - cost) * self.hide_s)
+        least_s, paid_s = cost * comm_s, comm_s - (1.0 - cost) * self.hide_s
+        return local_s + (paid_s if paid_s > least_s else least_s) / interval
 
     def at(self, interval: int, delay_steps: int) -> Prices:
         """The same at another interval, of which an exchange travels through some steps."""
@@ -149,24 +147,25 @@ class Prices(NamedTuple):
 
     def affordable_k(self, budget_s: float, k_min: int, k_max: int) -> int:
         """The highest k that fits, on the ladder; k_min if none does."""
-        spread_s = min(self.spread_s, _SPREAD_MOST * max(0.0, budget_s - self.compute_s))
+        spread_s = clamp(_SPREAD_MOST * (budget_s - self.compute_s), 0.0, self.spread_s)
         # b * comm + MARGIN * hypot(noise * comm, spread) = allowance, solved for comm; what the
         # codec takes per kept element is counted with what its bytes take.
         least_s = self.overhead_s + self.seconds_per_byte * self.fixed_bytes
-        codec_share = self.codec_per_k_s / (self.seconds_per_byte * self.bytes_per_k)
+        wire_per_k_s = self.seconds_per_byte * self.bytes_per_k
+        codec_share = self.codec_per_k_s / wire_per_k_s
         interval = self.interval
         room_s = interval * budget_s - interval * self.compute_s - self.codec_s
         allowance_s = room_s + (1.0 - self.hidden_cost) * self.hide_s + codec_share * least_s
-        spread_s *= interval
+        scatter, scatter_s = MARGIN * self.noise, MARGIN * (spread_s * interval)
         b = 1.0 + codec_share
-        a = b * b - _squared(MARGIN * self.noise)
-        square = allowance_s * allowance_s - _squared(MARGIN * spread_s)
-        root_s = math.sqrt(max(0.0, _squared(b * allowance_s) - a * square))
-        comm_s = (b * allowance_s - root_s) / a
-        k = (comm_s - least_s) / (self.seconds_per_byte * self.bytes_per_k)
+        a = b * b - scatter * scatter
+        all_s = b * allowance_s
+        square = all_s * all_s - a * (allowance_s * allowance_s - scatter_s * scatter_s)
+        comm_s = (all_s - (math.sqrt(square) if square > 0.0 else 0.0)) / a
+        k = (comm_s - least_s) / wire_per_k_s
         if self.hide_s > 0.0:
-            k = min(k, self._hidden_k(room_s - MARGIN * spread_s, least_s))
-        return max(k_min, min(k_max, ladder(int(max(1.0, min(k, CHUNK_NUMEL - 1.0))))))
+            k = min(k, self._hidden_k(room_s - scatter_s, least_s))
+        return clamp(ladder(int(clamp(k, 1.0, CHUNK_NUMEL - 1.0))), k_min, k_max)
 
     def _hidden_k(self, room_s: float, least_s: float) -> float:
         """The highest k that local work and hidden wire of an interval leave room for."""
@@ -178,14 +177,10 @@ class Prices(NamedTuple):
         return left_s / per_k_s
 
 
-def _squared(x: float) -> float:
-    return x * x  # `**` calls the C library
-
-
 def ladder(k: int, bits: int = _LADDER_BITS) -> int:
     """The highest k' <= k that has so many significant bits."""
-    shift = max(0, k.bit_length() - bits)
-    return (k >> shift) << shift
+    shift = k.bit_length() - bits
+    return (k >> shift) << shift if shift > 0 else k
 
 
 def line_through(sizes: tuple[tuple[int, int], ...]) -> tuple[float, float]:
@@ -204,5 +199,5 @@ def line_through(sizes: tuple[tuple[int, int], ...]) -> tuple[float, float]:
         return 0.0, most
     other_k, other_bytes = sizes[1]
     # A payload cannot cost less than nothing, nor grow faster than in proportion.
-    slope = max(1e-3 * most, min((wire_bytes - other_bytes) / (k - other_k), most))
+    slope = clamp((wire_bytes - other_bytes) / (k - other_k), 1e-3 * most, most)
     return wire_bytes - slope * k, slope

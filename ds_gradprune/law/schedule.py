@@ -7,6 +7,7 @@ few of them.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from ds_gradprune.bucket.layout import CHUNK_NUMEL, kept_per_chunk
@@ -51,14 +52,19 @@ def scheduled(config: GradientPruningConfig, step: int, *, unpruned: bool = Fals
         form = "unpruned" if unpruned else "dense"
         text = f"warm-up step {step} of {config.warmup_steps}: {form}"
         return Choice(CHUNK_NUMEL, Cause.WARMUP, text)
-    position = step - config.warmup_steps
-    if position > max(1, config.ramp_steps):
+    if step > last_scheduled(config):
         return None
+    position = step - config.warmup_steps
     k = _ramp_k(config, position)
     text = f"ramp step {position} of {config.ramp_steps}: density {name(k)}"
     if config.ramp_steps == 0:
         text = f"start of pruning: density {name(k)}"
     return Choice(k, Cause.RAMP, text)
+
+
+def last_scheduled(config: GradientPruningConfig) -> int:
+    """The last step that goes by its number: the ramp's, or the first pruned one."""
+    return config.warmup_steps + (config.ramp_steps or 1)
 
 
 def _ramp_k(config: GradientPruningConfig, position: int) -> int:
@@ -97,6 +103,7 @@ def next_exchange(
     return config.warmup_steps + ahead
 
 
+@functools.lru_cache(maxsize=256)
 def patience(steps: int, interval: int, least: int) -> int:
     """So many exchanges are as long as `steps` steps, but never fewer than `least`."""
     return max(least, -(-steps // interval))
@@ -112,6 +119,8 @@ def target_at(config: GradientPruningConfig, step: int) -> float:
     Returns:
         What P(t) must reach.
     """
-    points = config.performance_target_schedule or ()
+    points = config.performance_target_schedule
+    if points is None:
+        return config.performance_target
     begun = (point.target for point in reversed(points) if point.step <= step)
     return next(begun, config.performance_target)

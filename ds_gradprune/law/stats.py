@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeGuard
+from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 LEAST_S, MOST_S = 1e-9, 1e9
 """No clock has measured less than a nanosecond, and nothing lasts longer than thirty years."""
+
+Number = TypeVar("Number", int, float)
 
 
 class Within(NamedTuple):
@@ -35,8 +37,15 @@ Change: TypeAlias = Literal["slower", "faster"]
 def median(values: Sequence[float]) -> float:
     """The middle value, or the mean of the two in the middle."""
     ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])
+    numel = len(ordered)
+    half = numel // 2
+    return ordered[half] if numel % 2 else 0.5 * (ordered[half - 1] + ordered[half])
+
+
+def clamp(x: Number, least: Number, most: Number) -> Number:
+    """The number, or the bound that it is beyond; `least` for nan."""
+    # The law asks ten times a step, and `max(least, min(x, most))` takes several times as long.
+    return x if least < x < most else most if x >= most else least
 
 
 def is_time(time_s: float | None) -> TypeGuard[float]:

@@ -1,4 +1,4 @@
-"""The times that the law "stepwise" judges by: steps at one density, and a rank's own work."""
+"""The times that the laws judge by: steps at one density, computation, and a rank's own work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ CONFIRM_STEPS, CONFIRM_LEAST = 3, 2
 
 BUDGET_FACTOR, LOCAL_STEPS, LOCAL_LEAST = 1.1, 16, 5
 """Without a budget of the user's: so many times the median of a rank's own work, of so many."""
+
+
+COMPUTE_STEPS, COMPUTE_LEAST = 32, 5
+"""Computation times behind a median: of so many steps, since one in five may have a straggler, or
+of so many exchanges where those are rare."""
 
 
 def confirming(interval: int) -> int:
@@ -27,6 +32,17 @@ def step_times(
     step_s = signals.step_time_s
     step_s = None if step_s is None else step_s / signals.interval
     return keep_last(times_s, step_s, confirming(interval))
+
+
+def compute_times(
+    times_s: tuple[Seconds, ...], signals: StepSignals, interval: int
+) -> tuple[Seconds, ...]:
+    """The last times of a step's computation, with that of one more exchange; oldest first."""
+    compute_s = signals.compute_time_s
+    if signals.timed_density is None or compute_s is None:
+        return times_s
+    most = patience(COMPUTE_STEPS, interval, COMPUTE_LEAST)
+    return keep_last(times_s, compute_s / signals.interval, most)
 
 
 def own_times(

@@ -78,7 +78,7 @@ def update(
     if choice is None:
         choice, going_on = _decide(config, after, signals, p, budget_s)
     density, reason = choice.k / CHUNK_NUMEL, choice.text
-    calm_s = blame.calmer(None, own_s)
+    calm_s = blame.calmer(None, sorted(own_s))
     said = blame.words(change, own_s, calm_s, state.alarm.samples, alarms.samples, "")
     reason = blame.told(reason, said)
     steps_s = steps_s if density == state.density else ()

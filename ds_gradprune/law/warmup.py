@@ -22,7 +22,7 @@ from ds_gradprune.config import INTERVALS, GradientPruningConfig
 from ds_gradprune.law.decision import Cause, Choice, every
 from ds_gradprune.law.interval import inside, nearest
 from ds_gradprune.law.prices import Prices
-from ds_gradprune.law.schedule import next_exchange, scheduled
+from ds_gradprune.law.schedule import last_scheduled, next_exchange, scheduled
 from ds_gradprune.law.signals import StepSignals
 from ds_gradprune.law.stats import Seconds, is_time, keep_last, median
 
@@ -130,6 +130,8 @@ def begin(
         ways: the interval in force, and the one after the warm-up.
         prices: what a pruned step costs; None while unknown.
     """
+    if step >= last_scheduled(config):
+        return None
     used, planned = ways
     form = config.warmup_form
     unpruned = form == "unpruned" or (form == "auto" and state.form == "unpruned")

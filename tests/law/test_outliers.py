@@ -65,6 +65,40 @@ def test_nothing_leaps_before_sixteen_losses() -> None:
     assert clip(plateau(count=16), 0, 1.5).loss > 2.5
 
 
+def by_definition(losses, lows, loss):
+    """As the module's docstring says it: the median absolute deviation, whatever the quartiles."""
+    before = sorted(losses[-64:])
+    numel, middle = len(before), before[len(before) // 2]
+    deviation = sorted(abs(x - middle) for x in before)[numel // 2]
+    reach = 6.0 * 1.4826 * max(deviation, 1e-6 * abs(middle))
+    lows = lows << 1 & 255
+    if loss >= middle - reach:
+        bound = max(middle + reach, before[-1])
+        return min(loss, bound), loss > bound, lows
+    lows |= 1
+    if lows.bit_count() >= 4:
+        return loss, False, lows
+    return min(x for x in before if x >= middle - reach), False, lows
+
+
+SERIES = st.lists(st.integers(-9, 9), min_size=16, max_size=80) | st.lists(
+    st.floats(-10.0, 10.0), min_size=16, max_size=80
+)
+"""Whole numbers have many ties, also of the quartiles with the median."""
+
+
+@settings(deadline=None, max_examples=300)
+@given(SERIES, st.integers(0, 255), st.floats(-12.0, 12.0), st.booleans())
+def test_the_quartiles_decide_nothing_else_than_the_deviation(series, lows, far, is_level) -> None:
+    """Losses on both sides of where a leap begins."""
+    losses = tuple(float(x) for x in series)
+    ordered = sorted(losses[-64:])
+    middle = ordered[len(ordered) // 2]
+    near = sorted(abs(x - middle) for x in ordered)[len(ordered) // 2]
+    for loss in (middle + far * (1e-6 if is_level else near), ordered[0], ordered[-1], middle):
+        assert clip(losses, lows, loss) == by_definition(losses, lows, loss)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), max_size=80), st.integers(0, 255), st.floats(-1e9, 1e9))
 def test_what_enters_lies_between_the_loss_and_its_median(before, lows, loss) -> None:
