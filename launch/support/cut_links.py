@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import queue
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .kept_host import words_on
+from .talker import Talker, words_on
 
 LIMIT_S = 5.0
 """Two hosts that have not connected by then do not hear each other."""
@@ -169,22 +165,11 @@ class _Asked:
 
     def __init__(self, name: str, ssh: Sequence[str]) -> None:
         self._lines: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
-        self._process = subprocess.Popen(
-            words_on(name, ssh, [sys.executable, str(SCRIPT)]),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
+        words = words_on(name, ssh, [sys.executable, str(SCRIPT)])
+        self._talker = Talker(words, "hearing", self._lines.put)
 
     def tell(self, line: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(line).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
+        if not self._talker.tell(line):
             self._lines.put(None)
 
     def hear(self, key: str, until_s: float, *, whole: bool = False) -> Any:
@@ -200,25 +185,4 @@ class _Asked:
                 return line if whole else line[key]
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(3.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._thread.join(1.0)
-        self._process.stdout.close()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for text in self._process.stdout:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # a login script has written something
-            if isinstance(line, dict) and "hearing" in line:
-                self._lines.put(line)
-        self._lines.put(None)
+        self._talker.close(3.0)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import queue
-import shlex
 import subprocess
 import sys
 import threading
@@ -16,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_gradprune.commands.hosts import is_here
-from ds_gradprune.errors import ConfigError
+
+from .talker import Talker, started, words_on
 
 PROBE_S = 10.0
 """A host that has not let us in by then does not answer."""
@@ -67,57 +65,27 @@ class KeptHost:
         self._queue = heard
         self._prefix = f"{name}: " if shows_name else ""
         words = words_on(name, ssh, [sys.executable, str(KEEPER)])
-        self._process = _start(words, talks=True)
-        self._threads = [
-            threading.Thread(target=work, daemon=True) for work in (self._listen, self._show)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._talker = Talker(words, "keeper", self._hear, self._show)
 
     def send(self, line: Mapping[str, Any]) -> None:
         """Send a job, an order or, if empty, a beat; a keeper that is gone hears nothing."""
         if self.is_lost:
             return
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps(line).encode() + b"\n")
-            self._process.stdin.flush()
+        if self._talker.tell(line):
             self.beaten_s = time.monotonic()
 
     def close(self, limit_s: float = 3.0) -> None:
         """Let the keeper end its ranks and itself, or leave it to its lease. Twice is fine."""
-        limit_s = 0.0 if self.is_lost else limit_s
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for thread in self._threads:
-            thread.join(limit_s)
+        self._talker.close(0.0 if self.is_lost else limit_s)
 
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with contextlib.suppress(ValueError):  # a login script has written something
-                facts = json.loads(line)
-                if isinstance(facts, dict) and "keeper" in facts:
-                    self.heard_s = time.monotonic()
-                    self._queue.put(Heard(self, facts))
-        self._queue.put(Heard(self, None))
+    def _hear(self, facts: Mapping[str, Any] | None) -> None:
+        if facts is not None:
+            self.heard_s = time.monotonic()
+        self._queue.put(Heard(self, facts))
 
-    def _show(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            sys.stderr.write(self._prefix + line.decode(errors="replace"))
-            sys.stderr.flush()
-
-
-def words_on(name: str, ssh: Sequence[str], words: Sequence[str]) -> list[str]:
-    """The command that runs `words` on a host, which may be this one."""
-    return [*ssh, name, shlex.join(words)] if ssh else list(words)
+    def _show(self, line: str) -> None:
+        sys.stderr.write(self._prefix + line)
+        sys.stderr.flush()
 
 
 def ssh_to(name: str, ssh: Sequence[str], *, is_given: bool) -> list[str]:
@@ -135,9 +103,7 @@ def answering(hosts: Mapping[str, Sequence[str]], limit_s: float = PROBE_S) -> l
     Raises:
         ConfigError: there is no ssh to ask with.
     """
-    asked = {
-        name: _start(words_on(name, ssh, ["true"]), talks=False) for name, ssh in hosts.items()
-    }
+    asked = {name: started(words_on(name, ssh, ["true"])) for name, ssh in hosts.items()}
     deadline_s = time.monotonic() + limit_s
     found = []
     for name, process in asked.items():
@@ -148,19 +114,6 @@ def answering(hosts: Mapping[str, Sequence[str]], limit_s: float = PROBE_S) -> l
             process.kill()
             process.wait()
     return found
-
-
-def _start(words: Sequence[str], *, talks: bool) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own: Ctrl-C is for us to pass on."""
-    end = subprocess.PIPE if talks else subprocess.DEVNULL
-    try:
-        return subprocess.Popen(
-            list(words), stdin=end, stdout=end, stderr=end, start_new_session=True
-        )
-    except OSError as exc:
-        raise ConfigError(
-            f"--ssh must begin with a command that can be run, got {words[0]}: {exc.strerror}."
-        ) from exc
 
 
 class Absent:
