@@ -25,6 +25,8 @@ from labs.convergence.overview_plot import draw
 from labs.convergence.recipes import defaults, others, peers
 from labs.tuned.jobs import ISLANDS, METHODS
 
+_PARTS = {"full": "fine-tuned", "lora": "of LoRA fine-tuned"}
+
 
 def main() -> int:
     """Run what the flags say; exit code 2 with one line for what a user can cause."""
@@ -60,7 +62,8 @@ def case_of(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        case = _tuned(result) if "gpu" in result else _of_grid(result)
+        is_tuned = "gpu" in result or "tuned" in result
+        case = _tuned(result) if is_tuned else _of_grid(result)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ConfigError(f"{path} must be a result of a grid: {exc!r}.") from exc
     for row in case["rows"]:
@@ -85,13 +88,16 @@ def _of_grid(result: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "steps": result["steps"],
         "tuned": False,
+        "adapters": False,
         "rows": [row for row in rows if "lr" not in row["settings"].get("train", {})],
     }
 
 
 def _tuned(result: dict[str, Any]) -> dict[str, Any]:
-    """Fine-tuning of all weights by `labs.tuned`, paired by seed at one learning rate."""
-    runs = [run for run in result["gpu"] if run["kind"] == "full"]
+    """Fine-tuning by `labs.tuned`, of all weights if there is such a run, paired by seed."""
+    every = result.get("tuned") or result["gpu"]
+    kind = "full" if any(run["kind"] == "full" for run in every) else "lora"
+    runs = [run for run in every if run["kind"] == kind]
     dense = {run["seed"]: run for run in runs if run["method"] == "dense"}
     rows = []
     for name in dict.fromkeys(run["method"] for run in runs if run["method"] != "dense"):
@@ -112,12 +118,13 @@ def _tuned(result: dict[str, Any]) -> dict[str, Any]:
     first = runs[0]
     numel, tokens = first["trained"], first["tokens"]
     return {
-        "name": f"{ISLANDS} islands, {numel / 1e6:.3g}M fine-tuned, {tokens:,} tokens",
+        "name": f"{ISLANDS} islands, {numel / 1e6:.3g}M {_PARTS[kind]}, {tokens:,} tokens",
         "workers": ISLANDS,
         "numel": numel,
         "tokens": tokens,
         "steps": first["steps"],
         "tuned": True,
+        "adapters": kind == "lora",
         "rows": rows,
     }
 

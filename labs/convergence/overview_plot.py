@@ -74,7 +74,7 @@ def _draw_case(axis: Any, case: dict[str, Any], colours: Any) -> None:
     rows = defaults(case)
     mark = "*" if case["tuned"] else ("s" if case["tokens"] > 256 else "o")
     if case["tuned"]:
-        colour = "tab:green"
+        colour = "tab:purple" if case["adapters"] else "tab:green"
     line = "-" if len(rows) > 1 else ""
     if rows:
         axis.errorbar(

@@ -130,6 +130,11 @@ def test_fine_tuning_is_paired_by_seed(tmp_path: Path) -> None:
     (row,) = recipes.defaults(case)
     assert row["gap_pct"] == pytest.approx(1.5)  # 1 and 2 %
     assert row["error"] == pytest.approx(0.5)
+    adapters = [run | {"kind": "lora", "trained": 4_884_480} for run in runs[:4]]
+    path.write_text(json.dumps({"tuned": adapters}))
+    case = overview.case_of(path)
+    assert case["name"] == "2 islands, 4.88M of LoRA fine-tuned, 1,024 tokens"
+    assert [row["gap_pct"] for row in case["rows"]] == pytest.approx([1.5])
 
 
 def test_page_and_picture(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
