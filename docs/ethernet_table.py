@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from docs.marked_table import ROOT, MarkedTable, markdown, run
 
-RACE = "ethernet_cpu_202611_2hosts_micro_start"
+RACE = "ethernet_cpu_202611_2hosts_micro_rounds"
 """The page behind the README's result table."""
 
 NEWEST = "ethernet_cpu_202611_2hosts_budget"
