@@ -62,8 +62,7 @@ def case_of(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        is_tuned = "gpu" in result or "tuned" in result
-        case = _tuned(result) if is_tuned else _of_grid(result)
+        case = _tuned(result) if "tuned" in result else _of_grid(result)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ConfigError(f"{path} must be a result of a grid: {exc!r}.") from exc
     for row in case["rows"]:
@@ -95,9 +94,8 @@ def _of_grid(result: dict[str, Any]) -> dict[str, Any]:
 
 def _tuned(result: dict[str, Any]) -> dict[str, Any]:
     """Fine-tuning by `labs.tuned`, of all weights if there is such a run, paired by seed."""
-    every = result.get("tuned") or result["gpu"]
-    kind = "full" if any(run["kind"] == "full" for run in every) else "lora"
-    runs = [run for run in every if run["kind"] == kind]
+    kind = "full" if any(run["kind"] == "full" for run in result["tuned"]) else "lora"
+    runs = [run for run in result["tuned"] if run["kind"] == kind]
     dense = {run["seed"]: run for run in runs if run["method"] == "dense"}
     rows = []
     for name in dict.fromkeys(run["method"] for run in runs if run["method"] != "dense"):

@@ -124,7 +124,7 @@ def test_fine_tuning_is_paired_by_seed(tmp_path: Path) -> None:
         run("dense", 0, 9.0, kind="lora"),
     ]
     path = tmp_path / "finetune.json"
-    path.write_text(json.dumps({"gpu": runs, "cpu": []}))
+    path.write_text(json.dumps({"tuned": runs, "cpu": []}))
     case = overview.case_of(path)
     assert case["name"] == "2 islands, 135M fine-tuned, 1,024 tokens"
     (row,) = recipes.defaults(case)
