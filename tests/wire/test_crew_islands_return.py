@@ -152,8 +152,12 @@ def test_an_island_that_not_all_crews_have_let_in_is_told_so() -> None:
     for rank in (0, 1, 4, 5):
         assert str(rank) not in run.faults, run.faults
         assert run.seen[str(rank)][BEFORE:] == [left] * AFTER
-    assert run.states[0]["whole"] is False
-    assert isinstance(run.faults["back3"], LeftOut)
+    # The rank that was let in hears it with its state, or sees first that it is out again.
+    if 0 in run.states:
+        assert run.states[0]["whole"] is False
+    else:
+        assert isinstance(run.faults["back2"], LeftOut), run.faults
+    assert isinstance(run.faults["back3"], LeftOut), run.faults
 
 
 def test_of_two_islands_that_come_back_all_ranks_of_one_ask_first() -> None:
