@@ -21,7 +21,7 @@ from tools.netbed import (
     steps,
 )
 from tools.netbed import __main__ as command_line
-from tools.netbed.rates import FRAME_BYTES, burst_bytes
+from tools.netbed.rates import FRAME_BYTES, burst_bytes, piece_frames
 from tools.netbed.schedule import Player, parse_schedule
 
 # ---- rates and schedules: pure --------------------------------------------------------------
@@ -49,9 +49,10 @@ def test_bad_rate_is_refused(text):
         parse_rate(text)
 
 
-def test_a_pause_lends_at_most_a_millisecond_or_two_frames():
+def test_a_pause_lends_at_most_a_millisecond_or_four_frames():
     assert burst_bytes(1e9) == 125_000
-    assert burst_bytes(20e6) == 2 * FRAME_BYTES
+    assert burst_bytes(20e6) == 4 * FRAME_BYTES
+    assert [piece_frames(rate) for rate in (20e6, 1e8, 1e9, None)] == [4, 8, 43, 43]
 
 
 def test_square_wave_alternates():

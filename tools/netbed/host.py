@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ds_gradprune.errors import ConfigError
-from tools.netbed.rates import shape_arguments
+from tools.netbed.rates import piece_arguments, shape_arguments
 from tools.netbed.space import WHOLE_HOST, Space, tool_environ
 
 INTERFACE = "eth0"
@@ -104,11 +104,14 @@ class Host:
         """
         if direction not in DIRECTIONS:
             raise ConfigError(f"direction must be one of {DIRECTIONS}, got {direction!r}.")
-        words = shape_arguments(rate_bps)
-        if direction != "receive":
-            self.space.call("tc", "qdisc", "replace", "dev", INTERFACE, "root", *words)
-        if direction != "send":
-            self._switch.call("tc", "qdisc", "replace", "dev", self._port, "root", *words)
+        for space, device, other in (
+            (self.space, INTERFACE, "receive"),
+            (self._switch, self._port, "send"),
+        ):
+            if direction != other:
+                words = shape_arguments(rate_bps)
+                space.call("ip", "link", "set", "dev", device, *piece_arguments(rate_bps))
+                space.call("tc", "qdisc", "replace", "dev", device, "root", *words)
 
     def set_link(self, *, up: bool) -> None:
         """Plug the cable in or pull it, at the switch; what is in the queues is lost then."""

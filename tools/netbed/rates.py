@@ -23,6 +23,12 @@ BURST_S = 0.001
 Half of it is too little, because at 1 Gbit/s the kernel's pieces of 64 KiB would not fit and timers
 come late on a busy machine; the 64 KiB often seen would lend 26 ms at 20 Mbit/s."""
 
+LEAST_FRAMES = 4
+"""Of the smallest bucket: it lends 2.4 ms at 20 Mbit/s."""
+
+MOST_FRAMES = 43
+"""Of a piece of 64 KiB, the largest that the kernel makes."""
+
 LATENCY_MS = 200
 """What would wait longer in the queue than this is dropped, as in a switch with finite memory."""
 
@@ -57,7 +63,23 @@ def parse_rate(rate: str | float | None) -> float | None:
 
 def burst_bytes(rate_bps: float | None) -> int:
     """Size of the token bucket: what may pass at once after a pause, bytes."""
-    return max(2 * FRAME_BYTES, round((rate_bps or UNSHAPED_BPS) / 8 * BURST_S))
+    return max(LEAST_FRAMES * FRAME_BYTES, round((rate_bps or UNSHAPED_BPS) / 8 * BURST_S))
+
+
+def piece_frames(rate_bps: float | None) -> int:
+    """So many frames of a connection pass at once, as a network card lets them.
+
+    One by one each would wake the sender's queue and the receiver on the cores that compute. On a
+    virtual machine with two cores 650 kB in every 0.3 s at 100 Mbit/s took 7.7 % off a
+    computation so, and 350 kB at 20 Mbit/s 4.4 %. In pieces that fill the bucket it is 2.4 and 3.0.
+    """
+    return min(MOST_FRAMES, burst_bytes(rate_bps) // FRAME_BYTES)
+
+
+def piece_arguments(rate_bps: float | None) -> list[str]:
+    """The words after `ip link set dev X`."""
+    frames = piece_frames(rate_bps)
+    return ["gso_max_size", str(frames * FRAME_BYTES), "gso_max_segs", str(frames)]
 
 
 def shape_arguments(rate_bps: float | None) -> list[str]:
