@@ -37,6 +37,10 @@ from ds_gradprune.config.wording import name_of
 BLOCK = "gradient_pruning"
 """Name of our top-level key in ds_config.json."""
 
+UNPRUNED_BITS = 2
+"""Of a value where all are sent. Its rounding error stays in the residual, and 4 bits lose as much
+(LOG.md, 2026-11-28)."""
+
 ALL_GATHER_ISLANDS = 8
 """Up to so many islands `exchange: "auto"` is all_gather: beyond, its bytes grow with their number,
 while those of owner_reduce stay."""
@@ -307,6 +311,11 @@ class GradientPruningConfig(_Block):
         """
         hides = self.overlap == "auto" and self.prune == "update"
         return max(1, interval // (2 if unpruned else 4)) if hides else 0
+
+    @property
+    def unpruned_bits(self) -> int:
+        """Bits of a value where all are sent, in an unpruned warm-up: 2, or 16 and 32 as given."""
+        return min(self.value_bits, UNPRUNED_BITS) if self.value_bits <= 4 else self.value_bits
 
     def window_losses(self, interval: int) -> int:
         """`window_size` in losses, where one is told in so many steps."""

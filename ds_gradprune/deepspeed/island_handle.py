@@ -100,6 +100,7 @@ class IslandHandle(Handle):
             channel,
             self.loop.stopwatch,
             value_bits=config.value_bits,
+            unpruned_bits=config.unpruned_bits,
             scale=update_scale(groups.num_islands, config.update_scale),
             scale_of=lambda islands: update_scale(islands, config.update_scale),
             sparse_scale=sparse_scale(config.update_scale, config.residual_form),

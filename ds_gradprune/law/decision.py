@@ -65,8 +65,8 @@ class Decision:
         predicted_step_s: what the model expects of a step, seconds; None: nothing was predicted.
         rate_bytes_per_s: the link's rate as the model sees it; None while unknown.
         interval: optimizer steps from the exchange before to this one.
-        unpruned: islands that step alone exchange everything, each value in `value_bits`. A dense
-            exchange sends all of it in fp32.
+        unpruned: islands that step alone exchange everything, each value in the configuration's
+            `unpruned_bits`. A dense exchange sends all of it in fp32.
     """
 
     step: int

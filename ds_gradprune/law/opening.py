@@ -57,7 +57,7 @@ def begin(
     if dense_s <= DEAR * compute_s or config.warmup_steps * dense_s <= LEAST_S:
         return None
     # A first estimate: two islands send so much less. With more it is too short.
-    wire_s = dense_s * config.value_bits / 32
+    wire_s = dense_s * config.unpruned_bits / 32
     warm = WarmupState("unpruned", (dense_s,), keep_last((), wire_s, 1), unpruned=True)
     interval = borne_interval(config, warm, (compute_s,)) or 1
     first = next_exchange(config, 0, interval, unpruned=True)

@@ -6,7 +6,7 @@ alone from then on, and the rest of the warm-up is unpruned. Else it stays dense
 takes five times as long suffices, or two of 2.5 times, and after five that are shorter the form is
 settled. Times ride one exchange late.
 
-An unpruned exchange has 4.25 bits a parameter, many times those of a pruned one. So it comes so
+An unpruned exchange has 2.25 bits a parameter, many times those of a pruned one. So it comes so
 seldom that a step is hardly longer for it: every 1, 2, 4 or 8 steps, the fewest at which what is
 not hidden takes a tenth of the computation. It begins at an estimate, and moves by one octave at a
 time. Only where both `"warmup": "unpruned"` and a number in `sync_every` are given, that number
@@ -39,8 +39,8 @@ MOST = 8
 SHARE = 0.1
 """What an exchange adds to a step may take this share of the computation."""
 
-_BITS_OF_KEPT = 3.0
-"""A kept element has so many times the bits of one that is sent with all others: its index."""
+_INDEX_BITS = 8
+"""Of a kept element, which one that is sent with all others does not need."""
 
 _WINDOW = 3
 """Unpruned exchanges behind a median."""
@@ -105,7 +105,7 @@ def observe(
     is_dear = len(dense_s) * median(dense_s) > MEASURED * median(computes_s)
     if is_dear and rest * median(dense_s) > LEAST_S:
         # A first estimate: two islands send so much less. With more it is too short.
-        wire_s = median(dense_s) * config.value_bits / 32
+        wire_s = median(dense_s) * config.unpruned_bits / 32
         return WarmupState("unpruned", dense_s, keep_last((), wire_s, 1))
     return WarmupState("open" if len(dense_s) < MEASURED else "dense", dense_s)
 
@@ -200,7 +200,8 @@ def _borne(
     elif state.wire_times_s and computes_s:
         # No pruned exchange has been timed yet: by what one of everything has taken.
         borne_s = (config.delay_steps + SHARE * config.first_interval) * median(computes_s)
-        share = borne_s / (_BITS_OF_KEPT * median(state.wire_times_s))
+        bits_of_kept = (_INDEX_BITS + config.value_bits) / config.unpruned_bits
+        share = borne_s / (bits_of_kept * median(state.wire_times_s))
         k = max(least, min(choice.k, kept_per_chunk(min(1.0, share))))
     else:
         k = choice.k

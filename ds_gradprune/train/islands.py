@@ -79,12 +79,14 @@ class Islands:
         rule: what moves the shared weights besides.
         kept: where progress waits that was not sent; None: in the own weights, and used at once.
         clip: an island's update counts at most for so many times the median norm; None: as it is.
+        unpruned_bits: bits of a value in an exchange of an unpruned warm-up; None: `value_bits`.
 
     Attributes:
         weights: see there.
         channel: see there.
         stopwatch: see there.
         value_bits: see there.
+        unpruned_bits: see there.
         scale_of: see there.
         sparse_scale: see there.
         rule: see there.
@@ -108,6 +110,7 @@ class Islands:
         clip: float | None = None,
         sparse_scale: float | None = None,
         scale_of: Callable[[int], float] | None = None,
+        unpruned_bits: int | None = None,
     ) -> None:
         self.weights = weights
         self.clip = clip
@@ -119,6 +122,7 @@ class Islands:
         self.channel = channel
         self.stopwatch = stopwatch
         self.value_bits = value_bits
+        self.unpruned_bits = unpruned_bits or value_bits
         self.memory = Memory()
 
     @property
@@ -159,8 +163,8 @@ class Islands:
             signals: this rank's measurements, for the headers.
             hides: the island trains on between `write` and `commit`. With a residual that is kept
                 aside its weights are copied meanwhile, 4 bytes per parameter.
-            unscaled: the shared weights take the islands' mean update. `scale` makes up for what
-                is not sent.
+            unscaled: the shared weights take the islands' mean update, each value in
+                `unpruned_bits`. `scale` makes up for what is not sent.
         """
         stamp = Stamp(step, self.channel.rank, k, signals)
         return PrunedExchange(self, stamp, hides=hides, unscaled=unscaled)

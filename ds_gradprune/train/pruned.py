@@ -36,7 +36,7 @@ class PrunedExchange:
         islands: the algorithm.
         stamp: what the payloads say.
         hides: the island trains on between `write` and `commit`.
-        unscaled: the shared weights take the islands' mean update.
+        unscaled: the shared weights take the islands' mean update, see `Islands.prepare`.
 
     Attributes:
         sizes: bytes of every payload.
@@ -50,7 +50,8 @@ class PrunedExchange:
         self._copies = hides and islands.kept is not None
         self._before: list[tuple[torch.Tensor, ...]] = []
         sources = [islands.source(bound) for bound in islands.weights.bound()]
-        self._message = Message(sources, stamp, islands.value_bits, islands.channel, islands.memory)
+        bits = islands.unpruned_bits if unscaled else islands.value_bits
+        self._message = Message(sources, stamp, bits, islands.channel, islands.memory)
         self.sizes: Sequence[int] = self._message.sizes
         self._payloads: torch.Tensor | None = None
         self._pending: Pending | None = None

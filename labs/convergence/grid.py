@@ -189,6 +189,8 @@ class Update(Pruned):
             chooses.
         warmup_doubles: the first intervals of an unpruned warm-up are 1, 2, 4 and so on.
         warmup_delay: steps from an unpruned exchange to its commit; None: the product's.
+        warmup_bits: of a value in an unpruned warm-up; None: `value_bits`, as the product had it
+            until 2026-11-28. Since then it has 2.
         warmup_dense: steps of an unpruned warm-up that are dense nevertheless, its first ones.
         steered: a simulated link, to which the law may answer.
     """
@@ -205,6 +207,7 @@ class Update(Pruned):
     warmup_every: Count = 1
     warmup_doubles: bool = False
     warmup_delay: Annotated[int, pydantic.Field(ge=0)] | None = None
+    warmup_bits: Literal[2, 4] | None = None
     warmup_dense: Annotated[int, pydantic.Field(ge=0)] = 0
     steered: Steering | None = None
 

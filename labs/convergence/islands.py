@@ -230,6 +230,7 @@ class UpdateSimulation(IslandSimulation):
             channel,
             _unwatched(),
             value_bits=config.value_bits,
+            unpruned_bits=self._method.warmup_bits,
             scale=config.update_scale or math.sqrt(channel.world_size),
             rule=make_rule(config.slow_momentum, config.sync_every),
             kept=KeptResidual(config.residual_decay) if config.residual_form == "reset" else None,

@@ -98,6 +98,11 @@ def test_auto_lets_the_law_choose_the_interval() -> None:
     assert load({"sync_every": 5}).first_interval == 5
 
 
+def test_two_bits_suffice_where_all_values_are_sent() -> None:
+    bits = {bits: load({"value_bits": bits}).unpruned_bits for bits in (2, 4, 16, 32)}
+    assert bits == {2: 2, 4: 2, 16: 16, 32: 32}
+
+
 @pytest.mark.parametrize(
     ("block", "fault"),
     [

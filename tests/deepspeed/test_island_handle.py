@@ -248,7 +248,7 @@ def _check_form(one: Any, other: Any) -> None:
     equal = [step for step, (first, second) in enumerate(own, 1) if first == second]
     assert equal == [1, 2, 8, 16]  # two steps have rate 0, and an exchange resets own weights
     sent = [report["wire_bytes"] / report["dense_bytes"] for report in reports]
-    assert all(0.1 < share < 0.2 for share in sent)
+    assert all(0.06 < share < 0.1 for share in sent)  # 2.25 of 32 bits
 
 
 def test_a_checkpoint_holds_the_shared_weights_once(two: Any) -> None:

@@ -22,8 +22,8 @@ from tests.helpers.simulated_law import (
     wire_bytes,
 )
 
-UNPRUNED_BYTES = DENSE_BYTES // 8
-"""Values of 4 bits."""
+UNPRUNED_BYTES = DENSE_BYTES // 16
+"""Values of 2 bits."""
 
 
 def make_config(**fields: Any) -> GradientPruningConfig:

@@ -56,23 +56,23 @@ def test_short_warm_up_stays_dense() -> None:
 
 @pytest.mark.parametrize("sync_every", [1, 3, "auto"])
 def test_first_round_is_what_the_link_is_thought_to_bear(sync_every: Any) -> None:
-    run = tried(rank(6.4), rank(6.4), sync_every=sync_every).exchanges(7, 5 * MBIT)
+    run = tried(rank(12.8), rank(12.8), sync_every=sync_every).exchanges(7, 2.5 * MBIT)
     assert [d.interval for d in run.decisions] == [8] * 8
     assert [d.step for d in run.decisions[:5]] == [8, 16, 24, 32, 40]
     assert {d.unpruned for d in run.decisions} == {True}
     assert "warm-up step 8 of 200: unpruned, every 1 -> 8 steps, as " in run.decisions[0].reason
-    short = tried(rank(6.4), rank(6.4), sync_every=sync_every, warmup_steps=6).decisions[0]
+    short = tried(rank(12.8), rank(12.8), sync_every=sync_every, warmup_steps=6).decisions[0]
     assert (short.step, short.interval) == (6, 8)
 
 
 def test_link_that_bears_more_has_shorter_rounds() -> None:
-    firsts = [tried(rank(s), rank(s)).decisions[0].interval for s in (1.7, 1.84, 2.1, 6.4)]
+    firsts = [tried(rank(s), rank(s)).decisions[0].interval for s in (3.4, 3.68, 4.2, 12.8)]
     assert firsts == [1, 2, 4, 8]
 
 
 def test_what_exchanges_take_corrects_the_trial() -> None:
     """The trial met a moment at which the link was busy."""
-    run = tried(rank(6.4), rank(6.4)).exchanges(8, 1000 * MBIT)
+    run = tried(rank(12.8), rank(12.8)).exchanges(8, 1000 * MBIT)
     assert [d.interval for d in run.decisions][-1] == 1
     assert all(
         b in (a // 2, a, 2 * a) for a, b in itertools.pairwise(d.interval for d in run.decisions)

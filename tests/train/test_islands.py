@@ -33,6 +33,7 @@ def make(
     value_bits: int = 32,
     clip: float | None = None,
     sparse_scale: float | None = None,
+    unpruned_bits: int | None = None,
 ) -> Islands:
     return Islands(
         SharedWeights(shards, BUCKET_NUMEL),
@@ -44,6 +45,7 @@ def make(
         kept=None if decay is None else KeptResidual(decay),
         clip=clip,
         sparse_scale=sparse_scale,
+        unpruned_bits=unpruned_bits,
     )
 
 
@@ -131,6 +133,28 @@ def test_an_unscaled_exchange_moves_by_the_mean_of_what_was_sent() -> None:
     # Sums of numbers below 4, so that a rounding is at most 2 ** -23.
     torch.testing.assert_close(moved, (first + second) / 2, rtol=0.0, atol=4 * 2.0**-23)
     assert moved.abs().max() > 1e-3
+
+
+def test_an_unpruned_exchange_has_bits_of_its_own() -> None:
+    """All islands step with equal weights, and what two bits round away stays in the own ones."""
+
+    def work(islands: Islands, shards: PlainShards, rank: int) -> Any:
+        sizes, crcs = [], []
+        for step, unscaled in enumerate([True, True, False], start=1):
+            train(shards, rank, step)
+            prepared = islands.prepare(4096, step=step, signals=SIGNALS, unscaled=unscaled)
+            prepared.write()
+            prepared.start()
+            refuse(prepared.deliver(), step)
+            prepared.commit()
+            sizes.append(sum(prepared.sizes))
+            crcs.append(islands.weights.crc())
+        return sizes, crcs
+
+    (sizes, crcs), (_, others) = on_islands(2, work, value_bits=32, unpruned_bits=2)
+    assert crcs == others
+    assert len(set(crcs)) == 3
+    assert sizes[0] == sizes[1] < 0.1 * sizes[2]
 
 
 def test_little_that_is_sent_moves_farther() -> None:
