@@ -71,7 +71,7 @@ def piece_frames(rate_bps: float | None) -> int:
 
     One by one each would wake the sender's queue and the receiver on the cores that compute. On a
     virtual machine with two cores 650 kB in every 0.3 s at 100 Mbit/s took 7.7 % off a
-    computation so, and 350 kB at 20 Mbit/s 4.4 %. In pieces that fill the bucket it is 2.4 and 3.0.
+    computation so, and 350 kB at 20 Mbit/s 4.4 %. In pieces that fill the bucket it is 1 to 3 %.
     """
     return min(MOST_FRAMES, burst_bytes(rate_bps) // FRAME_BYTES)
 
