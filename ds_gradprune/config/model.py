@@ -219,7 +219,7 @@ class GradientPruningConfig(_Block):
     value_bits: Literal[2, 4, 16, 32] = Field(
         default=4,
         description="Bits of a value on the wire. 32 is fp32, 16 is bf16, and 4 and 2 are levels "
-        "whose rounding error stays in the residual.",
+        "whose rounding error stays in the residual. Unpruned exchanges have 2 in place of 4.",
     )
     error_feedback: bool = Field(
         default=True, description="What is not sent is added to the next exchange."
