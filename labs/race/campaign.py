@@ -137,8 +137,7 @@ def execute(
                     continue
                 shown = "" if rate is None else f" at {rate}"
                 say(f"round {number + 1} of {plan.rounds}: {method.name}{shown}")
-                with crew(place, method.name, plan.recipe, data, seed=number) as ranks:
-                    ranks.set_rate(rate)
+                with crew(place, method.name, plan.recipe, data, number, rate) as ranks:
                     runs = [_whole(plan, method, rate, number, ranks)]
                     if not method.runs_at_rates:
                         runs += _short(plan, method, number, ranks, say)

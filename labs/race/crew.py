@@ -214,13 +214,24 @@ class Crew:
 
 
 @contextlib.contextmanager
-def crew(place: Place, method: str, recipe: Recipe, data: Path, seed: int) -> Iterator[Crew]:
-    """Start all ranks, unshaped; the block gets them ready; they end with the block.
+def crew(
+    place: Place, method: str, recipe: Recipe, data: Path, seed: int, rate: str | None = None
+) -> Iterator[Crew]:
+    """Start all ranks; the block gets them ready; they end with the block.
+
+    Args:
+        place: where they run.
+        method: its name.
+        recipe: how it trains.
+        data: the tokens.
+        seed: of weights and data.
+        rate: of the links, from the start: a connection keeps the size of the pieces in which its
+            frames may pass. None: unshaped.
 
     Raises:
         GradPruneError: a rank could not start; its last words are quoted.
     """
-    place.set_rate(None)
+    place.set_rate(rate)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ethernet-")))
         processes: list[subprocess.Popen[str]] = []

@@ -67,11 +67,12 @@ def burst_bytes(rate_bps: float | None) -> int:
 
 
 def piece_frames(rate_bps: float | None) -> int:
-    """So many frames of a connection pass at once, as a network card lets them.
+    """So many frames of a connection that is made at the rate pass at once.
 
-    One by one each would wake the sender's queue and the receiver on the cores that compute. On a
-    virtual machine with two cores 650 kB in every 0.3 s at 100 Mbit/s took 7.7 % off a
-    computation so, and 350 kB at 20 Mbit/s 4.4 %. In pieces that fill the bucket it is 1 to 3 %.
+    A connection keeps the size of its pieces, and the kernel cuts larger ones into frames. One by
+    one these wake the sender's queue and the receiver, on the cores that compute. On a virtual
+    machine with two cores 650 kB in every 0.3 s at 100 Mbit/s took 7.7 % off a computation so,
+    and 350 kB at 20 Mbit/s 4.4 %. In pieces that fill the bucket it is 1 to 3 %.
     """
     return min(MOST_FRAMES, burst_bytes(rate_bps) // FRAME_BYTES)
 
