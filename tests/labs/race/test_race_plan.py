@@ -201,11 +201,12 @@ def test_a_record_is_not_overwritten_and_not_mixed(tmp_path) -> None:
 
 
 def test_a_resumed_campaign_makes_only_what_is_missing(tmp_path, monkeypatch) -> None:
-    made = []
+    made, rates = [], []
 
     @contextlib.contextmanager
-    def note_the_start(place, method, recipe, data, seed):
+    def note_the_start(place, method, recipe, data, seed, rate):
         made.append((method, seed))
+        rates.append(rate)
         yield SimpleNamespace(
             set_rate=lambda rate: None,
             num_parameters=7,
@@ -217,6 +218,8 @@ def test_a_resumed_campaign_makes_only_what_is_missing(tmp_path, monkeypatch) ->
     visits = list(campaign.execute(asked, None, tmp_path, lambda line: None))
     # ours runs at three rates and unshaped; the second round begins with the other method
     assert made == [("dense_fp32", 0), *[("ours", 0)] * 4, *[("ours", 1)] * 4, ("dense_fp32", 1)]
+    # a connection is made at the rate of its run
+    assert rates[:5] == [None, "20mbit", "100mbit", "1gbit", None]
     made.clear()
     rest = list(campaign.execute(asked, None, tmp_path, lambda line: None, visits[:-2]))
     assert made == [("ours", 1), ("dense_fp32", 1)]
