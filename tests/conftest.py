@@ -74,17 +74,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave the interpreter without ending it, as `launch.support.start.end_process` does.
+    """Leave the interpreter without ending it: once all 6,906 tests had passed, and it aborted."""
+    if _STATUS in config.stash:
+        from launch.support.start import end_process
 
-    A thread of gloo that comes for Python's lock at its end aborts the process: once all 6,906
-    tests had passed, and the exit code was 134.
-    """
-    if _STATUS not in config.stash:
-        return
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(config.stash[_STATUS])
+        atexit._run_exitfuncs()
+        end_process(config.stash[_STATUS])
 
 
 def pytest_report_header() -> list[str]:

@@ -315,7 +315,7 @@ class GradientPruningConfig(_Block):
     @property
     def unpruned_bits(self) -> int:
         """Bits of a value where all are sent, in an unpruned warm-up: 2, or 16 and 32 as given."""
-        return min(self.value_bits, UNPRUNED_BITS) if self.value_bits <= 4 else self.value_bits
+        return UNPRUNED_BITS if self.value_bits <= 4 else self.value_bits
 
     def window_losses(self, interval: int) -> int:
         """`window_size` in losses, where one is told in so many steps."""

@@ -67,6 +67,16 @@ def exchange(islands: Islands, step: int, k: int = 200) -> None:
     prepared.commit()
 
 
+def exchange_all(islands: Islands, step: int, *, unscaled: bool = True) -> int:
+    """All elements in the codec, as in an unpruned warm-up; bytes of the payloads."""
+    prepared = islands.prepare(4096, step=step, signals=SIGNALS, unscaled=unscaled)
+    prepared.write()
+    prepared.start()
+    refuse(prepared.deliver(), step)
+    prepared.commit()
+    return sum(prepared.sizes)
+
+
 def on_islands(count: int, work: Callable[[Islands, PlainShards, int], Any], **options: Any) -> Any:
     def main(transport: LoopbackTransport) -> Any:
         shards = random_shards()
@@ -122,11 +132,7 @@ def test_an_unscaled_exchange_moves_by_the_mean_of_what_was_sent() -> None:
         before = torch.cat([store.clone() for store in islands.weights.stores])
         train(shards, rank, 0)
         learned = torch.cat([piece.own.clone() for piece in shards.pieces()]) - before
-        prepared = islands.prepare(4096, step=1, signals=SIGNALS, unscaled=True)
-        prepared.write()
-        prepared.start()
-        refuse(prepared.deliver(), 1)
-        prepared.commit()
+        exchange_all(islands, 1)
         return torch.cat(list(islands.weights.stores)) - before, learned
 
     (moved, first), (_, second) = on_islands(2, work)
@@ -142,12 +148,7 @@ def test_an_unpruned_exchange_has_bits_of_its_own() -> None:
         sizes, crcs = [], []
         for step, unscaled in enumerate([True, True, False], start=1):
             train(shards, rank, step)
-            prepared = islands.prepare(4096, step=step, signals=SIGNALS, unscaled=unscaled)
-            prepared.write()
-            prepared.start()
-            refuse(prepared.deliver(), step)
-            prepared.commit()
-            sizes.append(sum(prepared.sizes))
+            sizes.append(exchange_all(islands, step, unscaled=unscaled))
             crcs.append(islands.weights.crc())
         return sizes, crcs
 

@@ -104,14 +104,11 @@ class Host:
         """
         if direction not in DIRECTIONS:
             raise ConfigError(f"direction must be one of {DIRECTIONS}, got {direction!r}.")
-        for space, device, other in (
-            (self.space, INTERFACE, "receive"),
-            (self._switch, self._port, "send"),
-        ):
-            if direction != other:
-                words = shape_arguments(rate_bps)
-                space.call("ip", "link", "set", "dev", device, *piece_arguments(rate_bps))
-                space.call("tc", "qdisc", "replace", "dev", device, "root", *words)
+        pieces, shape = piece_arguments(rate_bps), shape_arguments(rate_bps)
+        ends = {"send": (self.space, INTERFACE), "receive": (self._switch, self._port)}
+        for space, device in ends.values() if direction == "both" else [ends[direction]]:
+            space.call("ip", "link", "set", "dev", device, *pieces)
+            space.call("tc", "qdisc", "replace", "dev", device, "root", *shape)
 
     def set_link(self, *, up: bool) -> None:
         """Plug the cable in or pull it, at the switch; what is in the queues is lost then."""

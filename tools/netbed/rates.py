@@ -26,8 +26,8 @@ come late on a busy machine; the 64 KiB often seen would lend 26 ms at 20 Mbit/s
 LEAST_FRAMES = 4
 """Of the smallest bucket: it lends 2.4 ms at 20 Mbit/s."""
 
-MOST_FRAMES = 43
-"""Of a piece of 64 KiB, the largest that the kernel makes."""
+MOST_FRAMES = 64 * 1024 // FRAME_BYTES
+"""Of the largest piece that the kernel makes."""
 
 LATENCY_MS = 200
 """What would wait longer in the queue than this is dropped, as in a switch with finite memory."""
